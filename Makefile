@@ -1,0 +1,43 @@
+# make install   .venv with exactly the versions of requirements/cpu.txt and this package (editable)
+# make train     install, then train the example; ARGS="--steps 20" overrides its recipe
+# make test      install, then the tests; ARGS="tests/test_check.py" picks some
+# make lint      install, then ruff
+# make help      these lines
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PINS := requirements/cpu.txt
+# A build of torch for other hardware: make install TORCH=torch==2.13.0+cpu
+TORCH ?= $(shell grep '^torch==' $(PINS))
+# One rank a GPU; 4 on a CPU.
+NPROC ?= $(shell $(BIN)/python -c 'from gspo_megatron.cli import gpu_count; print(gpu_count() or 4)')
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install train test lint help
+.DEFAULT_GOAL := help
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: \
+	$(PYTHON) is missing or older than Python 3.11. Name another: make install PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -r $(PINS)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: install
+	$(BIN)/torchrun --nproc-per-node $(NPROC) examples/train_moe_gspo.sh $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile

@@ -1,0 +1,14 @@
+"""Everything Megatron-Core, nothing about reinforcement learning.
+
+Importing this package makes Megatron importable on a machine without CUDA (cpu_shim.py), which has to happen before the
+first import of megatron; nothing outside this package and rollout/ imports megatron.
+"""
+
+import warnings
+
+from gspo_megatron.backend import cpu_shim
+
+# Megatron announces at import, from every rank, each optional library that it does without; the header names the
+# kernels that run instead.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+cpu_shim.install()

@@ -1,0 +1,132 @@
+"""Core attention over packed sequences, in training and in cached generation, on torch's SDPA.
+
+Megatron hands core attention the query, key and value (already rotated) and whatever object came in as
+`packed_seq_params`. Ours are `PackedPlan` (training: block-diagonal causal) and `CachePlan` (generation: write keys
+and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls.
+
+Left out: context parallelism, sliding windows, attention sinks. On CUDA with Transformer Engine, training uses
+its kernels and only generation comes here (model.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+
+
+@dataclass
+class PackedPlan(PackedSeqParams):
+    """Block-diagonal causal attention over S sequences packed into T tokens."""
+
+    num_sequences: int = 0
+    max_len: int = 0
+    padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd") -> "PackedPlan":
+        """Plan for cu_seqlens [S+1] int32. `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        max_len = int(lengths.max())
+        sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+        position = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].long()[sequence]
+        return cls(
+            qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_len, max_seqlen_kv=max_len, num_sequences=lengths.numel(), max_len=max_len,
+            padded_index=sequence * max_len + position,
+        )  # fmt: skip
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
+        """query [T, n, d], key and value [T, g, d] -> [T, n, d]."""
+        padded = [self._pad(x) for x in (query, key, value)]  # each [S, heads, L, d]
+        # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True)
+        out = out.transpose(1, 2).reshape(self.num_sequences * self.max_len, query.size(1), value.size(2))
+        return out[self.padded_index]
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
+        padded = padded.index_copy(0, self.padded_index, x)
+        return padded.view(self.num_sequences, self.max_len, *x.shape[1:]).transpose(1, 2)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d]."""
+
+    rows: int
+    max_len: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def empty(cls, rows: int, max_len: int) -> "KeyValueCache":
+        return cls(rows, max_len, {})
+
+    def of_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in self.layers:
+            shape = (self.rows, self.max_len, *like.shape[1:])
+            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self.layers[layer]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop every row but `rows` ([n] int64), so that finished sequences cost neither time nor memory."""
+        self.rows = rows.numel()
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+
+
+@dataclass
+class CachePlan(PackedSeqParams):
+    """Generation: the first `num_tokens` tokens of the batch are real, the rest is padding for sequence parallelism."""
+
+    cache: KeyValueCache | None = None
+    num_tokens: int = 0
+    positions: torch.Tensor | None = None  # [num_tokens] int64
+    rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
+    prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
+        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; padding rows come back as zeros."""
+        n = self.num_tokens
+        cached_key, cached_value = self.cache.of_layer(layer, key)
+        if self.prompt is not None:
+            positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
+            cached_key[self.rows, positions] = key[:n].unsqueeze(1)
+            cached_value[self.rows, positions] = value[:n].unsqueeze(1)
+            out = self.prompt.attend(layer, query[:n], key[:n], value[:n], scale)
+        elif n == 0:  # every response here has finished, but other replicas still need this rank's experts
+            out = query[:0]
+        else:
+            rows = torch.arange(n, device=key.device)
+            cached_key[rows, self.positions] = key[:n]
+            cached_value[rows, self.positions] = value[:n]
+            out = self._decode(query[:n], cached_key, cached_value, scale)
+        return F.pad(out, (0, 0, 0, 0, 0, query.size(0) - n))
+
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """query [n, heads, d] against the cache [n, max_len, g, d]."""
+        longest = int(self.positions.max()) + 1
+        mask = torch.arange(longest, device=query.device) <= self.positions.unsqueeze(1)  # [n, longest]
+        out = F.scaled_dot_product_attention(
+            query.unsqueeze(2), key[:, :longest].transpose(1, 2), value[:, :longest].transpose(1, 2),
+            attn_mask=mask[:, None, None, :], scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        return out.squeeze(2)
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Megatron's core_attention slot. Holds no parameters; the plan decides what is attended to."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
+                 softmax_scale=None, cp_comm_type=None, pg_collection=None, **kwargs):  # fmt: skip
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):  # fmt: skip
+        """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
+        out = packed_seq_params.attend(
+            self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), self.softmax_scale
+        )
+        return out.reshape(out.size(0), 1, -1)

@@ -1,0 +1,183 @@
+"""Lets the unmodified Megatron-Core run on a CPU with Gloo. The only file that patches anything.
+
+`install()` does nothing where CUDA is available. Elsewhere it must run before `megatron` is imported anywhere in
+the process. Checked with megatron-core 0.16.1 and 0.19.2; a patch that only one of them needs says so.
+
+Left out: everything that Megatron does on purpose with CUDA alone (CUDA graphs, FP8, fused all-to-all, symmetric
+memory). Those paths stay broken on a CPU and no recipe of ours turns them on.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+import types
+
+import torch
+
+_installed = False
+
+FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "empty_like", "zeros_like")
+
+
+def install() -> bool:
+    """Patch torch and Megatron-Core for a machine without CUDA.
+
+    Returns:
+        True when the shim is (now or already) installed, False on a machine with CUDA.
+
+    Raises:
+        RuntimeError: megatron.core.jit was imported before, so its torch.compile decorators are already in place.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed:
+        return True
+    if "megatron.core.jit" in sys.modules:
+        raise RuntimeError("cpu_shim.install() must run before anything imports megatron.core")
+    _patch_streams()
+    _patch_factories()
+    _patch_tensor_methods()
+    _provide_triton()
+    _import_without_compile()
+    _patch_rng_tracker()
+    _patch_moe()
+    _installed = True
+    return True
+
+
+class _NullStream:
+    """Stands for torch.cuda.Stream and Event: on a CPU every operation has finished when it returns."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record_event(self, event=None):
+        return event or _NullStream()
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+
+def _patch_streams() -> None:
+    """torch.cuda: Megatron asks for the current device and stream on every path, even without a GPU."""
+    cuda = torch.cuda
+    null_stream = _NullStream()
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_stream = lambda device=None: null_stream
+    cuda.default_stream = lambda device=None: null_stream
+    cuda.Stream = _NullStream
+    cuda.Event = _NullStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.nvtx.range_push = lambda message: 0
+    cuda.nvtx.range_pop = lambda: 0
+    # The "GPU" generator is the CPU's own, so Megatron's seed bookkeeping keeps its meaning.
+    cuda.get_rng_state = lambda device=None: torch.random.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.random.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+
+
+def _patch_factories() -> None:
+    """torch.empty(..., device="cuda") and the like: literal devices in schedules, optimizer and clip_grads."""
+
+    def on_cpu(factory):
+        @functools.wraps(factory)
+        def wrapper(*args, **kwargs):
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _patch_tensor_methods() -> None:
+    """Tensor.cuda, record_stream and type(): the optimizer compares type() with 'torch.cuda.FloatTensor'."""
+    original_type = torch.Tensor.type
+
+    def type_(self, dtype=None, *args, **kwargs):
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.", 1)
+        return original_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _provide_triton() -> None:
+    """0.19 only: `import triton` at module level, for kernels that a CPU never launches. 0.16 does without it."""
+    older = importlib.metadata.version("megatron-core").startswith("0.16.")
+    if older or importlib.util.find_spec("triton") is not None:
+        return
+    triton = types.ModuleType("triton")
+    language = types.ModuleType("triton.language")
+    for module in (triton, language):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    triton.__version__ = "3.4.0"
+    triton.jit = lambda function=None, **kwargs: function if function is not None else (lambda f: f)
+    triton.language = language
+    language.constexpr = object
+    sys.modules["triton"] = triton
+    sys.modules["triton.language"] = language
+
+
+def _import_without_compile() -> None:
+    """megatron.core.jit decorates with torch.compile, which would start a C++ compiler in every rank."""
+    compile_ = torch.compile
+
+    def no_compile(model=None, **kwargs):
+        return model if model is not None else (lambda function: function)
+
+    torch.compile = no_compile
+    try:
+        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.models.gpt.gpt_model")
+    finally:
+        torch.compile = compile_
+
+
+def _patch_rng_tracker() -> None:
+    """tensor_parallel.random reaches into torch.cuda.default_generators, empty on a CPU."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state)
+
+
+def _patch_moe() -> None:
+    """te_general_gemm is undefined without Transformer Engine; split sizes must be plain numbers for Gloo."""
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    moe_utils.te_general_gemm = None
+
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+    dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu

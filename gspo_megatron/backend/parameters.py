@@ -1,0 +1,147 @@
+"""One name and one full shape for every parameter, whatever the layout.
+
+A local parameter is a slice of a full one: its layer number is local to the stage, its expert number local to the
+expert-parallel rank, one of its dimensions cut over tensor ranks. This file knows those three cuts, and uses them to
+initialise (same weights in every layout) and to gather full weights or gradients (tests, checks).
+
+Left out: Hugging Face names, and Megatron's checkpoints (they have sharding metadata of their own).
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend.topology import Topology
+
+# Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
+CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1}
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)$")
+GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)$")
+
+
+@dataclass(frozen=True)
+class FullParameter:
+    """A local parameter with its place in the full model."""
+
+    name: str  # global: decoder.layers.<global>.…experts.<global>.linear_fc1.weight
+    local: torch.nn.Parameter
+    cut_dim: int | None  # None: every tensor rank holds it whole
+    cuts: int  # tensor ranks it is cut over (1: not cut)
+    cut_rank: int
+    interleave: int  # 2 for a gated fc1: each rank holds its piece of the gate, then its piece of the up projection
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        shape = list(self.local.shape)
+        if self.cut_dim is not None:
+            shape[self.cut_dim] *= self.cuts
+        return tuple(shape)
+
+    def slice_of(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of a tensor of the full shape."""
+        if self.cut_dim is None or self.cuts == 1:
+            return full
+        blocks = full.chunk(self.interleave, dim=self.cut_dim)
+        return torch.cat([b.chunk(self.cuts, dim=self.cut_dim)[self.cut_rank] for b in blocks], dim=self.cut_dim)
+
+    def join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """The inverse of slice_of, from the pieces of all cut ranks in order."""
+        if self.cut_dim is None or self.cuts == 1:
+            return pieces[0]
+        blocks = [p.chunk(self.interleave, dim=self.cut_dim) for p in pieces]
+        return torch.cat([b[i] for i in range(self.interleave) for b in blocks], dim=self.cut_dim)
+
+
+def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
+    """Every parameter of a PolicyModel chunk, in Megatron's order.
+
+    A tied output layer on the last stage appears under the embedding's name: it is the same parameter.
+    """
+    for name, parameter in model.named_parameters():
+        is_expert = ".experts." in name
+        module = next((m for m in CUT_DIM if f"{m}." in name), None)
+        cuts = topology.etp_size if is_expert else topology.tp_size
+        cut_rank = topology.etp_rank if is_expert else topology.tp_rank
+        # q_layernorm and a layer norm fused into a linear layer are whole on every rank.
+        cut_dim = CUT_DIM[module] if module and parameter.dim() == 2 else None
+        if module == "linear_qkv" and parameter.dim() == 1 and name.endswith(".bias"):
+            cut_dim = 0
+        interleave = 2 if module == "linear_fc1" else 1
+        full_name = _global_name(name, model, topology)
+        yield FullParameter(full_name, parameter, cut_dim, cuts if cut_dim is not None else 1, cut_rank, interleave)
+
+
+def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
+    if layer := LAYER.match(name):
+        number = model.decoder.layers[int(layer.group(1))].layer_number - 1
+        name = f"decoder.layers.{number}.{name[layer.end():]}"
+    first_expert = topology.ep_rank * (model.config.num_moe_experts or 0) // topology.ep_size
+    if expert := EXPERT.search(name):
+        name = f"{name[:expert.start()]}experts.{first_expert + int(expert.group(1))}.{expert.group(2)}"
+    elif expert := GROUPED_EXPERT.search(name):
+        name = f"{name[:expert.start()]}experts.{first_expert + int(expert.group(2))}.{expert.group(1)}.weight"
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        name = "embedding.word_embeddings.weight"
+    return name
+
+
+@torch.no_grad()
+def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
+    """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
+    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases 0."""
+    layers = model.config.num_layers
+    for parameter in named(model, topology):
+        local = parameter.local
+        if ".experts." in parameter.name:
+            # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
+            # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
+            local.allreduce = False
+        if local.dim() == 1:
+            local.fill_(0.0 if parameter.name.endswith("bias") else 1.0)
+            continue
+        into_residual = "linear_proj" in parameter.name or "linear_fc2" in parameter.name
+        scale = std / (2 * layers) ** 0.5 if into_residual else std
+        digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        full = torch.normal(0.0, scale, parameter.full_shape, generator=generator)
+        local.copy_(parameter.slice_of(full))
+        # Megatron marks these when it initialises; gradient norms and clipping rely on it. An expert that is whole on
+        # each tensor rank must be marked too, or only rank 0's experts count in the norm.
+        local.tensor_model_parallel = parameter.cut_dim is not None
+        local.partition_dim = parameter.cut_dim if parameter.cut_dim is not None else -1
+        local.partition_stride = 1
+
+
+def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda p: p.data) -> dict[str, torch.Tensor]:
+    """Full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
+
+    Args:
+        chunks: unwrapped PolicyModel chunks of this rank.
+        value: what to gather of a local parameter, for example its main_grad.
+    """
+    mine = {}
+    for chunk in chunks:
+        for p in named(chunk, topology):
+            mine[p.name] = (p.cut_rank, p.cut_dim, p.cuts, p.interleave, value(p.local).detach().cpu().clone())
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    full = {}
+    for name in sorted({n for pieces in everyone for n in pieces}):
+        found = {pieces[name][0]: pieces[name] for pieces in everyone if name in pieces}
+        _, cut_dim, cuts, interleave, _ = next(iter(found.values()))
+        joiner = FullParameter(name, None, cut_dim, cuts, 0, interleave)
+        full[name] = joiner.join([found[rank][4] for rank in (range(cuts) if cuts > 1 else [min(found)])])
+    return full
+
+
+@torch.no_grad()
+def load_full(chunks: list[torch.nn.Module], topology: Topology, full: dict[str, torch.Tensor]) -> None:
+    """Fill the chunks from full tensors; every parameter must be there."""
+    for chunk in chunks:
+        for p in named(chunk, topology):
+            p.local.copy_(p.slice_of(full[p.name]))

@@ -1,0 +1,73 @@
+"""Starts and ends the distributed runtime of one rank: device, process group, threads.
+
+Left out: anything about how the world is cut into parallel groups (topology.py).
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this rank runs."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str  # nccl or gloo
+    kernels: str  # which implementation of the transformer layers runs, for people to read
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def has_transformer_engine() -> bool:
+    """Transformer Engine can be imported (it cannot without CUDA)."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:  # its import fails in many ways where CUDA libraries are missing
+        return False
+    return True
+
+
+def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
+    """Join the process group that torchrun describes in the environment (one rank alone needs none).
+
+    Args:
+        device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        timeout_seconds: a collective that waits longer ends the rank with an error.
+    """
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "29500")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if use_cuda:
+        torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(torch_device)
+    else:
+        torch_device = torch.device("cpu")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    backend = "nccl" if use_cuda else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds),
+            device_id=torch_device if use_cuda else None,
+        )  # fmt: skip
+    if not use_cuda:
+        kernels = "Megatron local layers, PyTorch attention"
+    elif has_transformer_engine():
+        kernels = "Transformer Engine layers"
+    else:
+        kernels = "Megatron local layers, PyTorch attention (Transformer Engine not found)"
+    return Runtime(dist.get_rank(), dist.get_world_size(), torch_device, backend, kernels)
+
+
+def stop() -> None:
+    """Leave the process group; without it a Gloo worker sometimes aborts at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,114 @@
+"""The one reader of megatron.core.parallel_state: who am I in each parallel dimension, and which groups exist.
+
+Everything else takes a `Topology`. Context parallelism has its group here (size 1 today).
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from gspo_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes, ranks and groups of this process. Names are Megatron's."""
+
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    vp_size: int  # virtual stages a rank, 1 when off
+    ep_size: int
+    ep_rank: int
+    etp_size: int
+    etp_rank: int
+    dp_size: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup  # the ranks that hold one copy of the model (TP x PP)
+    feedback_group: dist.ProcessGroup  # same ranks as pp_group; sampled tokens and tables travel here
+    groups: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def stage_ranks(self) -> list[int]:
+        """Global ranks of the pipeline stages, first to last."""
+        return dist.get_process_group_ranks(self.pp_group)
+
+    @property
+    def experts_span_data_parallel(self) -> bool:
+        """Experts are dispatched to ranks that hold other sequences, so those must step together."""
+        return self.ep_size * self.etp_size > self.tp_size
+
+    def describe(self) -> str:
+        """For people: `tensor 2 (sequence parallel) x pipeline 2 x data 1, experts over 2`."""
+        tensor = f"tensor {self.tp_size}" + (" (sequence parallel)" if self.tp_size > 1 else "")
+        pipeline = f"pipeline {self.pp_size}" + (f" x {self.vp_size} virtual" if self.vp_size > 1 else "")
+        experts = f"experts over {self.ep_size}" + (f" x tensor {self.etp_size}" if self.etp_size > 1 else "")
+        return f"{tensor} x {pipeline} x data {self.dp_size}, {experts}"
+
+
+def start(layout: ParallelConfig, seed: int) -> Topology:
+    """Build Megatron's process groups for a resolved layout and seed its RNG trackers.
+
+    Args:
+        layout: every size filled in (check.resolve_layout).
+        seed: of Megatron's trackers; our own initial weights do not use them (parameters.py).
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    return Topology(
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        vp_size=layout.virtual_pipeline_model_parallel_size or 1,
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=pp_group,
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_parallel_group=parallel_state.get_model_parallel_group(),
+        feedback_group=_group_like(pp_group),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def stop() -> None:
+    parallel_state.destroy_model_parallel()
+
+
+def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second communicator over the same ranks: on NCCL, traffic against the pipeline's direction must not queue
+    behind it. Every rank must call new_group for every group, in one order."""
+    mine = dist.get_process_group_ranks(group)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    created = {tuple(ranks): None for ranks in everyone}
+    for ranks in sorted(created):
+        created[ranks] = dist.new_group(list(ranks))
+    return created[tuple(mine)]

@@ -1,0 +1,212 @@
+"""What needs two parts of a recipe, the model's shape or the world size, checked before anything heavy is imported.
+
+`resolve_layout` fills in the sizes that the recipe leaves open; `check` refuses what Megatron-Core or the trainer
+would refuse later, or would train wrongly. Nothing here imports torch.
+
+Left out: memory (whether the model fits), the number of ranks a node has, and the layouts of context parallelism,
+which the recipe does not offer yet.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig, require
+from gspo_megatron.errors import ConfigError
+
+# ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
+DEFAULT_LAYOUTS = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 2), 8: (2, 2, 2)}
+SUPPORTED_MODELS = ("qwen3_moe",)
+VOCABULARY_MULTIPLE = 64  # the model pads its vocabulary to this, so that it is the same in every layout
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings",
+)  # fmt: skip
+GRPO_EPSILON = 0.01  # clip ranges of token ratios are 0.1 and more, those of sequence ratios 1e-3 and less
+
+
+def resolve_layout(config: TrainConfig, world_size: int, has_cuda: bool) -> ParallelConfig:
+    """Fill in every size that the recipe leaves open; None for virtual stages means off, as in Megatron.
+
+    A recipe that gives none gets DEFAULT_LAYOUTS, and data parallelism alone at other world sizes. A recipe that
+    gives one gets 1 for all others: what it asks for must not depend on how many ranks it is started with.
+
+    Raises:
+        ConfigError: the recipe asks for CUDA and `has_cuda` is false.
+    """
+    require(config.device != "cuda" or has_cuda, "device", config.device, "no GPU that PyTorch can use was found",
+            "Give auto or cpu, or install a CUDA build of torch and look at CUDA_VISIBLE_DEVICES.")  # fmt: skip
+    given = config.parallel
+    sizes = (given.tensor_model_parallel_size, given.pipeline_model_parallel_size, given.expert_model_parallel_size)
+    virtual = given.virtual_pipeline_model_parallel_size
+    virtual = None if virtual == 1 else virtual  # Megatron takes 1 for an interleaved schedule
+    defaults = (1, 1, 1)
+    if sizes == (None, None, None) and virtual is None and given.expert_tensor_parallel_size == 1:
+        defaults = DEFAULT_LAYOUTS.get(world_size, defaults)
+    tensor, pipeline, expert = (size or default for size, default in zip(sizes, defaults, strict=True))
+    return dataclasses.replace(
+        given, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert, virtual_pipeline_model_parallel_size=virtual,
+    )  # fmt: skip
+
+
+def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
+    """Raise ConfigError for a run that cannot work. Cheap checks first: the tasks' library takes a second to import.
+
+    Args:
+        config: the recipe.
+        layout: as `resolve_layout` returns it.
+        world_size: ranks on all nodes together.
+    """
+    shape = read_shape(config.model)
+    _check_world(layout, world_size)
+    _check_model(shape, layout)
+    _check_batch(config, world_size // (_tensor(layout) * _pipeline(layout)))
+    _check_lengths(config, shape)
+    from gspo_megatron.tasks.mixture import TaskMixture
+
+    TaskMixture(config.tasks, config.seed)
+
+
+def warnings(config: TrainConfig) -> list[str]:
+    """What works, but is hardly meant; one sentence or two each."""
+    found = []
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        value = getattr(config.algorithm, name)
+        if value >= GRPO_EPSILON:
+            found.append(
+                f"algorithm.{name} = {value:g} is a clip range for the token ratios of GRPO; sequence ratios stay "
+                "within about 1e-3 of 1, so nothing would be clipped. The GSPO paper uses 3e-4 and 4e-4."
+            )
+    if config.model.moe_aux_loss_coeff > 0:
+        found.append(
+            f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff:g} adds a load-balancing gradient that is "
+            "no part of the GSPO objective. Leave it at 0 unless that is wanted."
+        )
+    return found
+
+
+def read_shape(model: ModelConfig) -> dict:
+    """The Hugging Face config as a dict.
+
+    Raises:
+        ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size.
+    """
+    path = Path(model.hf_config)
+    field, value = "model.hf_config", str(path)
+    try:
+        shape = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"{field} = {value!r}: {reason}. Give the path of a Hugging Face config.json; a relative path is looked "
+            "up from the current directory, the recipe's folder and the repository."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field} = {value!r}: not valid JSON: {error}. Give a config.json.") from None
+    require(isinstance(shape, dict), field, value, "must hold a JSON object", "Give a Hugging Face config.json.")
+    family = shape.get("model_type")
+    require(family in SUPPORTED_MODELS, field, value, f"model_type {family!r} is not supported",
+            f"Give a config of one of: {', '.join(SUPPORTED_MODELS)}.")  # fmt: skip
+    for name in SIZES:
+        size = shape.get(name)
+        require(isinstance(size, int) and size > 0, field, value, f"{name} is {size!r}, not a whole number above 0",
+                f"Correct {name} in that file.")  # fmt: skip
+    _check_family(shape, field, value)
+    return shape
+
+
+def _check_family(shape: dict, field: str, value: str) -> None:
+    """Variants of the family that the model builder would silently train as something else."""
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    remedy = "Use a model without it."
+    require(kind == "default", field, value, f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
+    require(not shape.get("use_sliding_window"), field, value, "sliding-window attention is not supported", remedy)
+    activation = shape.get("hidden_act", "silu")
+    require(activation == "silu", field, value, f"hidden_act {activation!r} is not supported", "Use silu.")
+    experts, chosen = shape["num_experts"], shape["num_experts_per_tok"]
+    require(chosen <= experts, field, value, f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
+            "Lower num_experts_per_tok.")  # fmt: skip
+    heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
+    require(heads % groups == 0, field, value, f"num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{groups}", "Correct one of the two.")  # fmt: skip
+
+
+def _tensor(layout: ParallelConfig) -> int:
+    return layout.tensor_model_parallel_size or 1
+
+
+def _pipeline(layout: ParallelConfig) -> int:
+    return layout.pipeline_model_parallel_size or 1
+
+
+def _check_world(layout: ParallelConfig, world_size: int) -> None:
+    tensor, pipeline = _tensor(layout), _pipeline(layout)
+    copy = tensor * pipeline
+    require(world_size % copy == 0, "parallel.tensor_model_parallel_size", tensor,
+            f"tensor {tensor} x pipeline {pipeline} = {copy} does not divide {world_size} ranks",
+            f"Start a multiple of {copy} ranks, or lower one of the two.")  # fmt: skip
+    expert, expert_tensor = layout.expert_model_parallel_size or 1, layout.expert_tensor_parallel_size
+    copy = expert * expert_tensor * pipeline
+    require(world_size % copy == 0, "parallel.expert_model_parallel_size", expert,
+            f"expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} = {copy} does not divide "
+            f"{world_size} ranks", f"Start a multiple of {copy} ranks, or lower one of the three.")  # fmt: skip
+    virtual = layout.virtual_pipeline_model_parallel_size or 1
+    require(virtual == 1 or pipeline > 1, "parallel.virtual_pipeline_model_parallel_size", virtual,
+            "virtual stages need a pipeline of 2 or more stages",
+            "Give parallel.pipeline_model_parallel_size 2, or leave virtual stages out.")  # fmt: skip
+
+
+def _check_model(shape: dict, layout: ParallelConfig) -> None:
+    stages, virtual = _pipeline(layout), layout.virtual_pipeline_model_parallel_size or 1
+    tensor, expert_tensor = _tensor(layout), layout.expert_tensor_parallel_size
+    chunks = f"{stages} pipeline stages" + (f" x {virtual} virtual stages" if virtual > 1 else "")
+    _divides("pipeline_model_parallel_size", stages, stages * virtual, shape, "num_hidden_layers", chunks)
+    cut = f"tensor parallel size {tensor}"
+    _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_attention_heads", cut)
+    _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
+    if shape.get("decoder_sparse_step", 1) != 1 or shape.get("mlp_only_layers"):
+        _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
+    require(VOCABULARY_MULTIPLE % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
+            f"must divide {VOCABULARY_MULTIPLE}, of which the padded vocabulary is a multiple",
+            "Give a power of 2.")  # fmt: skip
+    expert = layout.expert_model_parallel_size or 1
+    _divides("expert_model_parallel_size", expert, expert, shape, "num_experts", f"expert parallel size {expert}")
+    cut = f"expert tensor parallel size {expert_tensor}"
+    _divides("expert_tensor_parallel_size", expert_tensor, expert_tensor, shape, "moe_intermediate_size", cut)
+
+
+def _divides(field: str, value: int, parts: int, shape: dict, name: str, cut: str) -> None:
+    fitting = [str(size) for size in range(1, min(shape[name], 64) + 1) if shape[name] % size == 0]
+    require(shape[name] % parts == 0, f"parallel.{field}", value,
+            f"the model's {name} {shape[name]} cannot be divided evenly over {cut}",
+            f"Numbers of parts that fit: {', '.join(fitting)}.")  # fmt: skip
+
+
+def _check_batch(config: TrainConfig, data: int) -> None:
+    """Groups stay whole on one data-parallel rank, and every minibatch has as many responses on each of them."""
+    rollout, minibatches = config.rollout, config.algorithm.num_minibatches
+    over = f"over {data} data-parallel ranks (ranks / tensor / pipeline)"
+    require(rollout.num_prompts % data == 0, "rollout.num_prompts", rollout.num_prompts,
+            f"cannot be divided evenly {over}", f"Give a multiple of {data}.")  # fmt: skip
+    local = rollout.num_prompts // data * rollout.group_size
+    require(local % minibatches == 0, "algorithm.num_minibatches", minibatches,
+            f"{rollout.num_prompts} prompts x {rollout.group_size} responses are {local} on each of {data} "
+            f"data-parallel ranks, which cannot be divided evenly into {minibatches} minibatches",
+            f"Give a divisor of {local}, or change rollout.num_prompts or rollout.group_size.")  # fmt: skip
+    warm_start = config.warm_start
+    require(warm_start.steps == 0 or warm_start.batch_size % data == 0, "warm_start.batch_size",
+            warm_start.batch_size, f"cannot be divided evenly {over}", f"Give a multiple of {data}.")  # fmt: skip
+
+
+def _check_lengths(config: TrainConfig, shape: dict) -> None:
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    longest, limit = prompt + response, shape["max_position_embeddings"]
+    parts = f"data.max_prompt_length {prompt} + rollout.max_response_length {response} = {longest}"
+    require(longest <= limit, "rollout.max_response_length", response,
+            f"{parts} exceeds the model's max_position_embeddings {limit}",
+            f"Lower one of the two so that they add up to {limit} or less.")  # fmt: skip
+    room = config.max_tokens_per_microbatch
+    require(longest <= room, "max_tokens_per_microbatch", room,
+            f"{parts}, and a sequence is never split over microbatches", f"Give {longest} or more.")  # fmt: skip

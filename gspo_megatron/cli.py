@@ -1,0 +1,108 @@
+"""The command `gspo-megatron`: reads and checks a recipe, starts the ranks, and hands over to the trainer in each.
+
+Started without torchrun, `train` checks everything first and then starts torchrun on this machine with the same
+command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that is
+cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
+
+Left out: several machines (call torchrun or srun yourself; the ranks only need its environment variables), and the
+subcommands eval, convert, study, plan, doctor and report.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+
+from gspo_megatron import process
+
+USAGE = """\
+usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
+       torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
+
+train   train a MoE model with GSPO; `gspo-megatron train --help` lists every override with its default
+
+Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
+
+CPU_RANKS = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit status of what ends normally."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train}
+    if argv[:1] in (["-h"], ["--help"]):
+        if process.rank() == 0:
+            print(USAGE)
+        return 0
+    with process.guard():
+        if not argv or argv[0] not in commands:
+            problem = f"unknown command {argv[0]!r}" if argv else "no command given"
+            if process.rank() == 0:
+                print(f"error: {problem}\n{USAGE}", file=sys.stderr)
+            raise SystemExit(process.BAD_INPUT)
+        commands[argv[0]](argv[1:])
+    return 0
+
+
+def gpu_count() -> int:
+    """GPUs that torch could use, without importing torch: by NVML, CUDA_VISIBLE_DEVICES and the build of torch."""
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    count = ctypes.c_uint(0)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count.value
+    named = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return min(count.value, len(named))
+
+
+def _train(argv: list[str]) -> None:
+    from gspo_megatron import check, recipe
+
+    is_rank = "RANK" in os.environ
+    config = recipe.load(argv, quiet=process.rank() != 0)
+    gpus = gpu_count()
+    use_cuda = config.device != "cpu" and gpus > 0
+    if is_rank:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    else:
+        world_size = _ranks_to_start(gpus if use_cuda else CPU_RANKS)
+    layout = check.resolve_layout(config, world_size, has_cuda=gpus > 0)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    check.require(not use_cuda or local_ranks <= gpus, "ranks on this machine", local_ranks,
+                  f"there are {gpus} GPUs, and NCCL needs one for each rank",
+                  f"Start {gpus} ranks, or give --device cpu.")  # fmt: skip
+    check.check(config, layout, world_size)
+    if not is_rank:
+        _start_ranks(world_size)
+    if process.rank() == 0:
+        for sentence in check.warnings(config):
+            print(f"warning: {sentence}", file=sys.stderr)
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron uses any GPU it can see
+    from gspo_megatron.train import train
+
+    train(config, layout)
+
+
+def _ranks_to_start(default: int) -> int:
+    from gspo_megatron.config import require
+
+    given = os.environ.get("NPROC", str(default))
+    require(given.isdigit() and int(given) > 0, "NPROC", given, "must be a whole number above 0",
+            f"Unset it for {default} ranks.")  # fmt: skip
+    return int(given)
+
+
+def _start_ranks(count: int) -> None:
+    """Become torchrun, which runs this same command line once a rank. Does not return."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    os.execv(sys.executable, [*torchrun, *sys.argv])

@@ -1,0 +1,245 @@
+"""The recipe: dataclasses that validate themselves, before a process group or a model exists.
+
+A recipe is a YAML file with the same nesting as `TrainConfig`; command-line overrides (`--optimizer.lr 1e-4`)
+come on top. Each dataclass checks its own fields in __post_init__; what needs two parts of the recipe, the
+model's shape or the world size is checked in `check.py`. Field names are Megatron-Core's where it has one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import ConfigDict
+
+from gspo_megatron.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid")
+
+
+def require(ok: bool, field_name: str, value: object, constraint: str, remedy: str) -> None:
+    """Raise the one form of message that every bad value gets."""
+    if not ok:
+        raise ConfigError(f"{field_name} = {value!r}: {constraint}. {remedy}")
+
+
+def positive(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{prefix}.{name}", value, "must be greater than 0", "Give a positive number.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy network, from a Hugging Face config, and the parts of MoE routing that GSPO leaves alone."""
+
+    __pydantic_config__ = STRICT
+    hf_config: Path = Path("examples/models/qwen3_moe_tiny/config.json")
+    """Hugging Face config.json of the model (model_type qwen3_moe). Its vocab_size is replaced by the tokenizer's."""
+    params_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights in forward and backward; the optimizer keeps fp32 master weights."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass (Megatron's recompute_granularity full)."""
+    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Type of the router's matrix product and softmax."""
+    moe_aux_loss_coeff: float = 0.0
+    """Load-balancing loss. 0 as GSPO trains; anything else changes the gradient and is warned about."""
+    moe_expert_capacity_factor: float | None = None
+    """Must stay unset: dropped tokens make the sequence ratio depend on the batch."""
+    moe_input_jitter_eps: float | None = None
+    """Must stay unset: jitter makes old and new log-probs differ at the same weights."""
+    moe_router_bias_update_rate: float = 0.0
+    """Must stay 0: Megatron would otherwise move expert_bias outside the gradient."""
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, neutral, why in (
+            ("moe_expert_capacity_factor", None, "dropped tokens make the sequence ratio depend on the batch"),
+            ("moe_input_jitter_eps", None, "jitter makes the ratio differ from 1 at equal weights"),
+            ("moe_router_bias_update_rate", 0.0, "Megatron would move expert_bias outside the gradient"),
+            ("hidden_dropout", 0.0, "dropout makes the ratio differ from 1 at equal weights"),
+            ("attention_dropout", 0.0, "dropout makes the ratio differ from 1 at equal weights"),
+        ):
+            value = getattr(self, name)
+            require(value == neutral, f"model.{name}", value, f"GSPO needs {neutral}: {why}", "Remove it from the recipe.")
+        require(self.moe_aux_loss_coeff >= 0, "model.moe_aux_loss_coeff", self.moe_aux_loss_coeff,
+                "must be 0 or more", "Leave it at 0 unless you want a load-balancing loss.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the world is cut (Megatron-Core's names). None: chosen from the world size, see `check.resolve_layout`."""
+
+    __pydantic_config__ = STRICT
+    tensor_model_parallel_size: int | None = None
+    """Tensor parallelism; sequence parallelism is always on with it (Megatron demands it for MoE)."""
+    pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Virtual stages a rank (interleaved schedule); None: off."""
+    expert_model_parallel_size: int | None = None
+    expert_tensor_parallel_size: int = 1
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+                     "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off.")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One reasoning-gym task of the mixture."""
+
+    __pydantic_config__ = STRICT
+    weight: float = 1.0
+    """Share of the prompts, relative to the other tasks' weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task generator, for example {min_word_len: 3}."""
+
+    def __post_init__(self) -> None:
+        positive("tasks.*", self, "weight")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and tokenizer."""
+
+    __pydantic_config__ = STRICT
+    vocab_size: int = 256
+    """Most entries of the byte-pair tokenizer that is trained on the tasks and saved with the run."""
+    max_prompt_length: int = 96
+    """Tokens, chat template included; a longer prompt is an error, never cut."""
+    num_eval_prompts: int = 256
+    """Held-out prompts, disjoint from the warm start's and the RL stream's."""
+
+    def __post_init__(self) -> None:
+        positive("data", self, "max_prompt_length", "num_eval_prompts")
+        require(self.vocab_size >= 64, "data.vocab_size", self.vocab_size, "must be at least 64", "Give 128 or more.")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on gold answers, because the model starts from random weights. steps = 0: none."""
+
+    __pydantic_config__ = STRICT
+    steps: int = 200
+    num_examples: int = 2048
+    """Distinct labelled examples, gone over again and again. RL prompts are fresh instead."""
+    batch_size: int = 128
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    """End of the cosine decay."""
+    warmup_steps: int = 10
+    eval_interval: int = 50
+    """Steps between evaluations on held-out prompts."""
+
+    def __post_init__(self) -> None:
+        positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
+        require(self.steps >= 0, "warm_start.steps", self.steps, "must be 0 or more", "Give 0 for no warm start.")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Policy optimization. The defaults are the GSPO paper's (arXiv 2507.18071, section 5.1)."""
+
+    __pydantic_config__ = STRICT
+    name: Literal["gspo", "gspo_token"] = "gspo"
+    clip_ratio_low: float = 3e-4
+    """eps_low: the sequence ratio is clipped below 1 - eps_low."""
+    clip_ratio_high: float = 4e-4
+    """eps_high: the sequence ratio is clipped above 1 + eps_high."""
+    num_minibatches: int = 4
+    """Optimizer steps on one rollout batch."""
+    normalize_advantage_by_std: bool = True
+    """Divide by the group's standard deviation (off: Dr. GRPO)."""
+    shuffle_advantages: bool = False
+    """Control run: advantages are permuted over the batch, so nothing can be learned from them."""
+
+    def __post_init__(self) -> None:
+        positive("algorithm", self, "clip_ratio_low", "clip_ratio_high", "num_minibatches")
+        require(self.clip_ratio_low < 1, "algorithm.clip_ratio_low", self.clip_ratio_low, "must be below 1",
+                "The paper uses 3e-4.")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling on the training model itself, with a key/value cache."""
+
+    __pydantic_config__ = STRICT
+    num_prompts: int = 32
+    """Prompts a step, over all data-parallel ranks."""
+    group_size: int = 8
+    """G: responses a prompt."""
+    max_response_length: int = 32
+    temperature: float = 1.0
+    """Also divides the logits in old and new log-probs."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability; 1: all."""
+
+    def __post_init__(self) -> None:
+        positive("rollout", self, "num_prompts", "group_size", "max_response_length", "temperature", "top_p")
+        require(self.group_size >= 2, "rollout.group_size", self.group_size,
+                "a group-normalised advantage needs 2 or more responses a prompt", "The paper uses 8.")  # fmt: skip
+        require(self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens.")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "must be 0 or more", "Give 0 to sample from all tokens.")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam in RL (Megatron's optimizer; constant learning rate after a linear warm-up)."""
+
+    __pydantic_config__ = STRICT
+    lr: float = 3e-4
+    warmup_steps: int = 8
+    """Optimizer steps (minibatches), not rollout steps. Fresh Adam moves many routes at once without it."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest gradient norm."""
+
+    def __post_init__(self) -> None:
+        positive("optimizer", self, "lr", "adam_eps", "clip_grad")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more", "Give 0 for none.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: supervised warm start, then reinforcement learning on fresh prompts."""
+
+    __pydantic_config__ = STRICT
+    name: str = "moe_gspo"
+    """The run folder is output_dir/name (a number is added where that exists)."""
+    output_dir: Path = Path("runs")
+    seed: int = 1
+    """Of the initial weights, the prompts and the sampling. Results do not depend on the layout but for rounding."""
+    steps: int = 100
+    """RL steps: rollouts, rewards, then num_minibatches optimizer steps."""
+    eval_interval: int = 25
+    """Steps between evaluations on held-out prompts; they also run before and after."""
+    max_tokens_per_microbatch: int = 8192
+    """Packing limit of one microbatch on one data-parallel rank."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL where there is a GPU, else CPU with Gloo."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tasks: Annotated[dict[str, TaskConfig], tyro.conf.Suppress] = field(
+        default_factory=lambda: {"spell_backward": TaskConfig()}
+    )
+    """reasoning-gym tasks by name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        positive("train", self, "eval_interval", "max_tokens_per_microbatch")
+        require(self.steps >= 0, "steps", self.steps, "must be 0 or more", "Give 0 to run the warm start alone.")
+        require(len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}.")

@@ -1,0 +1,1 @@
+"""From questions to token ids, and from token ids to packed batches."""

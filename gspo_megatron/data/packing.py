@@ -1,0 +1,192 @@
+"""Sequences to microbatches: packed end to end (THD), balanced by tokens, never splitting a sequence.
+
+A sequence stays whole because its ratio is a mean over all its tokens and is needed before its first backward. Balance
+counts tokens, not attention's squares: responses of one rollout are of similar length, and the linear layers dominate.
+Left out: the split of a microbatch over context-parallel ranks, and moving sequences between ranks (every rank knows
+all sequences and keeps its own).
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from gspo_megatron.errors import RolloutError
+from gspo_megatron.types import PackedBatch, TrainSequence
+
+
+def pack(
+    sequences: Sequence[TrainSequence], max_tokens: int, pad_to_multiple: int, num_microbatches: int | None = None
+) -> list[PackedBatch]:
+    """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
+
+    `pad_to_multiple`: every microbatch is filled up to a multiple of this many tokens by a segment of its own, which
+    is not counted in max_tokens nor in num_sequences. `num_microbatches`: exactly that many (all data-parallel ranks
+    must run the same number, see `microbatches_needed`); None: as few as fit. Within a microbatch the sequences keep
+    their order, and `source_index` tells where each came from. Raises RolloutError for a sequence that is empty, too
+    long or whose parts disagree, and for a number of microbatches that does not work.
+    """
+    _check(sequences, max_tokens)
+    if num_microbatches is None:
+        num_microbatches = microbatches_needed(sequences, max_tokens)
+    bins = _fill(_lengths(sequences), max_tokens, num_microbatches)
+    return [_join(sequences, indices, pad_to_multiple) for indices in bins]
+
+
+def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int) -> int:
+    """A number of microbatches for which `pack` works, as does every larger one up to len(sequences).
+
+    All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
+    """
+    _check(sequences, max_tokens)
+    return len(_fewest(_lengths(sequences), max_tokens))
+
+
+def split_over_ranks(sequences: Sequence[TrainSequence], num_ranks: int) -> list[list[TrainSequence]]:
+    """One list a data-parallel rank, near equal in tokens; their counts differ by 1 at most.
+
+    Deterministic, so that every rank can compute it and keep its own list. Raises RolloutError for fewer sequences
+    than ranks, because each rank must run every collective of the step.
+    """
+    if num_ranks < 1 or len(sequences) < num_ranks:
+        raise RolloutError(
+            f"{len(sequences)} sequences cannot be split over {num_ranks} data-parallel ranks, each needs "
+            "one. Raise rollout.num_prompts or use fewer ranks."
+        )
+    base, extra = divmod(len(sequences), num_ranks)
+    quotas = [base + (rank < extra) for rank in range(num_ranks)]
+    bins = _balance(_lengths(sequences), num_ranks, quotas)
+    return [[sequences[i] for i in indices] for indices in bins]
+
+
+def _lengths(sequences: Sequence[TrainSequence]) -> list[int]:
+    return [len(sequence.token_ids) for sequence in sequences]
+
+
+def _check(sequences: Sequence[TrainSequence], max_tokens: int) -> None:
+    """Refuse what no packing can hold, and records whose parts would be put at the wrong tokens."""
+    if not sequences:
+        raise RolloutError(
+            "there is no sequence to pack: each rank needs one a minibatch. Raise rollout.num_prompts or "
+            "lower algorithm.num_minibatches."
+        )
+    for i, sequence in enumerate(sequences):
+        length, logprobs = len(sequence.token_ids), sequence.rollout_logprobs
+        if length > max_tokens:
+            raise RolloutError(
+                f"max_tokens_per_microbatch = {max_tokens}: sequence {i} has {length} tokens and is never "
+                f"split. Give max_tokens_per_microbatch at least {length}, or lower "
+                "rollout.max_response_length."
+            )
+        if not 1 <= sequence.prompt_length <= length:
+            # Nothing precedes the first token, so it has no log-prob and cannot be part of a response.
+            raise RolloutError(
+                f"sequence {i}: prompt_length = {sequence.prompt_length} must lie between 1 and its "
+                f"{length} tokens. Check the rollout engine."
+            )
+        if (logprobs is None) != (sequences[0].rollout_logprobs is None):
+            raise RolloutError(
+                f"sequence {i}: rollout_logprobs must be given for all sequences of a batch or for none. "
+                "Check the rollout engine."
+            )
+        if logprobs is not None and len(logprobs) != sequence.response_length:
+            raise RolloutError(
+                f"sequence {i}: {len(logprobs)} rollout_logprobs for {sequence.response_length} response "
+                "tokens, must be one a token. Check the rollout engine."
+            )
+
+
+def _fill(lengths: list[int], max_tokens: int, count: int) -> list[list[int]]:
+    """Exactly `count` non-empty bins of at most max_tokens; indices ascend in a bin, bins by their first index."""
+    if not 1 <= count <= len(lengths):
+        raise RolloutError(
+            f"num_microbatches = {count} must lie between 1 and the number of sequences of this rank, "
+            f"{len(lengths)}: each microbatch holds one. Lower algorithm.num_minibatches, or make "
+            "rollout.num_prompts * rollout.group_size a multiple of it times the data-parallel "
+            "size."
+        )
+    bins = _balance(lengths, count)
+    if not _fits(bins, lengths, max_tokens):
+        # Balancing into more bins can overflow where fewer did not; then halve the fullest of the fewer.
+        bins = _fewest(lengths, max_tokens)
+        if len(bins) > count:
+            raise RolloutError(
+                f"num_microbatches = {count}: {sum(lengths)} tokens do not fit at "
+                f"max_tokens_per_microbatch = {max_tokens}. Give num_microbatches at least {len(bins)} "
+                "(microbatches_needed), or raise max_tokens_per_microbatch."
+            )
+        while len(bins) < count:
+            fullest = max((b for b in bins if len(b) > 1), key=lambda b: sum(lengths[i] for i in b))
+            bins.remove(fullest)
+            halves = _balance([lengths[i] for i in fullest], 2)
+            bins += [[fullest[i] for i in half] for half in halves]
+    return sorted(sorted(indices) for indices in bins)
+
+
+def _fewest(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """The least number of balanced bins that fit, or first-fit decreasing where that takes fewer."""
+    packed = _first_fit(lengths, max_tokens)
+    for count in range(-(-sum(lengths) // max_tokens), len(packed)):
+        bins = _balance(lengths, count)
+        if _fits(bins, lengths, max_tokens):
+            return bins
+    return packed
+
+
+def _balance(lengths: list[int], count: int, quotas: list[int] | None = None) -> list[list[int]]:
+    """Longest first into the bin with the fewest tokens so far (Graham 1969, LPT); `quotas` bounds the bins' counts."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    # Bins that are level take turns by count, so that sequences of equal (or no) length spread over all of them.
+    heap = [(0, 0, k) for k in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, size, k = heapq.heappop(heap)
+        bins[k].append(i)
+        if quotas is None or size + 1 < quotas[k]:
+            heapq.heappush(heap, (tokens + lengths[i], size + 1, k))
+    return [sorted(indices) for indices in bins]
+
+
+def _first_fit(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing: few bins, not balanced."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        k = next((k for k, free in enumerate(room) if free >= lengths[i]), len(bins))
+        if k == len(bins):
+            bins.append([])
+            room.append(max_tokens)
+        bins[k].append(i)
+        room[k] -= lengths[i]
+    return bins
+
+
+def _fits(bins: list[list[int]], lengths: list[int], max_tokens: int) -> bool:
+    return all(sum(lengths[i] for i in indices) <= max_tokens for indices in bins)
+
+
+def _join(sequences: Sequence[TrainSequence], indices: list[int], pad_to_multiple: int) -> PackedBatch:
+    """One microbatch of the named sequences, see PackedBatch for the shapes."""
+    chosen = [sequences[i] for i in indices]
+    lengths = _lengths(chosen)
+    padding = -sum(lengths) % pad_to_multiple
+    segments = [*lengths, padding] if padding else lengths
+    tokens, mask, rollout = [], [], []
+    for sequence in chosen:
+        tokens += sequence.token_ids
+        mask += [0.0] * sequence.prompt_length + [1.0] * sequence.response_length
+        rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or [])
+    has_rollout = chosen[0].rollout_logprobs is not None
+    fill = [0] * padding
+    return PackedBatch(
+        tokens=torch.tensor(tokens + fill, dtype=torch.int64),
+        position_ids=torch.cat([torch.arange(length, dtype=torch.int64) for length in segments]),
+        cu_seqlens=torch.tensor([0, *segments], dtype=torch.int64).cumsum(0).to(torch.int32),
+        num_sequences=len(chosen),
+        loss_mask=torch.tensor(mask + fill, dtype=torch.float32),
+        advantages=torch.tensor([sequence.advantage for sequence in chosen], dtype=torch.float32),
+        rollout_logprobs=torch.tensor(rollout + fill, dtype=torch.float32) if has_rollout else None,
+        rewards=torch.tensor([sequence.reward for sequence in chosen], dtype=torch.float32),
+        group_id=torch.tensor([sequence.group_id for sequence in chosen], dtype=torch.int64),
+        truncated=torch.tensor([sequence.truncated for sequence in chosen], dtype=torch.bool),
+        source_index=list(indices),
+    )

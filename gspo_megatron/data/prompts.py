@@ -1,0 +1,101 @@
+"""The stream of prompts: questions of one split, through the chat template, as token ids.
+
+Every rank builds the same stream from the same mixture, so prompts need no broadcast and the state of a stream is one
+integer. Left out: epochs (questions are generated, the stream has no end) and cutting a long prompt (it would ask
+another question).
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gspo_megatron.config import require
+from gspo_megatron.errors import CheckpointError, RolloutError
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.types import Prompt, TaskItem
+
+
+class PromptSource:
+    """Endless prompts of one split, in an order that the mixture's seed fixes.
+
+    `tokenizer`: any Hugging Face tokenizer with a chat template and an end-of-text token. `max_prompt_length`: in
+    tokens, chat template included. Raises ConfigError for a tokenizer that lacks one of the two.
+    """
+
+    def __init__(self, mixture: TaskMixture, tokenizer: PreTrainedTokenizerBase, split: str, max_prompt_length: int):
+        require(
+            tokenizer.chat_template is not None,
+            "tokenizer.chat_template",
+            None,
+            "prompts are built with it",
+            "Use the instruction-tuned model's tokenizer, or set its chat_template.",
+        )
+        require(
+            tokenizer.eos_token_id is not None,
+            "tokenizer.eos_token",
+            None,
+            "responses end with it",
+            "Set eos_token in tokenizer_config.json.",
+        )
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.split = split
+        self.max_prompt_length = max_prompt_length
+        self.position = 0
+
+    def next(self, n: int) -> list[Prompt]:
+        """The following n prompts. Raises RolloutError, and stays where it is, when one is too long."""
+        prompts = [self._prompt(uid) for uid in range(self.position, self.position + n)]
+        self.position += n
+        return prompts
+
+    def fixed(self, n: int) -> list[Prompt]:
+        """Prompts 0 to n - 1, wherever the stream is: the same set at each evaluation."""
+        return [self._prompt(uid) for uid in range(n)]
+
+    def encode_prompt(self, item: TaskItem) -> list[int]:
+        """Token ids of a question up to where the response begins.
+
+        Raises RolloutError for more than max_prompt_length tokens.
+        """
+        messages = [{"role": "user", "content": item.question}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # The template has written the special tokens, so the tokenizer must not add its own.
+        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(token_ids) > self.max_prompt_length:
+            raise RolloutError(
+                f"data.max_prompt_length = {self.max_prompt_length}: a prompt of tasks.{item.task} has "
+                f"{len(token_ids)} tokens. Give data.max_prompt_length at least {len(token_ids)}, or "
+                f"narrow tasks.{item.task}.options."
+            )
+        return token_ids
+
+    def encode_answer(self, item: TaskItem) -> list[int]:
+        """Token ids of the gold answer and the end-of-text token: the response of a supervised example.
+
+        Raises RolloutError for a task that has a scorer but no gold answer.
+        """
+        if item.entry.get("answer") is None:
+            raise RolloutError(
+                f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
+                "or take the task out of the recipe."
+            )
+        return [*self.tokenizer.encode(item.answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream is; the rest comes from the recipe."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind a saved position. Raises CheckpointError for a state of another kind."""
+        position = state.get("position")
+        if not isinstance(position, int) or position < 0:
+            raise CheckpointError(
+                f"prompt stream: position = {position!r} must be an integer of 0 or more. The "
+                "checkpoint is damaged or of another program; resume from an earlier one."
+            )
+        self.position = position
+
+    def _prompt(self, uid: int) -> Prompt:
+        item = self.mixture.item(self.split, uid)
+        return Prompt(uid=uid, item=item, token_ids=self.encode_prompt(item))

@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each message names the field, the value, the constraint and the remedy.
+
+The command line prints these without a stack trace and exits with status 2; every other exception is a
+defect (ours or a library's) and keeps its trace.
+"""
+
+
+class GspoError(Exception):
+    """Base of every error that is reported to the user as one message."""
+
+
+class ConfigError(GspoError):
+    """A recipe or command-line value that cannot work, found before a process group or a model is built."""
+
+
+class CheckpointError(GspoError):
+    """A checkpoint that is missing, incomplete or does not fit the model."""
+
+
+class RolloutError(GspoError):
+    """A prompt or a completion that cannot be used (for example longer than the context)."""
+
+
+class TrainingError(GspoError):
+    """Training cannot go on, for example because a gradient is not finite."""

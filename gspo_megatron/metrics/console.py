@@ -1,0 +1,193 @@
+"""What a person watching a run sees: a header, a legend, one line a step, and a progress bar below them.
+
+In a terminal the bar stays at the bottom and everything printed by the process goes above it. Elsewhere (a log file,
+a Slurm job) there are no control codes: plain lines, each with an estimate of the time left.
+
+RL prints every step. Warm-start steps are short and many, so about LINES_OF_WARM_START of them are printed, and every
+one with an evaluation; the bar counts all. Left out: colours for good and bad values, which depend on the task.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+LINES_OF_WARM_START = 20
+LINES_A_PAGE = 30  # the column titles are repeated after this many lines
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the step lines."""
+
+    title: str
+    width: int
+    key: str
+    form: str  # format specification of the value
+    meaning: str  # for the legend; empty: explained with its neighbour
+    percent: bool = False  # the metric is a share
+    style: str = ""
+
+
+RL_COLUMNS = (
+    Column("step", 5, "step", "d", ""),
+    Column("reward", 7, "reward/mean", ".3f", "mean reward of the responses sampled in this step"),
+    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green"),
+    Column("ratio-sd", 9, "ratio/std", ".1e", "standard deviation over responses of the sequence ratio s"),
+    Column("clip<%", 7, "clip/seq_low", ".1f", "responses without gradient because s fell below 1 - eps_low", True),
+    Column("clip>%", 7, "clip/seq_high", ".1f", "the same, s above 1 + eps_high", True),
+    Column("token%", 7, "clip/token", ".1f", "both, as a share of response tokens", True),
+    Column("entropy", 8, "entropy", ".3f", "of the next token, nats; near 0 the policy no longer explores"),
+    Column("length", 7, "response/length", ".1f", "mean response, tokens"),
+    Column("tok/s", 7, "perf/tokens_per_second", ".0f", "tokens a second"),
+    Column("sec", 6, "time/step", ".1f", "seconds the step took"),
+)  # fmt: skip
+WARM_START_COLUMNS = (
+    Column("step", 5, "step", "d", ""),
+    Column("loss", 8, "loss", ".4f", "cross-entropy on the gold answers, nats a token"),
+    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green"),
+    Column("lr", 9, "lr", ".1e", "learning rate"),
+    Column("grad", 8, "grad_norm", ".2f", "norm of the gradient before clipping"),
+    Column("sec", 7, "time/step", ".2f", "seconds the step took"),
+)  # fmt: skip
+COLUMNS = {"warm_start": WARM_START_COLUMNS, "rl": RL_COLUMNS}
+PHASE_TITLES = {"warm_start": "warm start", "rl": "RL"}
+
+
+@dataclass
+class _Phase:
+    name: str
+    total: int
+    first: int  # steps that were done before this process (a resumed run)
+    began: float
+    task: Any = None  # rich's id of the bar
+    lines: int = 0
+
+
+class Console:
+    """Prints a run to `stream` (default: standard output). Rank 0 only. Close it, or the terminal keeps the bar."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._rich: RichConsole | None = None
+        self._progress: Progress | None = None
+        self._phase: _Phase | None = None
+        # Asked of the stream itself: rich also believes FORCE_COLOR, and a log file must stay free of codes.
+        if self._stream.isatty():
+            rich = RichConsole(file=self._stream, highlight=False)
+            self._rich = None if rich.is_dumb_terminal else rich
+
+    def header(self, lines: dict[str, str]) -> None:
+        """What is about to run: name and value a line (run folder, layout, device, kernels, model size, ...)."""
+        width = max(map(len, lines), default=0)
+        for name, value in lines.items():
+            self._print((f"{name:<{width}}  ", "dim"), (value, ""))
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """Begin "warm_start" or "rl" of `total` steps, of which a resumed run has `done` behind it."""
+        self._phase = _Phase(name, total, done, self._clock())
+        self._legend(name, total)
+        if self._rich is None:
+            return
+        if self._progress is None:
+            self._progress = _progress_bar(self._rich)
+            self._progress.start()
+        self._phase.task = self._progress.add_task(f"{PHASE_TITLES[name]:<10}", total=total, completed=done)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One metric row of the phase begun last. A metric that is absent shows as "-", held-out accuracy as blank."""
+        phase, step = self._phase, row["step"]
+        if phase is None or phase.name != row["phase"]:
+            raise ValueError(f"a row of phase {row['phase']!r}: call phase({row['phase']!r}, total) before its steps")
+        if self._progress is not None:
+            self._progress.update(phase.task, completed=step)
+        if phase.name == "warm_start" and not self._is_shown(row):
+            return
+        columns = COLUMNS[phase.name]
+        if phase.lines % LINES_A_PAGE == 0:
+            self._print(*[(f"{column.title:>{column.width}}", "bold") for column in columns])
+        phase.lines += 1
+        parts = [(_cell(column, row), column.style) for column in columns]
+        self._print(*parts, (self._time_left(step), "") if self._rich is None else ("", ""))
+
+    def note(self, text: str) -> None:
+        """A sentence on its own line, for example where a checkpoint was written."""
+        self._print((text, "cyan"))
+
+    def warn(self, text: str) -> None:
+        """A sentence that the user should act on or know."""
+        self._print((f"warning: {text}", "yellow"))
+
+    def close(self) -> None:
+        """Stop the bar and give the terminal back. May be called twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _legend(self, name: str, total: int) -> None:
+        self._print()
+        self._print((f"{PHASE_TITLES[name]}: {total} steps", "bold"))
+        for column in COLUMNS[name]:
+            if column.meaning:
+                self._print((f"  {column.title:<9}", ""), (column.meaning, "dim"))
+        self._print()
+
+    def _is_shown(self, row: dict[str, Any]) -> bool:
+        every = max(1, self._phase.total // LINES_OF_WARM_START)
+        step = row["step"]
+        return step == 1 or step % every == 0 or step == self._phase.total or row.get("eval/accuracy") is not None
+
+    def _time_left(self, step: int) -> str:
+        """From the pace since the phase began; nothing before the first step."""
+        done = step - self._phase.first
+        if done <= 0:
+            return ""
+        left = (self._clock() - self._phase.began) / done * max(0, self._phase.total - step)
+        return f"  {timedelta(seconds=round(left))} left"
+
+    def _print(self, *parts: tuple[str, str]) -> None:
+        if self._rich is None:
+            print("".join(text for text, _ in parts), file=self._stream, flush=True)
+        else:
+            # soft_wrap: a line wider than the terminal continues below instead of losing its end.
+            self._rich.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _cell(column: Column, row: dict[str, Any]) -> str:
+    value = row.get(column.key)
+    if value is None:
+        text = "" if column.key == "eval/accuracy" else "-"
+    elif not math.isfinite(value):
+        text = str(float(value))  # nan, inf
+    else:
+        text = format(100 * value if column.percent else value, column.form)
+    return f"{text:>{column.width}}"
+
+
+def _progress_bar(rich: RichConsole) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=rich,
+        refresh_per_second=2,  # the bar runs beside a training that may have two cores
+        speed_estimate_period=600,  # seconds; the default of 30 holds less than one step of a large model
+    )

@@ -1,0 +1,70 @@
+"""A finished or running run as its readers see it: recipe and rows, split by phase and in order of steps.
+
+Left out: any judgement (learning.py) and any drawing (panels.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gspo_megatron.metrics.tracker import MetricsError, read_metrics
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder, read."""
+
+    path: Path
+    config: dict[str, Any]  # config.yaml as written; empty where the folder has none
+    warm_start: list[Row]  # by step, 1..n
+    rl: list[Row]  # by step; row 0 holds only the evaluation before RL
+
+    def setting(self, dotted: str, default: Any = None) -> Any:
+        """A value of config.yaml, for example setting("algorithm.clip_ratio_low")."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def rows(self, phase: str) -> list[Row]:
+        """The rows of "warm_start" or "rl"."""
+        return self.warm_start if phase == "warm_start" else self.rl
+
+
+def load_record(run_dir: Path) -> RunRecord:
+    """Read config.yaml and metrics.jsonl. Where a resumed run went over a step again, its later row counts.
+
+    Raises MetricsError on missing or corrupt metrics and on a config.yaml that is not a YAML mapping.
+    """
+    by_step = {(row["phase"], row["step"]): row for row in read_metrics(run_dir)}
+    ordered = [by_step[key] for key in sorted(by_step, key=lambda key: key[1])]
+    return RunRecord(
+        path=run_dir,
+        config=_read_config(run_dir / "config.yaml"),
+        warm_start=[row for row in ordered if row["phase"] == "warm_start"],
+        rl=[row for row in ordered if row["phase"] == "rl"],
+    )
+
+
+def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric; rows where it is absent or null (it was not finite) are left out."""
+    kept = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MetricsError(f"{path}: not readable as YAML ({error}).") from error
+    if not isinstance(config, dict):
+        raise MetricsError(f"{path}: not a mapping of settings.")
+    return config

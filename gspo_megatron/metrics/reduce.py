@@ -1,0 +1,67 @@
+"""From what each data-parallel replica saw to the numbers of the whole step. Collectives over data parallelism.
+
+Sums and extremes are taken over the gathered rows, not averaged over ranks: a mean of means weighs ranks, not responses.
+"""
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend.policy import UpdateResult
+from gspo_megatron.types import SequenceTable
+
+
+def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, k] of each rank -> [ranks * n, k] in rank order; n must be the same on all."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return rows
+    gathered = rows.new_empty(size * rows.size(0), rows.size(1))
+    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
+    """Ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
+
+    Args:
+        results: one a minibatch, of this replica.
+        group: data-parallel ranks.
+    """
+    table = SequenceTable(gather_rows(torch.cat([r.table.values for r in results]), group))
+    loss = torch.tensor([r.loss for r in results], dtype=torch.float64, device=table.values.device)
+    dist.all_reduce(loss, group=group)  # each replica has its share of the mean over the global batch
+    counted = SequenceTable(table.values[table.column("num_tokens") > 0])
+    metrics = {
+        "loss": float(loss.mean()),
+        "grad_norm": sum(r.grad_norm for r in results) / len(results),
+        "lr": results[-1].learning_rate,
+    }
+    if counted.values.numel() == 0:
+        return metrics
+    lengths = counted.column("num_tokens")
+    tokens = lengths.sum()
+    ratio = (counted.column("sum_log_ratio") / lengths).exp()
+    low, high = counted.column("clipped_low_tokens"), counted.column("clipped_high_tokens")
+    return metrics | {
+        "ratio/mean": float(ratio.mean()),
+        "ratio/std": float(ratio.std(correction=0)),
+        "ratio/min": float(ratio.min()),
+        "ratio/max": float(ratio.max()),
+        "ratio/max_abs_token_log_ratio": float(counted.column("max_abs_log_ratio").max()),
+        "clip/seq_low": float((low > 0).double().mean()),
+        "clip/seq_high": float((high > 0).double().mean()),
+        "clip/token": float((low + high).sum() / tokens),
+        "kl/k1": float(-counted.column("sum_log_ratio").sum() / tokens),
+        "kl/k3": float(counted.column("sum_k3").sum() / tokens),
+        "entropy": float(counted.column("sum_entropy").sum() / tokens),
+    }
+
+
+def load_metrics(load: torch.Tensor) -> dict[str, float]:
+    """Expert load imbalance from tokens an expert, [layers, E]: max over mean, 1 is perfectly even."""
+    imbalance = load.max(dim=1).values / load.mean(dim=1).clamp(min=1e-9)
+    return {
+        "route/load_imbalance": float(imbalance.mean()),
+        "route/load_imbalance_max": float(imbalance.max()),
+        "route/dead_experts": float((load == 0).sum()),
+    }

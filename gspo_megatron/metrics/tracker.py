@@ -1,0 +1,144 @@
+"""The run's metric rows: written to metrics.jsonl and TensorBoard, read back by everything that looks at a run.
+
+metrics.jsonl is the record, one JSON object a step: {"phase": "warm_start" | "rl", "step": int, <metric>: number or
+null}. TensorBoard is a view of the same rows. samples.jsonl holds a few prompts and responses for the eye.
+
+Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files, hosted trackers.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gspo_megatron.errors import GspoError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+PHASES = ("warm_start", "rl")
+
+
+class MetricsError(GspoError):
+    """A run folder whose metrics are missing, corrupt or do not answer the question that was asked."""
+
+
+class Tracker:
+    """Appends a run's rows as they come. Rank 0 only; a resumed run continues the same files.
+
+    `warn` receives one line of text for each thing a user should know; it defaults to Python's warnings.
+    """
+
+    def __init__(self, run_dir: Path, warn: Callable[[str], None] = warnings.warn) -> None:
+        # Here and not at the top: it costs seconds, and read_metrics serves tools that never write an event.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._warn = warn
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = self._open(run_dir / METRICS_FILE)
+        self._samples = self._open(run_dir / SAMPLES_FILE)
+        self._events = SummaryWriter(run_dir / "tensorboard")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one step's row and flush it, so that a kill loses at most the step in flight.
+
+        A NaN or an infinity is written as null, because JSON has neither, and is warned about. Raises ValueError
+        on a row without a known phase and an integer step: that is a defect of the caller.
+        """
+        if row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
+            raise ValueError(f"a metric row needs a phase of {PHASES} and an integer step, got {row!r}")
+        plain = {key: value if key in ("phase", "step") else _number(value) for key, value in row.items()}
+        finite = {key: None if _not_finite(value) else value for key, value in plain.items()}
+        lost = [f"{key} is {plain[key]}" for key in plain if _not_finite(plain[key])]
+        if lost:
+            self._warn(f"{row['phase']} step {row['step']}: {', '.join(lost)}; written as null")
+        _append(self._metrics, finite)
+        prefix = "warm_start/" if row["phase"] == "warm_start" else ""
+        for key, value in finite.items():
+            if key not in ("phase", "step") and value is not None:
+                self._events.add_scalar(prefix + key, value, global_step=row["step"])
+
+    def sample(self, row: dict[str, Any]) -> None:
+        """Append one prompt, response, reward and step to samples.jsonl, for a person to read."""
+        _append(self._samples, {key: None if _not_finite(value) else value for key, value in row.items()})
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds and close the files; further calls of log() fail."""
+        self._events.close()
+        self._metrics.close()
+        self._samples.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, path: Path) -> BinaryIO:
+        """Open for append, first cutting off a last line that a kill left unfinished: the next row would join it."""
+        kept = path.read_bytes() if path.exists() else b""
+        tail = kept.rpartition(b"\n")[2]
+        file = path.open("ab")
+        if tail and _is_object(tail):
+            file.write(b"\n")
+        elif tail:
+            file.truncate(len(kept) - len(tail))
+            self._warn(f"{path}: removed an unfinished last line ({len(tail)} bytes)")
+        return file
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every row of a run's metrics.jsonl in file order; a step that a resumed run went over again is there twice.
+
+    An unfinished last line (the run was killed, or is writing now) is left out with a warning. Raises MetricsError
+    that names file and line for any other line that is not a row, and where there is no file.
+    """
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        raise MetricsError(f"{path}: no such file. Give the folder of a run, for example runs/moe_gspo.")
+    lines = path.read_bytes().split(b"\n")
+    tail = lines.pop()  # empty where the last line is complete
+    rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    if tail and _is_object(tail):
+        rows.append(_parse(tail, f"{path}, line {len(lines) + 1}"))
+    elif tail:
+        warnings.warn(f"{path}, line {len(lines) + 1}: unfinished last line left out", stacklevel=2)
+    return rows
+
+
+def _append(file: BinaryIO, row: dict[str, Any]) -> None:
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate in a sampled text cannot be encoded; backslashreplace turns it into JSON's own escape.
+    file.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
+    file.flush()
+
+
+def _number(value: Any) -> int | float | None:
+    """A JSON number of a Python, NumPy or one-element torch value; None stays None."""
+    return value if value is None or isinstance(value, int) else float(value)
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _reject(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")  # Python's reader would accept it, others would not
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line, parse_constant=_reject), dict)
+    except ValueError:
+        return False
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_reject)
+    except ValueError as error:
+        raise MetricsError(f"{where}: not valid JSON ({error}). Repair or remove the line by hand.") from error
+    if not isinstance(row, dict) or row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
+        raise MetricsError(f"{where}: not a metric row, which has a phase of {PHASES} and an integer step.")
+    return row

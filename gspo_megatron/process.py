@@ -1,0 +1,133 @@
+"""How a rank ends: promptly, with one message, whatever it is blocked in.
+
+A rank spends most of its life inside C++ (a Gloo or NCCL wait), where Python runs no signal handler, and the
+destructors of a process group whose peers are gone can hang. So signals are answered by a thread of their own, and
+a failed rank leaves with os._exit. torchrun ends all ranks when the first one exits; a rank whose message is probably
+an echo of another's waits for that before it speaks.
+
+Left out: restarts (torchrun's or Slurm's), saving a checkpoint on a signal, and the time limit of collectives, which
+the process group has itself. A thread's own uncaught exception ends only that thread.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from gspo_megatron.errors import GspoError
+
+ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fail up to a second apart
+BAD_INPUT = 2
+DEFECT = 1
+# What Gloo and NCCL say when the other side of a connection has died.
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+
+
+def rank() -> int:
+    """This process's rank as its launcher says, 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Run the body of one rank; everything that ends it early ends the process here.
+
+    A GspoError prints its message and exits with status 2, every other exception prints its trace and exits with
+    status 1, SIGINT and SIGTERM print one line on rank 0 and exit with 130 and 143, also while the main thread is
+    blocked in C++. Must be entered on the main thread.
+    """
+    restore = _answer_signals()
+    try:
+        yield
+    except GspoError as error:
+        _wait_for_first(rank() != 0)
+        where = f"rank {rank()}: " if rank() else ""
+        _exit(BAD_INPUT, f"{where}error: {error}")
+    except SystemExit as error:  # the command line's own --help and complaints, already printed
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        _wait_for_first(status != 0 and rank() != 0)
+        _exit(status, error.code if isinstance(error.code, str) else None)
+    except BaseException as error:
+        lost = isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in LOST_PEER)
+        _wait_for_first(lost or rank() != 0)
+        if lost:
+            reason = str(error).strip().splitlines()[0]
+            _exit(DEFECT, f"rank {rank()}: lost the connection to another rank, which ended first ({reason})")
+        _exit(DEFECT, f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
+    finally:
+        restore()
+
+
+def _wait_for_first(is_echo: bool) -> None:
+    """Let the rank that failed first speak: when it exits, the launcher's SIGTERM ends this one without a word."""
+    if is_echo:
+        time.sleep(ECHO_SECONDS)
+
+
+def _exit(status: int, message: str | None = None) -> None:
+    # A reader of our output that has gone away must not keep us from ending, nor a lock that a blocked thread holds.
+    flush = threading.Thread(target=_flush, daemon=True)
+    flush.start()
+    flush.join(1.0)
+    if message:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{message}\n".encode())
+    os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+
+
+def _answer_signals() -> Callable[[], None]:
+    """Start the thread that ends the process on a signal; returns what puts the old handlers back."""
+    over = threading.Event()
+    receive, send = socket.socketpair()
+    send.setblocking(False)
+    # The C part of Python's handler writes the signal's number into `send` at once, whatever Python is doing. It does
+    # so only for signals that have a Python handler, so they get one that does nothing.
+    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    old_fd = signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
+
+    def leave_to_parent() -> None:
+        # A forked child (a checkpoint writer) shares the socket: ending it must not end the rank.
+        if not over.is_set():
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    os.register_at_fork(after_in_child=leave_to_parent)
+    # torchrun that is killed outright cannot end its ranks; then their parent changes.
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    threading.Thread(target=_watch, args=(receive, launcher), name="signals", daemon=True).start()
+
+    def restore() -> None:
+        over.set()
+        signal.set_wakeup_fd(old_fd)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        send.close()  # ends the thread
+
+    return restore
+
+
+def _watch(receive: socket.socket, launcher: int | None) -> None:
+    while True:
+        ready, _, _ = select.select([receive], [], [], 1.0)
+        if ready:
+            numbers = receive.recv(1)
+            if not numbers:
+                return
+            number = signal.Signals(numbers[0])
+            if number in (signal.SIGINT, signal.SIGTERM):
+                _exit(128 + number, f"rank 0: ended by {number.name}" if rank() == 0 else None)
+        elif launcher is not None and os.getppid() != launcher:
+            _exit(DEFECT, "rank 0: ended because torchrun is gone" if rank() == 0 else None)

@@ -1,0 +1,206 @@
+"""Generation on the training model itself: same shards, same ranks, a key/value cache in each stage.
+
+The responses of this data-parallel replica are cut into `pipeline size` waves. Every stage walks through
+(iteration, virtual stage, wave) in the same order, so while one wave is in the last stage the next is in the first. The
+last stage samples and sends the tokens back to all stages; each drops finished responses from its cache by itself, so
+a finished response costs nothing. Hidden states and tokens are all that travels: no rank ever holds another's weights.
+
+Where experts span data-parallel replicas, a replica that has finished goes on with one padding row, because its experts
+are needed by the others.
+
+Left out: servers (vLLM), continuous batching over steps, prefix caching beyond the responses of one prompt.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from gspo_megatron.backend.attention import CachePlan, KeyValueCache, PackedPlan
+from gspo_megatron.backend.policy import Policy
+from gspo_megatron.rollout.sampling import SamplingParams, sample
+from gspo_megatron.types import Completion, Prompt
+
+
+@dataclass
+class _Wave:
+    """Some whole groups of responses that move through the pipeline together. Bookkeeping is the same on all stages."""
+
+    prompts: list[torch.Tensor]  # [length] int64 each
+    group_size: int
+    uniform: torch.Tensor  # [rows, max_tokens] fp64
+    caches: list[KeyValueCache]  # one a virtual stage
+    tokens: torch.Tensor  # [rows, max_tokens] int64, written so far
+    logprobs: torch.Tensor  # [rows, max_tokens] fp32, on the last stage only until the end
+    lengths: torch.Tensor  # [rows] int64, response tokens so far
+    active: torch.Tensor  # [n] int64, rows still being written
+    newest: torch.Tensor  # [n] int64, their newest tokens
+    finished: bool = False  # on every replica that must step together
+
+    def append(self, tokens: torch.Tensor, iteration: int, params: SamplingParams) -> None:
+        """Add one token to each active row, and drop the rows that end with it. tokens: [n] int64."""
+        self.tokens[self.active, iteration] = tokens
+        self.lengths[self.active] += 1
+        stops = torch.tensor(params.stop_token_ids, device=tokens.device)
+        alive = ~torch.isin(tokens, stops) & (iteration + 1 < params.max_tokens)
+        if not bool(alive.all()):
+            for cache in self.caches:
+                cache.keep(alive.nonzero().squeeze(1))
+        self.active, self.newest = self.active[alive], tokens[alive]
+
+
+class MegatronEngine:
+    """Samples from a Policy. Every rank of a replica calls generate() with the same prompts and gets the same answer."""
+
+    def __init__(self, policy: Policy):
+        self.policy, self.topology, self.device = policy, policy.topology, policy.runtime.device
+        config = policy.models[0].config
+        self.hidden_size, self.dtype = config.hidden_size, config.params_dtype
+        self._sends: list[tuple] = []  # (work, tensor): the tensor must live until it is sent
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], group_size: int, params: SamplingParams,
+                 uniform: torch.Tensor) -> list[list[Completion]]:  # fmt: skip
+        """Sample `group_size` responses to each prompt.
+
+        Args:
+            prompts: this replica's, as many on every replica.
+            uniform: [len(prompts) * group_size, params.max_tokens] fp64, responses of a prompt next to each other.
+
+        Returns:
+            One list of completions a prompt, the same on every rank of the replica.
+        """
+        for model in self.policy.models:
+            model.eval()
+        waves = self._waves(prompts, group_size, params, uniform)
+        for iteration in range(params.max_tokens):
+            for chunk in range(len(self.policy.models)):
+                for wave in [wave for wave in waves if not wave.finished]:
+                    if chunk == 0 and iteration > 0 and not self.topology.is_last_stage:
+                        self._receive_tokens(wave, iteration - 1, params)
+                        if wave.finished:
+                            continue
+                    logits = self._forward(wave, chunk, first=iteration == 0)
+                    if logits is not None:
+                        self._sample(wave, logits, iteration, params)
+        for wave in waves:
+            if not wave.finished and not self.topology.is_last_stage:
+                self._receive_tokens(wave, params.max_tokens - 1, params)
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+        return self._completions(waves, params)
+
+    def _waves(self, prompts, group_size, params, uniform) -> list[_Wave]:
+        """As many waves as stages (fewer where there are fewer prompts), of nearly equal numbers of prompts."""
+        count = min(self.topology.pp_size, len(prompts))
+        bounds = [len(prompts) * i // count for i in range(count + 1)]
+        waves = []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            tokens = [torch.tensor(p.token_ids, device=self.device) for p in prompts[start:stop]]
+            rows, max_len = len(tokens) * group_size, max(len(t) for t in tokens) + params.max_tokens
+            shape = (rows, params.max_tokens)
+            waves.append(
+                _Wave(
+                    tokens, group_size, uniform[start * group_size : stop * group_size],
+                    [KeyValueCache(rows, max_len, {}) for _ in self.policy.models],
+                    torch.zeros(shape, dtype=torch.int64, device=self.device),
+                    torch.zeros(shape, dtype=torch.float32, device=self.device),
+                    torch.zeros(rows, dtype=torch.int64, device=self.device),
+                    torch.arange(rows, device=self.device), torch.empty(0, dtype=torch.int64, device=self.device),
+                )
+            )  # fmt: skip
+        return waves
+
+    def _forward(self, wave: _Wave, chunk: int, first: bool) -> torch.Tensor | None:
+        """One pass of one virtual stage. The last one returns logits [n, V] of the rows that need a token."""
+        tokens, positions, plan, wanted = self._prefill(wave, chunk) if first else self._decode(wave, chunk)
+        topology, model = self.topology, self.policy.models[chunk]
+        # Sequence parallelism cuts the tokens over tensor ranks; a replica without tokens still runs its experts.
+        padding = -(-max(tokens.numel(), 1) // topology.tp_size) * topology.tp_size - tokens.numel()
+        tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
+        if not model.pre_process:
+            hidden = torch.empty(tokens.numel() // topology.tp_size, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+            dist.recv(hidden, self._neighbour(-1), group=topology.pp_group)
+            model.set_input_tensor(hidden)
+        out = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=plan)
+        if not model.post_process:
+            self._send(out.contiguous(), self._neighbour(1), topology.pp_group)
+            return None
+        return self._gather_vocabulary(out[wanted])
+
+    def _prefill(self, wave: _Wave, chunk: int):
+        """All prompts of the wave, packed; each is computed once and cached for all its responses."""
+        lengths = torch.tensor([len(p) for p in wave.prompts], device=self.device)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        prompt = PackedPlan.from_cu_seqlens(cu_seqlens)
+        positions = torch.cat([torch.arange(len(p), device=self.device) for p in wave.prompts])
+        owner = torch.repeat_interleave(torch.arange(len(wave.prompts), device=self.device), lengths)
+        rows = owner.unsqueeze(1) * wave.group_size + torch.arange(wave.group_size, device=self.device)
+        plan = CachePlan(
+            qkv_format="sbhd", max_seqlen_q=prompt.max_len, max_seqlen_kv=prompt.max_len, cache=wave.caches[chunk],
+            num_tokens=positions.numel(), positions=positions, rows=rows, prompt=prompt,
+        )  # fmt: skip
+        wanted = (cu_seqlens[1:].long() - 1).repeat_interleave(wave.group_size)
+        return torch.cat(wave.prompts), positions, plan, wanted
+
+    def _decode(self, wave: _Wave, chunk: int):
+        """One token of every active row."""
+        prompt_lengths = torch.tensor([len(p) for p in wave.prompts], device=self.device)
+        positions = prompt_lengths[wave.active // wave.group_size] + wave.lengths[wave.active] - 1
+        n = positions.numel()
+        plan = CachePlan(
+            qkv_format="sbhd", max_seqlen_q=1, max_seqlen_kv=wave.caches[chunk].max_len, cache=wave.caches[chunk],
+            num_tokens=n, positions=positions,
+        )  # fmt: skip
+        return wave.newest, positions, plan, torch.arange(n, device=self.device)
+
+    def _sample(self, wave: _Wave, logits: torch.Tensor, iteration: int, params: SamplingParams) -> None:
+        """On the last stage: choose tokens, tell the other stages, and agree on whether the wave goes on."""
+        rows = wave.active
+        tokens, logprobs = sample(logits, wave.uniform[rows.cpu(), iteration], params)
+        wave.logprobs[rows, iteration] = logprobs
+        wave.append(tokens, iteration, params)
+        remaining = torch.tensor([wave.active.numel()], device=self.device)
+        if self.topology.experts_span_data_parallel:
+            dist.all_reduce(remaining, op=dist.ReduceOp.MAX, group=self.topology.dp_group)
+        wave.finished = int(remaining) == 0
+        message = torch.cat([tokens, remaining])
+        for rank in self.topology.stage_ranks[:-1]:
+            self._send(message, rank, self.topology.feedback_group)
+
+    def _receive_tokens(self, wave: _Wave, iteration: int, params: SamplingParams) -> None:
+        message = torch.empty(wave.active.numel() + 1, dtype=torch.int64, device=self.device)
+        dist.recv(message, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
+        wave.append(message[:-1], iteration, params)
+        wave.finished = int(message[-1]) == 0
+
+    def _gather_vocabulary(self, shard: torch.Tensor) -> torch.Tensor:
+        """[n, V/TP] -> [n, V], the same bits on every tensor rank, so that all of them draw the same token."""
+        size = self.topology.tp_size
+        if size == 1:
+            return shard
+        gathered = shard.new_empty(size * shard.size(0), shard.size(1))
+        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=self.topology.tp_group)
+        return gathered.view(size, *shard.shape).transpose(0, 1).flatten(1)
+
+    def _neighbour(self, step: int) -> int:
+        return self.topology.stage_ranks[(self.topology.pp_rank + step) % self.topology.pp_size]
+
+    def _send(self, tensor: torch.Tensor, rank: int, group: dist.ProcessGroup) -> None:
+        self._sends = [(work, sent) for work, sent in self._sends if not work.is_completed()]
+        self._sends.append((dist.isend(tensor, rank, group=group), tensor))
+
+    def _completions(self, waves: list[_Wave], params: SamplingParams) -> list[list[Completion]]:
+        answers = []
+        for wave in waves:
+            if self.topology.pp_size > 1:
+                dist.broadcast(wave.logprobs, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
+            lengths, tokens, logprobs = wave.lengths.tolist(), wave.tokens.tolist(), wave.logprobs.tolist()
+            rows = []
+            for row, length in enumerate(lengths):
+                truncated = tokens[row][length - 1] not in params.stop_token_ids
+                rows.append(Completion(tokens[row][:length], logprobs[row][:length], truncated))
+            answers += [rows[i : i + wave.group_size] for i in range(0, len(rows), wave.group_size)]
+        return answers

@@ -1,0 +1,63 @@
+"""Sampling of one token from logits, driven by uniform numbers that belong to the response and the position.
+
+A run's samples therefore depend on (seed, step, prompt, response, position) and not on how ranks, waves or finished
+sequences were arranged.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. `greedy` takes the likeliest and ignores the rest."""
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    greedy: bool = False
+
+
+def uniforms(rows: int, max_tokens: int, seed: int) -> torch.Tensor:
+    """[rows, max_tokens] fp64 in [0, 1), the same on every rank."""
+    return torch.rand(rows, max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at `uniform`.
+
+    Args:
+        logits: [n, V] fp32.
+        uniform: [n] fp64 in [0, 1).
+
+    Returns:
+        (tokens [n] int64, logprobs [n] fp32): the log-prob is that of softmax(logits / temperature) over all tokens,
+        before top-k and top-p cut it, because training compares it with the whole distribution.
+    """
+    logprobs = torch.log_softmax(logits / params.temperature, dim=-1)
+    if params.greedy:
+        tokens = logits.argmax(-1)
+    else:
+        probs = _truncate(logprobs.double().exp(), params)
+        cumulative = probs.cumsum(-1)
+        target = uniform.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
+        # right=True steps over tokens of probability 0; the clamp guards the last bit of the sum.
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+
+
+def _truncate(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[n, V] -> the same with 0 where top-k or top-p cut (the likeliest token always stays)."""
+    if params.top_k == 0 and params.top_p == 1.0:
+        return probs
+    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_k:
+        keep[:, params.top_k :] = False
+    if params.top_p < 1.0:
+        # A token stays while the ones before it hold less than top_p.
+        keep &= (ordered.cumsum(-1) - ordered) < params.top_p
+    return torch.zeros_like(probs).scatter(1, index, ordered * keep)

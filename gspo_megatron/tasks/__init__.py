@@ -1,0 +1,1 @@
+"""Questions with a checkable answer, and the reward of a response."""

@@ -1,0 +1,249 @@
+"""A weighted mixture of reasoning-gym tasks: random access to questions, three disjoint splits, scores.
+
+Nothing here keeps a position: `item(split, index)` is a pure function of the mixture's seed and its arguments, so
+every rank can draw any prompt and a resumed run needs one integer. Left out: tokenization and the order of prompts
+(data/prompts.py), curricula (a task's options are fixed for a run), and any dedupe: two indices may hold the same
+question when a task has few, but never across splits.
+
+Source of tasks and scorers: reasoning-gym (github.com/open-thought/reasoning-gym); the tables below were found by
+running every task of version 0.1.25.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import logging
+import math
+import os
+from bisect import bisect_right
+from typing import Any
+
+from reasoning_gym.factory import DATASETS, create_dataset
+
+from gspo_megatron.config import TaskConfig, require
+from gspo_megatron.errors import ConfigError, RolloutError
+from gspo_megatron.types import TaskItem
+
+log = logging.getLogger(__name__)
+
+# Sixteenths of the hash space. RL takes fresh questions all the time, the evaluation needs a few hundred.
+SPLITS = {"train": range(0, 10), "warm_start": range(10, 14), "eval": range(14, 16)}
+# (14/16)^256 = 1e-15: a task that has questions in every split does not fail by bad luck.
+MAX_DRAWS = 256
+
+# reasoning-gym seeds a question with seed + index, so the size costs nothing but in the tasks of TABLE_TASKS,
+# which build a list of that length (or refuse a longer one).
+VIRTUAL_SIZE = 2**31 - 1
+TABLE_TASKS = ("acre", "gsm_symbolic", "list_functions", "word_ladder")
+TABLE_SIZE = 10_000
+
+# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string.
+EVAL_TASKS = (
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+)
+# Their generators iterate over sets of strings, whose order follows Python's hash seed.
+HASH_ORDER_TASKS = ("codeio", "isomorphic_strings", "knight_swap", "ransom_note", "word_ladder")
+
+HOPELESS_RESPONSE = "\x00"  # no task's answer: a scorer that likes it likes anything
+BELOW_FULL = math.nextafter(1.0, 0.0)
+LIST_ALL = 'List them with: python -c "from gspo_megatron.tasks.mixture import task_names; print(*task_names())"'
+
+
+def task_names() -> list[str]:
+    """Names that a recipe's `tasks` table may use, sorted."""
+    return sorted(set(DATASETS) - set(EVAL_TASKS) - {"composite"})
+
+
+def split_of(question: str) -> str:
+    """The only split in which a question may appear.
+
+    A function of the text alone, not of seed or task: no run's evaluation holds a question that another run
+    was trained on.
+    """
+    bucket = _hash64("split", question) % 16
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def is_correct(score: float) -> bool:
+    """Full marks. Some tasks give partial credit below 1 for answers that are wrong."""
+    return score >= 1.0
+
+
+class TaskMixture:
+    """Questions of several tasks, drawn by weight.
+
+    `tasks`: the recipe's table, reasoning-gym name -> weight and options. `seed`: any integer; another seed is another
+    order of questions within the same splits. Raises ConfigError for a name, option or scorer that cannot be used.
+    """
+
+    def __init__(self, tasks: dict[str, TaskConfig], seed: int):
+        require(len(tasks) > 0, "tasks", tasks, "must name at least one task", "For example spell_backward: {}.")
+        self.seed = seed
+        self.names = sorted(tasks)  # so that the order of lines in a recipe does not matter
+        self._thresholds = list(itertools.accumulate(tasks[name].weight for name in self.names))
+        self._datasets = {name: _build(name, tasks[name].options, seed) for name in self.names}
+        self._warned: set[str] = set()
+        for name in self.names:
+            self._check_scorer(name)
+
+    def item(self, split: str, index: int) -> TaskItem:
+        """Question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
+
+        Raises ConfigError when the task has no question in this split, RolloutError when its generator always fails.
+        """
+        if split not in SPLITS or index < 0:
+            raise ValueError(f"item({split!r}, {index}): split must be one of {list(SPLITS)} and index 0 or more.")
+        point = _hash64("task", self.seed, split, index) / 2**64 * self._thresholds[-1]
+        place = min(bisect_right(self._thresholds, point), len(self.names) - 1)  # the quotient may round up to 1
+        return self._draw(self.names[place], split, index)
+
+    def score(self, item: TaskItem, response_text: str) -> float:
+        """Reward of a response by the task's own scorer, at most 1 (see `is_correct`).
+
+        A scorer that raises on this response, but not on the gold answer, met text it cannot parse: 0. Raises
+        RolloutError for a response that is no string, a scorer that always raises, a score that is no finite number.
+        """
+        if not isinstance(response_text, str):
+            raise RolloutError(
+                f"tasks.{item.task}: a response of type {type(response_text).__name__} cannot be scored, "
+                "it must be str. Decode the token ids first."
+            )
+        try:
+            value = float(self._datasets[item.task].score_answer(response_text, item.entry))
+        except Exception as error:
+            self._excuse(item, response_text, error)
+            return 0.0
+        if not math.isfinite(value):
+            raise RolloutError(
+                f"tasks.{item.task}: the scorer gave {value} for the response {response_text[:80]!r}, a "
+                "score must be finite. Take the task out of the recipe."
+            )
+        # spell_backward adds up 1/n a letter; at n = 9, 11, 18, ... the right letters followed by more text reach
+        # 1 + 2e-16, and only an exact answer may count as correct.
+        return value if value <= 1.0 else BELOW_FULL
+
+    def _draw(self, name: str, split: str, index: int) -> TaskItem:
+        dataset = self._datasets[name]
+        failures: list[Exception] = []
+        for attempt in range(MAX_DRAWS):
+            position = _hash64("draw", self.seed, split, index, attempt) % len(dataset)
+            try:
+                entry = dataset[position]
+                question, answer = entry["question"], entry["answer"]
+            except Exception as error:  # a few generators (maze) give up now and then; the next draw is as good
+                failures.append(error)
+                continue
+            if split_of(question) == split:
+                # Some tasks have a scorer but no gold answer; the entry keeps the None.
+                return TaskItem(name, question, "" if answer is None else str(answer), entry)
+        if len(failures) == MAX_DRAWS:
+            raise RolloutError(
+                f"tasks.{name}.options: {MAX_DRAWS} draws gave no question, the generator failed each time, last with "
+                f"{type(failures[-1]).__name__}: {failures[-1]}. Change the options."
+            ) from failures[-1]
+        raise ConfigError(
+            f"tasks.{name}.options: {MAX_DRAWS} draws held no question of the split {split!r}, so the task "
+            "has too few distinct questions. Widen its options."
+        )
+
+    def _excuse(self, item: TaskItem, response_text: str, error: Exception) -> None:
+        """Return if the scorer can score at all; raise the error of a broken scorer otherwise."""
+        try:
+            self._datasets[item.task].score_answer(item.answer, item.entry)
+        except Exception:
+            raise RolloutError(
+                f"tasks.{item.task}: the scorer raised {type(error).__name__}: {error} on the response "
+                f"{response_text[:80]!r}, and raises on the gold answer too. Take the task out of "
+                "the recipe."
+            ) from error
+        if item.task not in self._warned:
+            self._warned.add(item.task)
+            log.warning(
+                "tasks.%s: the scorer raised %s on %r; such responses score 0 (told once).",
+                item.task,
+                type(error).__name__,
+                response_text[:80],
+            )
+
+    def _check_scorer(self, name: str) -> None:
+        item = self._draw(name, "train", 0)
+        if item.entry["answer"] is not None:
+            gold = self.score(item, item.answer)
+            require(
+                is_correct(gold),
+                f"tasks.{name}",
+                gold,
+                "the scorer does not give the gold answer full marks",
+                "Take the task out of the recipe.",
+            )
+        nonsense = self.score(item, HOPELESS_RESPONSE)
+        require(
+            not is_correct(nonsense),
+            f"tasks.{name}",
+            nonsense,
+            "the scorer gives full marks to nonsense",
+            "Take the task out of the recipe: nothing can be learned from this reward.",
+        )
+
+
+def _hash64(*parts: object) -> int:
+    """64 bits that are the same in every process and version; Python's hash() of a string is not."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _build(name: str, options: dict[str, Any], seed: int):
+    """The reasoning-gym dataset of one task; every way to get its name or options wrong is a ConfigError."""
+    require(name != "composite", "tasks", name, "is not supported", "Name its parts in the recipe's table instead.")
+    require(
+        name not in EVAL_TASKS, "tasks", name, "its scorer runs the response as code", f"Choose another. {LIST_ALL}"
+    )
+    require(
+        name in DATASETS, "tasks", name, "is no task of reasoning-gym", _did_you_mean(name, task_names()) + LIST_ALL
+    )
+    valid = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+    for option, value in options.items():
+        require(
+            option not in ("seed", "size"),
+            f"tasks.{name}.options.{option}",
+            value,
+            "is set by the mixture",
+            "Remove it; the recipe's seed rules the questions, and their number has no limit.",
+        )
+        require(
+            option in valid,
+            f"tasks.{name}.options.{option}",
+            value,
+            "is no option of this task",
+            f"{_did_you_mean(option, valid)}Valid options: {', '.join(valid)}.",
+        )
+    hash_seed = os.environ.get("PYTHONHASHSEED", "random")
+    require(
+        name not in HASH_ORDER_TASKS or hash_seed != "random",
+        f"tasks.{name}: PYTHONHASHSEED",
+        hash_seed,
+        "this task's questions follow Python's hash seed, so processes would disagree",
+        "Set PYTHONHASHSEED=0 in the environment of every rank.",
+    )
+    size = TABLE_SIZE if name in TABLE_TASKS else VIRTUAL_SIZE
+    try:
+        return create_dataset(name, seed=_hash64("dataset", seed) % 2**31, size=size, **options)
+    except Exception as error:  # the tasks check their options with assert, which may as well end in a TypeError
+        raise ConfigError(
+            f"tasks.{name}.options = {options!r}: the task refuses it ({type(error).__name__}: {error}). "
+            f"Valid options: {', '.join(valid)}."
+        ) from error
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=3)
+    return f"Did you mean {' or '.join(close)}? " if close else ""

@@ -1,0 +1,125 @@
+"""The records that cross a boundary between two rooms of the house. Nothing here computes.
+
+Shape letters used everywhere: S sequences of a packed batch, T tokens of a packed batch, G responses of a
+group, V vocabulary, H hidden size. Per-token tensors are indexed by the TARGET token: logprobs[t] is
+log p(tokens[t] | tokens before t in the same sequence); the first token of a sequence has mask 0.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class TaskItem:
+    """One question of one task, with what its scorer needs."""
+
+    task: str  # key of the recipe's `tasks` table
+    question: str
+    answer: str  # a gold answer; the scorer may accept others
+    entry: dict  # the task generator's own record, handed back to its scorer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
+
+    uid: int
+    item: TaskItem
+    token_ids: list[int]  # already through the chat template, ends where the response begins
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response; the stop token, when there is one, is its last token."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # log p under the sampling policy at the rollout temperature, one a token
+    truncated: bool  # cut at max_response_length, so no stop token
+
+
+@dataclass
+class RolloutGroup:
+    """G responses to one prompt with their rewards (`group_size` of the recipe)."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    rewards: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainSequence:
+    """One prompt + response as the packer takes it."""
+
+    token_ids: list[int]  # prompt then response
+    prompt_length: int  # the first prompt_length tokens have loss mask 0
+    advantage: float = 0.0
+    reward: float = 0.0
+    group_id: int = -1
+    truncated: bool = False
+    rollout_logprobs: list[float] | None = None  # one a response token
+
+    @property
+    def response_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+@dataclass
+class PackedBatch:
+    """One microbatch, packed without padding between sequences (Megatron's THD layout).
+
+    Tokens past cu_seqlens[S] do not exist; padding needed for sequence parallelism is added as one more
+    segment by the packer and is not counted in S (`num_sequences`).
+    """
+
+    tokens: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, restart at 0 in every sequence
+    cu_seqlens: torch.Tensor  # [S+1] int32, or [S+2] with the padding segment
+    num_sequences: int  # S
+    loss_mask: torch.Tensor  # [T] fp32, 1 on trained response tokens
+    advantages: torch.Tensor  # [S] fp32
+    old_logprobs: torch.Tensor | None = None  # [T] fp32, filled by the training engine
+    rollout_logprobs: torch.Tensor | None = None  # [T] fp32
+    rewards: torch.Tensor | None = None  # [S] fp32
+    group_id: torch.Tensor | None = None  # [S] int64
+    truncated: torch.Tensor | None = None  # [S] bool
+    source_index: list[int] | None = None  # S places in the list that was packed
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.numel())
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """A copy with every tensor on `device`."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class SequenceTable:
+    """Per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
+
+    This is what the last pipeline stage publishes to all others: 8 numbers a sequence, never a log-prob vector.
+    """
+
+    values: torch.Tensor  # [S, len(COLUMNS)] fp64
+
+    COLUMNS = (
+        "num_tokens",  # |y_i|
+        "sum_log_ratio",  # sum_t m d
+        "sum_sq_log_ratio",  # sum_t m d^2
+        "sum_k3",  # sum_t m (exp(-d') ...), see algorithms/surrogate.py
+        "max_abs_log_ratio",
+        "sum_entropy",  # sum_t m H_t
+        "clipped_low_tokens",  # tokens whose gradient the clip removed, ratio below 1 - eps_low
+        "clipped_high_tokens",  # the same, ratio above 1 + eps_high
+    )
+
+    def column(self, name: str) -> torch.Tensor:
+        """[S] fp64."""
+        return self.values[:, self.COLUMNS.index(name)]

@@ -1,0 +1,153 @@
+"""Packing: every number of a small batch by value, then what holds for any batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gspo_megatron.data.packing import microbatches_needed, pack, split_over_ranks
+from gspo_megatron.errors import RolloutError
+from gspo_megatron.types import TrainSequence
+
+
+def sequence(length: int, prompt: int = 1, start: int = 100, **fields) -> TrainSequence:
+    return TrainSequence(token_ids=list(range(start, start + length)), prompt_length=prompt, **fields)
+
+
+def sequences(*lengths: int) -> list[TrainSequence]:
+    return [sequence(length, start=1000 * i, group_id=i) for i, length in enumerate(lengths, start=1)]
+
+
+def test_one_microbatch_by_value():
+    first = sequence(3, 2, 10, advantage=0.5, reward=1.0, group_id=7, rollout_logprobs=[-0.1])
+    second = sequence(4, 1, 20, advantage=-2.0, group_id=8, truncated=True, rollout_logprobs=[-0.2, -0.3, -0.4])
+    (batch,) = pack([first, second], max_tokens=7, pad_to_multiple=4)
+    assert batch.tokens.tolist() == [10, 11, 12, 20, 21, 22, 23, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 7, 8] and batch.num_sequences == 2
+    assert batch.loss_mask.tolist() == [0, 0, 1, 0, 1, 1, 1, 0]
+    assert batch.advantages.tolist() == [0.5, -2.0] and batch.rewards.tolist() == [1.0, 0.0]
+    assert batch.group_id.tolist() == [7, 8] and batch.truncated.tolist() == [False, True]
+    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([0, 0, -0.1, 0, -0.2, -0.3, -0.4, 0]))
+    assert batch.old_logprobs is None and batch.source_index == [0, 1]
+    types = [batch.tokens, batch.position_ids, batch.cu_seqlens, batch.loss_mask, batch.advantages, batch.group_id]
+    assert [t.dtype for t in types] == [
+        torch.int64, torch.int64, torch.int32, torch.float32, torch.float32, torch.int64]  # fmt: skip
+    assert batch.to(torch.device("cpu")).source_index == [0, 1]
+
+
+def test_padding_positions_restart_and_no_segment_is_added_without_need():
+    (batch,) = pack(sequences(5), max_tokens=8, pad_to_multiple=8)
+    assert batch.cu_seqlens.tolist() == [0, 5, 8] and batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    (batch,) = pack(sequences(8), max_tokens=8, pad_to_multiple=8)
+    assert batch.cu_seqlens.tolist() == [0, 8]
+
+
+def test_an_empty_response_is_kept_with_no_trained_token():
+    empty, full = sequence(3, 3, rollout_logprobs=[]), sequence(3, 2, rollout_logprobs=[-1.0])
+    (batch,) = pack([empty, full], max_tokens=6, pad_to_multiple=1)
+    assert batch.num_sequences == 2 and batch.loss_mask.tolist() == [0, 0, 0, 0, 0, 1]
+    assert batch.rollout_logprobs.tolist() == [0, 0, 0, 0, 0, -1]
+
+
+def test_microbatches_are_balanced_and_keep_order():
+    batches = pack(sequences(9, 2, 8, 3, 2), max_tokens=16, pad_to_multiple=1)
+    assert [batch.source_index for batch in batches] == [[0, 1, 4], [2, 3]]  # 13 and 11 tokens
+    assert [batch.tokens[0].item() for batch in batches] == [1000, 3000]
+
+
+def test_a_given_number_of_microbatches_is_made_even_where_fewer_would_do():
+    batches = pack(sequences(4, 4, 4, 4), max_tokens=100, pad_to_multiple=1, num_microbatches=3)
+    assert sorted(batch.num_sequences for batch in batches) == [1, 1, 2]
+    assert microbatches_needed(sequences(4, 4, 4, 4), 100) == 1
+
+
+def test_first_fit_saves_a_microbatch_that_balancing_would_need():
+    # Longest first into the emptier bin: 6+4+4 and 6+4. First fit: 6+6 and 4+4+4.
+    hard = sequences(6, 6, 4, 4, 4)
+    assert microbatches_needed(hard, 12) == 2
+    assert sorted(batch.num_tokens for batch in pack(hard, 12, 1)) == [12, 12]
+    assert sorted(batch.num_tokens for batch in pack(hard, 12, 1, num_microbatches=2)) == [12, 12]
+
+
+def test_balancing_saves_a_microbatch_that_first_fit_would_need():
+    # First fit: 8, 4+3, 3+2+2, 2. Balanced: 8, 4+2+2, 3+3+2.
+    lengths = sequences(3, 3, 8, 4, 2, 2, 2)
+    assert microbatches_needed(lengths, 8) == 3
+    assert [batch.num_tokens for batch in pack(lengths, 8, 1)] == [8, 8, 8]
+
+
+def test_one_microbatch_more_works_where_its_balance_would_overflow():
+    # Graham's worst case for longest-first on 8 bins: 31 tokens in one, while 7 bins of 30 hold everything.
+    worst = sequences(*[length for length in range(15, 8, -1) for _ in range(2)], 8, 8, 8)
+    assert microbatches_needed(worst, 30) == 7
+    batches = pack(worst, 30, 1, num_microbatches=8)
+    assert len(batches) == 8 and max(batch.num_tokens for batch in batches) <= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (dict(sequences=sequences(3, 9), max_tokens=8), r"max_tokens_per_microbatch = 8: sequence 1 has 9 tokens"),
+        (dict(sequences=sequences(8, 8, 8), max_tokens=8, num_microbatches=2), "= 2: 24 tokens do not fit"),
+        (dict(sequences=sequences(2, 2), max_tokens=8, num_microbatches=3), "num_microbatches = 3 must lie"),
+        (dict(sequences=sequences(2, 2), max_tokens=8, num_microbatches=0), "num_microbatches = 0 must lie"),
+        (dict(sequences=[], max_tokens=8), "no sequence to pack"),
+        (dict(sequences=[sequence(0, 0)], max_tokens=8), "sequence 0: prompt_length = 0 must lie between 1 and its 0"),
+        (dict(sequences=[sequence(2, 0)], max_tokens=8), "sequence 0: prompt_length = 0"),
+        (dict(sequences=[sequence(2, 3)], max_tokens=8), "sequence 0: prompt_length = 3"),
+        (dict(sequences=[sequence(3, 1, rollout_logprobs=[0.0])], max_tokens=8), "1 rollout_logprobs for 2 response"),
+        (dict(sequences=[sequence(2), sequence(2, rollout_logprobs=[0.0])], max_tokens=8), "1: rollout_logprobs"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_packed_is_told(arguments, told):
+    with pytest.raises(RolloutError, match=told):
+        pack(**arguments, pad_to_multiple=1)
+
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=LENGTHS, max_tokens=st.integers(30, 90), multiple=st.sampled_from([1, 2, 8]), more=st.integers(0, 40))
+def test_any_batch(lengths, max_tokens, multiple, more):
+    given_sequences = sequences(*lengths)
+    needed = microbatches_needed(given_sequences, max_tokens)
+    count = min(needed + more, len(lengths))
+    batches = pack(given_sequences, max_tokens, multiple, num_microbatches=count)
+    assert len(batches) == count
+    assert sorted(i for batch in batches for i in batch.source_index) == list(range(len(lengths)))
+    for batch in batches:
+        ends = batch.cu_seqlens.tolist()
+        assert 0 < ends[batch.num_sequences] <= max_tokens
+        assert batch.num_tokens % multiple == 0 and ends[-1] == batch.num_tokens
+        assert len(ends) - 1 - batch.num_sequences == (batch.num_tokens != ends[batch.num_sequences])
+        for k, i in enumerate(batch.source_index):
+            assert batch.tokens[ends[k] : ends[k + 1]].tolist() == given_sequences[i].token_ids
+            assert batch.group_id[k] == given_sequences[i].group_id
+        assert batch.source_index == sorted(batch.source_index)
+    totals = [batch.cu_seqlens[batch.num_sequences].item() for batch in batches]
+    assert sum(batch.loss_mask.sum().item() for batch in batches) == sum(lengths) - len(lengths)
+    assert needed >= -(-sum(lengths) // max_tokens) and max(totals) <= max_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, num_ranks=st.integers(1, 8))
+def test_any_split_over_ranks(lengths, num_ranks):
+    given_sequences = sequences(*lengths)
+    if len(lengths) < num_ranks:
+        with pytest.raises(RolloutError, match=rf"{len(lengths)} sequences cannot be split over {num_ranks}"):
+            split_over_ranks(given_sequences, num_ranks)
+        return
+    ranks = split_over_ranks(given_sequences, num_ranks)
+    counts = [len(rank) for rank in ranks]
+    assert len(ranks) == num_ranks and max(counts) - min(counts) <= 1
+    ids = [[s.group_id for s in rank] for rank in ranks]
+    assert sorted(i for rank in ids for i in rank) == list(range(1, len(lengths) + 1))
+    assert all(rank == sorted(rank) for rank in ids)
+
+
+def test_ranks_get_equal_counts_and_near_equal_tokens():
+    ranks = split_over_ranks(sequences(9, 1, 8, 2, 7, 3, 6, 4), num_ranks=2)
+    assert [len(rank) for rank in ranks] == [4, 4]
+    assert [sum(len(s.token_ids) for s in rank) for rank in ranks] == [20, 20]

@@ -1,0 +1,187 @@
+"""Layouts by world size, and everything that is refused before a process group exists."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gspo_megatron import check, recipe
+from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.errors import ConfigError
+
+TINY = json.loads((recipe.REPOSITORY / "examples/models/qwen3_moe_tiny/config.json").read_text())
+
+
+def configured(*argv: str) -> TrainConfig:
+    return recipe.load(list(argv))
+
+
+def sizes(layout: ParallelConfig) -> tuple:
+    return (
+        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
+    )  # fmt: skip
+
+
+def refusal(world_size: int, *argv: str) -> str:
+    config = configured(*argv)
+    layout = check.resolve_layout(config, world_size, has_cuda=False)
+    with pytest.raises(ConfigError) as error:
+        check.check(config, layout, world_size)
+    return str(error.value)
+
+
+def model_file(folder, **changes) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps({key: value for key, value in (TINY | changes).items() if value is not ...}))
+    return str(path)
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+@pytest.mark.parametrize(
+    ("world_size", "expected"),
+    [(1, (1, 1, 1)), (2, (1, 2, 1)), (3, (1, 1, 1)), (4, (2, 2, 2)), (8, (2, 2, 2)), (16, (1, 1, 1))],
+)
+def test_defaults_by_world_size(world_size, expected, has_cuda):
+    assert sizes(check.resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tensor_model_parallel_size": 2}, (2, 1, 1, None)),
+        ({"expert_model_parallel_size": 4}, (1, 1, 4, None)),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, (1, 2, 1, 2)),
+        ({"virtual_pipeline_model_parallel_size": 1}, (2, 2, 2, None)),
+        ({"expert_tensor_parallel_size": 2}, (1, 1, 1, None)),
+    ],
+)
+def test_one_given_size_sets_the_others_to_1(given, expected):
+    config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(**given))
+    assert sizes(check.resolve_layout(config, 4, has_cuda=False)) == expected
+
+
+def test_other_fields_of_the_layout_are_kept():
+    config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(use_distributed_optimizer=True))
+    assert check.resolve_layout(config, 2, has_cuda=False).use_distributed_optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_example_recipe_passes_at_its_world_sizes(world_size):
+    config = configured(str(recipe.REPOSITORY / "examples/recipes/moe_gspo.yaml"))
+    check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "argv", "parts"),
+    [
+        (4, ["--parallel.tensor-model-parallel-size", "2", "--parallel.pipeline-model-parallel-size", "3"],
+         ["tensor 2 x pipeline 3 = 6 does not divide 4 ranks", "multiple of 6"]),
+        (4, ["--parallel.expert-model-parallel-size", "4", "--parallel.pipeline-model-parallel-size", "2"],
+         ["expert 4 x expert tensor 1 x pipeline 2 = 8 does not divide 4 ranks"]),
+        (2, ["--parallel.expert-tensor-parallel-size", "4"], ["expert 1 x expert tensor 4 x pipeline 1 = 4"]),
+        (3, ["--parallel.pipeline-model-parallel-size", "3"], ["num_hidden_layers 4", "3 pipeline stages", "1, 2, 4"]),
+        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.virtual-pipeline-model-parallel-size", "3"],
+         ["num_hidden_layers 4", "2 pipeline stages x 3 virtual stages"]),
+        (2, ["--parallel.virtual-pipeline-model-parallel-size", "2"],
+         ["parallel.virtual_pipeline_model_parallel_size = 2", "pipeline of 2 or more"]),
+        (3, ["--parallel.expert-model-parallel-size", "3", "--rollout.num-prompts", "3"], ["num_experts 8", "size 3"]),
+        (8, ["--parallel.tensor-model-parallel-size", "8"], ["num_attention_heads 4", "tensor parallel size 8"]),
+        (4, ["--parallel.tensor-model-parallel-size", "4"], ["num_key_value_heads 2", "tensor parallel size 4"]),
+        (5, ["--parallel.expert-tensor-parallel-size", "5"], ["moe_intermediate_size 96", "expert tensor parallel"]),
+        (3, [], ["rollout.num_prompts = 32", "3 data-parallel ranks", "multiple of 3"]),
+        (16, ["--rollout.group-size", "3"], ["algorithm.num_minibatches = 4", "are 6 on each of 16"]),
+        (1, ["--algorithm.num-minibatches", "7"], ["algorithm.num_minibatches = 7", "32 prompts x 8 responses"]),
+        (16, ["--warm-start.batch-size", "100"], ["warm_start.batch_size = 100", "16 data-parallel ranks"]),
+        (1, ["--rollout.max-response-length", "200"],
+         ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"]),
+        (1, ["--max-tokens-per-microbatch", "100"], ["max_tokens_per_microbatch = 100", "96 + ", "= 128", "Give 128"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(world_size, argv, parts):
+    message = refusal(world_size, *argv)
+    for part in parts:
+        assert part in message
+
+
+def test_a_warm_start_that_is_off_is_not_checked():
+    config = configured("--warm-start.batch-size", "100", "--warm-start.steps", "0")
+    check.check(config, check.resolve_layout(config, 16, has_cuda=False), 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
+        ({"num_experts": ...}, ["num_experts is None"]),
+        ({"num_hidden_layers": "4"}, ["num_hidden_layers is '4'"]),
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 exceeds num_experts 8"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads 4 is no multiple of num_key_value_heads 3"]),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type 'yarn'"]),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, ["rope_type 'linear'"]),
+        ({"use_sliding_window": True}, ["sliding-window"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
+    ],
+)
+def test_a_model_that_would_be_trained_as_something_else_is_refused(tmp_path, changes, parts):
+    message = refusal(1, "--model.hf-config", model_file(tmp_path, **changes))
+    for part in ["model.hf_config = ", *parts]:
+        assert part in message
+
+
+def test_dense_layers_must_fit_tensor_parallelism(tmp_path):
+    path = model_file(tmp_path, mlp_only_layers=[0], intermediate_size=257)
+    assert "intermediate_size 257" in refusal(
+        2, "--model.hf-config", path, "--parallel.tensor-model-parallel-size", "2"
+    )
+
+
+@pytest.mark.parametrize(("content", "part"), [("{", "not valid JSON"), ("[1]", "must hold a JSON object")])
+def test_a_model_file_that_is_no_config(tmp_path, content, part):
+    (tmp_path / "config.json").write_text(content)
+    assert part in refusal(1, "--model.hf-config", str(tmp_path / "config.json"))
+
+
+def test_a_missing_model_file():
+    assert "model.hf_config = 'nowhere.json': no such file" in refusal(1, "--model.hf-config", "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "part"),
+    [
+        ("{spell_backwards: {}}", "tasks = 'spell_backwards'"),
+        ("{spell_backward: {options: {min_word_length: 3}}}", "tasks.spell_backward.options.min_word_length"),
+    ],
+)
+def test_tasks_are_checked(tmp_path, tasks, part):
+    (tmp_path / "recipe.yaml").write_text(f"tasks: {tasks}\n")
+    assert part in refusal(1, str(tmp_path / "recipe.yaml"))
+
+
+def test_cuda_without_a_gpu():
+    with pytest.raises(ConfigError, match="device = 'cuda': no GPU"):
+        check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
+    assert check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=True)
+
+
+def test_warnings():
+    assert check.warnings(TrainConfig()) == []
+    found = check.warnings(configured("--algorithm.clip-ratio-high", "0.27", "--model.moe-aux-loss-coeff", "0.01"))
+    assert len(found) == 2
+    assert "algorithm.clip_ratio_high = 0.27" in found[0] and "4e-4" in found[0]
+    assert "model.moe_aux_loss_coeff = 0.01" in found[1]
+
+
+def test_refusing_imports_neither_torch_nor_megatron():
+    code = (
+        "import sys; from gspo_megatron import check, cli, recipe\n"
+        "c = recipe.load(['--data.max_prompt_length', '400'])\n"
+        "try: check.check(c, check.resolve_layout(c, 1, False), 1)\n"
+        "except check.ConfigError: pass\n"
+        "else: raise SystemExit('not refused')\n"
+        "sys.exit(str({'torch', 'megatron', 'transformers'} & set(sys.modules) or '') or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=recipe.REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
