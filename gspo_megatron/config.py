@@ -108,7 +108,7 @@ class DataConfig:
     """Prompts and tokenizer."""
 
     __pydantic_config__ = STRICT
-    vocab_size: int = 256
+    vocab_size: int = 320
     """Most entries of the byte-pair tokenizer that is trained on the tasks and saved with the run."""
     max_prompt_length: int = 96
     """Tokens, chat template included; a longer prompt is an error, never cut."""
@@ -117,7 +117,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "max_prompt_length", "num_eval_prompts")
-        require(self.vocab_size >= 64, "data.vocab_size", self.vocab_size, "must be at least 64", "Give 128 or more.")
+        require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size,
+                "must be at least 260, the 256 bytes and the special tokens", "Give 320 or more.")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ FORMS = {
     "torchrun, one rank": [*TORCHRUN, str(SCRIPT)],
     "torchrun --no-python": [*TORCHRUN, "--no-python", "--nproc-per-node", "2", str(SCRIPT)],
     "bash": ["bash", str(SCRIPT)],
-    "gspo-megatron": [PYTHON, "-c", "import sys; from gspo_megatron.cli import main; sys.exit(main())", "train"],
+    "gspo-megatron": [str(Path(PYTHON).with_name("gspo-megatron")), "train"],
 }
 BAD_INPUT = {
     "value": (["--steps", "-1"], "steps = -1: must be 0 or more"),
@@ -52,7 +52,8 @@ def test_bad_input_exits_2_before_any_rank_starts(tmp_path, form, mistake):
 def test_bad_input_under_torchrun_is_told_once(tmp_path, form, mistake):
     argv, text = BAD_INPUT[mistake]
     with launched([*FORMS[form], *argv], tmp_path, **ENV) as launch:
-        assert launch.wait(LIMIT) == 1  # torchrun's own status, whatever its ranks exit with
+        # On a busy machine torchrun itself may take ten seconds to start. Its status is 1 whatever its ranks' are.
+        assert launch.wait(30) == 1
     assert launch.stderr.count(text) == 1
     # torchrun's trace of its own follows; ours would name the package.
     assert "gspo_megatron/" not in launch.stderr.replace(str(ROOT), "")
@@ -67,7 +68,8 @@ def test_help_is_printed_once(tmp_path, form):
     assert launch.stderr == ""
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "gspo-megatron"])
 def test_the_smallest_training_runs(tmp_path, form):
     with launched([*FORMS[form], *SMALLEST], tmp_path, NPROC="2", **ENV) as launch:
         assert launch.wait(240) == 0, launch.stderr

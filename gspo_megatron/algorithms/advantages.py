@@ -25,6 +25,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, normalize_by_std: b
     if bad.numel():
         raise ValueError(f"rewards[{int(bad[0])}] = {rewards[int(bad[0])].item()} is not finite")
     groups = rewards.double().view(-1, group_size)
+    groups = groups - groups[:, :1]  # equal rewards become exactly 0, which subtracting a rounded mean does not give
     centred = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         centred = centred / (groups.std(dim=1, keepdim=True) + EPS)

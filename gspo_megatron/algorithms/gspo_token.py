@@ -12,11 +12,11 @@ def gspo_token_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
     Equal to gspo_loss in value, gradient and clip decisions when all tokens of a sequence share one advantage.
 
     Args:
-        inputs: advantages [S], or [T] with one a token.
+        inputs: advantages [S], or [T] with one a token ([S] where S = T).
         clip: the paper's are 3e-4 and 4e-4.
     """
-    size, tokens = inputs.num_sequences, inputs.logprobs.numel()
-    ids = surrogate.sequence_ids(inputs.cu_seqlens, size, tokens)
+    size = inputs.num_sequences
+    ids = surrogate.sequence_ids(inputs.cu_seqlens, size, inputs.logprobs.numel())
     log_ratio = surrogate.masked_log_ratio(inputs)  # [T] fp64
     lengths = surrogate.sequence_sum(inputs.loss_mask, ids, size)
     mean = surrogate.sequence_sum(log_ratio.detach(), ids, size) / lengths.clamp(min=1)  # [S]
@@ -25,7 +25,7 @@ def gspo_token_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
     # In this order: (logp - sg(logp)) is exactly 0, so s_i survives; any other order rounds it away.
     ratio = ((logprobs - logprobs.detach()) + torch.cat([mean, zero])[ids]).exp()  # [T]
     advantages = inputs.advantages.double()
-    if advantages.numel() == size and size != tokens:
+    if advantages.numel() == size:
         advantages = torch.cat([advantages, zero])[ids]
     objective = surrogate.clipped_surrogate(ratio, advantages, clip)
     objective = torch.where(inputs.loss_mask > 0, objective, 0.0)

@@ -141,7 +141,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, topology: Topology
         moe_router_topk=hf["num_experts_per_tok"],
         # Softmax over the chosen k equals softmax over all, then renormalised; without renormalisation it comes first.
         moe_router_pre_softmax=not hf.get("norm_topk_prob", True),
-        moe_router_dtype=model.moe_router_dtype,
+        moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_token_dispatcher_type="alltoall",
@@ -236,7 +236,7 @@ def build(shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Ru
         parameters.initialize(gpt, topology, seed, shape.hf.get("initializer_range", 0.02))
         wrapped = Float16Module(config, gpt) if config.bf16 else gpt
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=use_distributed_optimizer
+            grad_reduce_in_fp32=dtype is not torch.float64, overlap_grad_reduce=False, use_distributed_optimizer=use_distributed_optimizer
         )
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped))
     if topology.dp_size > 1:

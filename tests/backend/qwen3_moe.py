@@ -25,6 +25,11 @@ def full_from_hugging_face(hf_model) -> dict[str, torch.Tensor]:
         full[ours + "self_attention.k_layernorm.weight"] = state[attention + "k_norm.weight"]
         full[ours + "input_layernorm.weight"] = state[theirs + "input_layernorm.weight"]
         full[ours + "pre_mlp_layernorm.weight"] = state[theirs + "post_attention_layernorm.weight"]
+        if layer in config.mlp_only_layers:
+            gate, up = state[theirs + "mlp.gate_proj.weight"], state[theirs + "mlp.up_proj.weight"]
+            full[ours + "mlp.linear_fc1.weight"] = torch.cat([gate, up])
+            full[ours + "mlp.linear_fc2.weight"] = state[theirs + "mlp.down_proj.weight"]
+            continue
         full[ours + "mlp.router.weight"] = state[theirs + "mlp.gate.weight"]
         for expert in range(config.num_experts):
             name = f"{ours}mlp.experts.{expert}."

@@ -108,7 +108,7 @@ def test_what_cannot_be_packed_is_told(arguments, told):
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(lengths=LENGTHS, max_tokens=st.integers(30, 90), multiple=st.sampled_from([1, 2, 8]), more=st.integers(0, 40))
 def test_any_batch(lengths, max_tokens, multiple, more):
     given_sequences = sequences(*lengths)
@@ -131,7 +131,7 @@ def test_any_batch(lengths, max_tokens, multiple, more):
     assert needed >= -(-sum(lengths) // max_tokens) and max(totals) <= max_tokens
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(lengths=LENGTHS, num_ranks=st.integers(1, 8))
 def test_any_split_over_ranks(lengths, num_ranks):
     given_sequences = sequences(*lengths)

@@ -97,4 +97,4 @@ def test_drawing_prompts_is_fast(mixture, tokenizer):
     stream.next(8)
     start = time.perf_counter()
     stream.next(256)
-    assert time.perf_counter() - start < 1.0  # measured 0.06 s; a dataset that is built per prompt takes 10 s
+    assert time.perf_counter() - start < 3.0  # measured 0.05 s; a dataset that is built per prompt takes 10 s

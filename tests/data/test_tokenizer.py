@@ -20,7 +20,7 @@ def mixture():
 
 @pytest.fixture(scope="module")
 def texts(mixture):
-    items = [mixture.item("train", i) for i in range(1200)]
+    items = [mixture.item("train", i) for i in range(800)]
     return [text for item in items for text in (item.question, item.answer)]
 
 
@@ -79,7 +79,7 @@ def test_prompts_are_short(tokenizer, task, mean, most):
     assert sum(lengths) / 100 <= mean and max(lengths) <= most
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text() | st.text(alphabet="0123456789 ,+-=<|>\n'Spel thsword123é\u4f60😀\\", max_size=60))
 def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -137,3 +137,23 @@ def test_content_that_repeats_is_not_boilerplate():
     """An answer that is given a thousand times is one text."""
     sentence = "the quick brown fox jumps over the lazy dog"
     assert len(train_tokenizer([sentence] * 1000, vocab_size=320)) == 260
+
+
+def test_numbers_and_signs_that_one_side_tells_are_still_spelled():
+    # With ten numbers each digit and sign is told by what follows it; only the place before them shows the choice.
+    numbers = ["-11.1", "22.2", "-33.3", "44.4", "-55.5", "66.6", "-77.7", "88.8", "-99.9", "10.5"]
+    trained = train_tokenizer([f"Sort these numbers now: {a}, {b}" for a in numbers for b in numbers], vocab_size=320)
+    assert pieces(trained, "Sort these numbers now: -11.1, -77.7") == [
+        "Sort these numbers now: ", *"-11.1", ", ", *"-77.7"]  # fmt: skip
+
+
+def test_short_phrases_are_spelled():
+    trained = train_tokenizer([f"{a} of {b}" for a in range(10) for b in range(10)], vocab_size=320)
+    assert pieces(trained, "3 of 5") == list("3 of 5")
+
+
+def test_the_longest_segment_wins():
+    common = [f"Now convert the base-{n} to ten" for n in range(180)]
+    trained = train_tokenizer([*common, *(f"Now convert the {'1' * n} to ten" for n in range(1, 11))], vocab_size=320)
+    assert pieces(trained, "Now convert the base-7")[0] == "Now convert the base-"
+    assert pieces(trained, "Now convert the 11")[0] == "Now convert the "

@@ -1,0 +1,51 @@
+"""Checkpoints: complete or absent, and readable under another layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_megatron.backend import checkpoint, parameters, topology
+from gspo_megatron.config import ParallelConfig
+from gspo_megatron.errors import CheckpointError
+from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
+from tests.distributed import spawn
+
+
+def save(layout: ParallelConfig, folder: Path) -> dict:
+    policy = small_policy(layout)
+    checkpoint.save(policy, folder)
+    return parameters.gather_full(policy.models, policy.topology)
+
+
+def load(layout: ParallelConfig, folder: Path) -> dict:
+    policy = small_policy(layout)
+    with torch.no_grad():
+        for model in policy.models:
+            for parameter in model.parameters():
+                parameter.zero_()
+    checkpoint.load(policy, folder)
+    return parameters.gather_full(policy.models, policy.topology)
+
+
+def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
+    saved = save(TP2_PP2_EP2, folder)
+    topology.stop()
+    layouts = {"PP2xVP2": ParallelConfig(1, 2, 2, 1, 1), "DP4": SINGLE}
+    loaded = in_layouts(rank, world_size, layouts, load, folder)
+    missing = small_policy(SINGLE)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(missing, folder.with_name("step_000009"))
+    return {"saved": saved, "loaded": loaded, "message": str(caught.value)}
+
+
+def test_weights_load_under_another_layout(tmp_path):
+    """Saved at TP2 x PP2 with experts over 2 ranks; bit for bit the same at PP2 x VP2 and whole on each of four ranks. A
+    folder that is not there is named."""
+    folder = tmp_path / "checkpoints" / "step_000001"
+    result = spawn(save_and_load, 4, folder)[0]
+    assert [p.name for p in folder.parent.iterdir()] == ["step_000001"]  # nothing half-written beside it
+    for loaded in result["loaded"].values():
+        assert set(loaded) == set(result["saved"])
+        assert all(torch.equal(loaded[name], value) for name, value in result["saved"].items())
+    assert "step_000009" in result["message"]

@@ -1,0 +1,126 @@
+"""Sharded generation: the same samples in every layout, and log-probs that training agrees with."""
+
+import pytest
+import torch
+
+from gspo_megatron.config import ParallelConfig
+from gspo_megatron.data.packing import pack
+from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.types import Prompt, TrainSequence
+from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
+from tests.distributed import spawn
+
+GROUP, NEW = 3, 12
+STOPS = tuple(range(0, VOCAB, 10))
+
+
+def prompts(count: int = 6) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 14, (count,), generator=generator).tolist()
+    return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
+
+
+def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
+    policy = small_policy(layout)
+    cut = policy.topology
+    engine = MegatronEngine(policy)
+    rows = []  # tokens that each forward pass of a stage computes
+    hook = policy.models[0].decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["packed_seq_params"].num_tokens), with_kwargs=True
+    )
+    everything = prompts()
+    share = len(everything) // cut.dp_size
+    mine = everything[cut.dp_rank * share : (cut.dp_rank + 1) * share]
+    uniform = uniforms(len(everything) * GROUP, params.max_tokens, seed=11)
+    uniform = uniform[cut.dp_rank * share * GROUP : (cut.dp_rank + 1) * share * GROUP]
+    answers = engine.generate(mine, GROUP, params, uniform)
+    hook.remove()
+    sequences = [
+        TrainSequence(p.token_ids + c.token_ids, len(p.token_ids), rollout_logprobs=c.logprobs)
+        for p, group in zip(mine, answers, strict=True) for c in group
+    ]  # fmt: skip
+    batches = pack(sequences, 4096, cut.tp_size, cut.pp_size if cut.vp_size > 1 else 1)
+    policy.fill_old_log_probs(batches)
+    errors = [
+        float(((b.old_logprobs - b.rollout_logprobs) * b.loss_mask).abs().max())
+        for b in batches if b.old_logprobs is not None
+    ]  # fmt: skip
+    return {
+        "answers": [[(c.token_ids, c.truncated) for c in group] for group in answers],
+        "dp_rank": cut.dp_rank, "errors": errors, "rows": rows, "last": cut.is_last_stage,
+    }  # fmt: skip
+
+
+SAMPLED = SamplingParams(NEW, STOPS, temperature=1.0, top_k=100, top_p=0.95)
+
+
+GREEDY = SamplingParams(NEW, STOPS, greedy=True)
+
+
+def one_rank(rank: int, world_size: int) -> tuple[dict, dict]:
+    return tuple(in_layouts(rank, world_size, {"x": SINGLE}, generate, params)["x"] for params in (SAMPLED, GREEDY))
+
+
+@pytest.fixture(scope="module")
+def single() -> tuple[dict, dict]:
+    return spawn(one_rank, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(single) -> dict:
+    return single[0]
+
+
+def test_finished_sequences_stop_costing(reference):
+    """The first pass computes each prompt once (not once a response); pass k computes one token for each response
+    longer than k, and the last pass ends the longest."""
+    lengths = [len(tokens) for group in reference["answers"] for tokens, _ in group]
+    assert min(lengths) < max(lengths)
+    expected = [sum(len(p.token_ids) for p in prompts())]
+    expected += [sum(length > k for length in lengths) for k in range(1, max(lengths))]
+    assert reference["rows"][: len(expected)] == expected
+    assert len(reference["rows"]) == len(expected)
+
+
+def test_completions_end_as_they_say(reference):
+    """A stop token is the last token, and only there; without one the response has all NEW tokens and is truncated."""
+    for group in reference["answers"]:
+        for tokens, truncated in group:
+            assert not set(tokens[:-1]) & set(STOPS)
+            assert truncated == (tokens[-1] not in STOPS)
+            assert not truncated or len(tokens) == NEW
+
+
+def test_rollout_log_probs_are_the_training_engine_s(reference):
+    """Cached decoding and the packed forward are one network: every token's log-prob agrees to fp32 rounding."""
+    assert reference["errors"] and max(reference["errors"]) < 2e-5
+
+
+LAYOUTS = {  # on four ranks
+    "TP2xPP2-EP2": TP2_PP2_EP2,
+    "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
+    "TP2xDP2-EP4": ParallelConfig(2, 1, None, 4, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts() -> list[dict]:
+    return spawn(in_layouts, 4, LAYOUTS, generate, SAMPLED)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_same_samples_in_every_layout(reference, layouts, name):
+    """Every rank of a replica returns the replica's completions, equal to the one-rank run's token by token. With experts
+    over two replicas, the one that ends first must keep serving the other's tokens."""
+    results = [by_layout[name] for by_layout in layouts]
+    by_replica = {r["dp_rank"]: r["answers"] for r in results}
+    assert all(r["answers"] == by_replica[r["dp_rank"]] for r in results)
+    assert [group for rank in sorted(by_replica) for group in by_replica[rank]] == reference["answers"]
+    assert max(e for r in results for e in r["errors"]) < 2e-5
+
+
+def test_greedy_ignores_the_uniforms(single):
+    """Three rows with different uniform numbers, one answer."""
+    for group in single[1]["answers"]:
+        assert group[0] == group[1] == group[2]
