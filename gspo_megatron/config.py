@@ -7,9 +7,8 @@ model's shape or the world size is checked in `check.py`. Field names are Megatr
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from pydantic import ConfigDict
 
 from gspo_megatron.errors import ConfigError
@@ -114,9 +113,11 @@ class DataConfig:
     """Tokens, chat template included; a longer prompt is an error, never cut."""
     num_eval_prompts: int = 256
     """Held-out prompts, disjoint from the warm start's and the RL stream's."""
+    eval_samples: int = 4
+    """Responses a held-out prompt, sampled as in the rollouts; accuracy is their mean (pass@1)."""
 
     def __post_init__(self) -> None:
-        positive("data", self, "max_prompt_length", "num_eval_prompts")
+        positive("data", self, "max_prompt_length", "num_eval_prompts", "eval_samples")
         require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size,
                 "must be at least 260, the 256 bytes and the special tokens", "Give 320 or more.")  # fmt: skip
 
@@ -230,7 +231,7 @@ class TrainConfig:
     """auto: CUDA with NCCL where there is a GPU, else CPU with Gloo."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tasks: Annotated[dict[str, TaskConfig], tyro.conf.Suppress] = field(
+    tasks: dict[str, TaskConfig] = field(
         default_factory=lambda: {"spell_backward": TaskConfig()}
     )
     """reasoning-gym tasks by name."""

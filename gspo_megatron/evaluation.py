@@ -1,32 +1,47 @@
-"""Greedy accuracy on held-out prompts."""
+"""Accuracy on held-out prompts."""
 
 import torch
 
 from gspo_megatron.metrics.reduce import gather_rows
 from gspo_megatron.rollout import groups as rollouts
-from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
-from gspo_megatron.tasks.mixture import TaskMixture, is_correct
-from gspo_megatron.types import Prompt
+from gspo_megatron.run import Run
+from gspo_megatron.tasks.mixture import is_correct
+
+SEED = 20_250_718  # the same random numbers at every evaluation of every run
 
 
-def evaluate(engine: MegatronEngine, prompts: list[Prompt], mixture: TaskMixture, tokenizer,
-             max_tokens: int) -> dict[str, float]:  # fmt: skip
-    """Share of prompts whose likeliest response is right, overall and by task. A collective over all ranks."""
-    topology, device = engine.topology, engine.device
-    # Every replica must get as many prompts; the fillers are not counted.
-    filled = prompts + [prompts[-1]] * (-len(prompts) % topology.dp_size)
-    params = SamplingParams(max_tokens, (tokenizer.eos_token_id,), greedy=True)
-    groups = rollouts.generate(engine, filled, 1, params, 0, tokenizer)
-    rollouts.score(groups, mixture, topology, device)
-    tasks = mixture.names
-    rows = [
-        (is_correct(g.rewards[0]), tasks.index(g.prompt.item.task), len(g.completions[0].token_ids)) for g in groups
-    ]
-    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_group)[: len(prompts)]
-    correct, task, length = rows.unbind(1)
-    metrics = {"eval/accuracy": correct.mean(), "eval/response_length": length.mean(), "eval/num": len(prompts)}
-    for index, name in enumerate(tasks):
+def evaluate(run: Run) -> dict[str, float]:
+    """eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
+    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right. A collective over all ranks.
+    """
+    rollout, data = run.config.rollout, run.config.data
+    stop = (run.tokenizer.eos_token_id,)
+    sampled = SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
+    greedy = SamplingParams(rollout.max_response_length, stop, greedy=True)
+    correct, task, length = _responses(run, sampled, data.eval_samples)
+    likeliest, _, _ = _responses(run, greedy, 1)
+    metrics = {
+        "eval/accuracy": correct.mean(), "eval/accuracy_greedy": likeliest.mean(),
+        "eval/response_length": length.mean(), "eval/num": len(run.held_out),
+    }  # fmt: skip
+    for index, name in enumerate(run.mixture.names):
         if bool((task == index).any()):
-            metrics[f"eval/accuracy_{name}"] = correct[task == index].mean()
+            metrics[f"eval/accuracy/{name}"] = correct[task == index].mean()
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Tensor, ...]:
+    """(correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
+    topology, device = run.topology, run.runtime.device
+    # Every replica must get as many prompts; the fillers are not counted.
+    filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.dp_size)
+    groups = rollouts.generate(run.engine, filled, samples, params, SEED, run.tokenizer)
+    rollouts.score(groups, run.mixture, topology, device)
+    tasks = run.mixture.names
+    rows = [
+        (is_correct(reward), tasks.index(group.prompt.item.task), len(completion.token_ids))
+        for group in groups for reward, completion in zip(group.rewards, group.completions, strict=True)
+    ]  # fmt: skip
+    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_group)
+    return rows[: len(run.held_out) * samples].unbind(1)

@@ -1,5 +1,6 @@
 """Everything one rank holds during a run, and the run folder that rank 0 writes."""
 
+import importlib.metadata
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "run folder": str(run.folder),
         "layout": f"{run.topology.describe()} = {runtime.world_size} ranks",
         "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
-        "kernels": runtime.kernels,
+        "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
         "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
         f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),

@@ -89,8 +89,7 @@ def run_step(run: Run, step: int) -> dict:
 def held_out_accuracy(run: Run) -> dict[str, float]:
     """eval/* metrics with the seconds they took."""
     clock = StepClock(run.runtime.device)
-    metrics = evaluate(run.engine, run.held_out, run.mixture, run.tokenizer, run.config.rollout.max_response_length)
-    return metrics | {"time/eval": clock.read()["time/step"]}
+    return evaluate(run) | {"time/eval": clock.read()["time/step"]}
 
 
 def sampling_params(run: Run) -> SamplingParams:

@@ -38,8 +38,7 @@ def warm_start(run: Run) -> None:
                "grad_norm": result.grad_norm} | clock.read()  # fmt: skip
         if step % config.eval_interval == 0 or step == config.steps:
             clock = StepClock(run.runtime.device)
-            limit = run.config.rollout.max_response_length
-            row |= evaluate(run.engine, run.held_out, run.mixture, run.tokenizer, limit)
+            row |= evaluate(run)
             row["time/eval"] = clock.read()["time/step"]
         run.reporter.row(row)
 

@@ -22,6 +22,12 @@ _installed = False
 
 FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "empty_like", "zeros_like")
 
+MEGATRON_MODULES = (
+    "megatron.core", "megatron.core.models.gpt.gpt_model", "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer", "megatron.core.distributed", "megatron.core.pipeline_parallel",
+    "megatron.core.dist_checkpointing",
+)  # fmt: skip
+
 
 def install() -> bool:
     """Patch torch and Megatron-Core for a machine without CUDA.
@@ -42,8 +48,8 @@ def install() -> bool:
     _patch_streams()
     _patch_factories()
     _patch_tensor_methods()
-    _provide_triton()
-    _import_without_compile()
+    with _triton_stand_in():
+        _import_without_compile()
     _patch_rng_tracker()
     _patch_moe()
     _installed = True
@@ -131,21 +137,41 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.record_stream = lambda self, stream: None
 
 
-def _provide_triton() -> None:
-    """0.19 only: `import triton` at module level, for kernels that a CPU never launches. 0.16 does without it."""
+@contextlib.contextmanager
+def _triton_stand_in():
+    """0.19 only: `import triton` at module level, for kernels that a CPU never launches. 0.16 does without it.
+
+    Taken away again after Megatron's import, because torch asks whether triton is there and would believe it.
+    """
     older = importlib.metadata.version("megatron-core").startswith("0.16.")
     if older or importlib.util.find_spec("triton") is not None:
+        yield
         return
-    triton = types.ModuleType("triton")
-    language = types.ModuleType("triton.language")
-    for module in (triton, language):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
-    triton.__version__ = "3.4.0"
-    triton.jit = lambda function=None, **kwargs: function if function is not None else (lambda f: f)
-    triton.language = language
-    language.constexpr = object
-    sys.modules["triton"] = triton
-    sys.modules["triton.language"] = language
+    names = ("triton", "triton.language", "triton.language.extra")
+    for name in names:
+        module = _KernelLanguage(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        module.__path__ = []
+        sys.modules[name] = module
+    sys.modules["triton"].language = sys.modules["triton.language"]
+    sys.modules["triton"].__version__ = "3.4.0"
+    yield
+    for name in names:
+        del sys.modules[name]
+
+
+class _KernelLanguage(types.ModuleType):
+    """Answers whatever a kernel's definition asks of triton (decorators, types); a launch fails."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _definition_only
+
+
+def _definition_only(*args, **kwargs):
+    """A decorator with or without arguments, or a type: gives back the decorated function or itself."""
+    return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else _definition_only
 
 
 def _import_without_compile() -> None:
@@ -157,8 +183,8 @@ def _import_without_compile() -> None:
 
     torch.compile = no_compile
     try:
-        importlib.import_module("megatron.core")
-        importlib.import_module("megatron.core.models.gpt.gpt_model")
+        for name in MEGATRON_MODULES:
+            importlib.import_module(name)
     finally:
         torch.compile = compile_
 

@@ -92,17 +92,18 @@ def table(inputs, low: list[bool], high: list[bool]):
 
 
 def test_table_by_hand():
-    """d = ln 2, (masked), -ln 2: sum 0, squares 2 ln^2 2, k3 = (2 - 1 - ln 2) + (1/2 - 1 + ln 2) = 1/2, max ln 2.
+    """d = ln 2, (masked), -2 ln 2: sum -ln 2, squares 5 ln^2 2, max 2 ln 2, and the k3 terms are
+    (2 - 1 - ln 2) + (1/4 - 1 + 2 ln 2) = 1/4 + ln 2; with d of the other sign they would be 5/2 - ln 2.
 
     Entropy 0.5 for each of 2 trained tokens; 2 tokens are clipped low and 3 high, but one of each is masked; 4 padding
     tokens with mask 1, all clipped, belong to nobody. A masked or empty sequence is a row of zeros.
     """
     two = math.log(2)
-    inputs = pack([EMPTY, Response([two, 3.0, -two], [0.0, -4.0, 0.0], [1, 0, 1]), MASKED], 4, padding_mask=1.0)
+    inputs = pack([EMPTY, Response([two, 3.0, -2 * two], [0.0, -4.0, 0.0], [1, 0, 1]), MASKED], 4, padding_mask=1.0)
     pad = [True] * 4
     got = table(inputs, [False, True, True, True, True] + pad, [True, True, True, False, False] + pad)
     assert got.values.dtype == torch.float64 and not got.values.requires_grad
-    row = [2, 0, 2 * two**2, 0.5, two, 1, 1, 2]
+    row = [2, -two, 5 * two**2, 0.25 + two, 2 * two, 1, 1, 2]
     expected = torch.tensor([[0.0] * 8, row, [0.0] * 8], dtype=torch.float64)
     torch.testing.assert_close(got.values, expected, rtol=0, atol=1e-15)
     assert got.column("num_tokens").tolist() == [0, 2, 0] and got.column("clipped_high_tokens").tolist() == [0, 2, 0]
@@ -112,4 +113,4 @@ def test_k3_keeps_its_digits_at_small_ratios():
     """exp(d) - 1 - d = d^2/2 + d^3/6 + ...: at d = 1e-6 that is 5e-13, of which exp(d) - 1 loses 1e-16 to rounding."""
     got = table(pack([Response([-1.0 + 1e-6], [-1.0], [1])]), [False], [False]).column("sum_k3")
     d = (-1.0 + 1e-6) + 1.0  # the difference that fp64 can hold
-    assert float(got) == pytest.approx(d * d / 2 + d**3 / 6, rel=1e-8)
+    assert float(got) == pytest.approx(d * d / 2 + d**3 / 6, rel=1e-8, abs=0)

@@ -90,7 +90,7 @@ def test_gradient_against_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits_do_not_overflow(dtype):
-    """(1e4, -1e4, 0): log-probs (0, -2e4, -1e4), entropy 0, gradient one-hot minus (1, 0, 0). Halved at temperature 2."""
+    """(1e4, -1e4, 0): log-probs (0, -2e4, -1e4), entropy 0, gradient one-hot minus (1, 0, 0). Temperature 2 halves."""
     for temperature in (1.0, 2.0):
         logits = torch.tensor([[1e4, -1e4, 0.0]] * 3, dtype=dtype, requires_grad=True)
         logprobs, entropy = vocab_logprobs(logits, torch.arange(3), temperature)

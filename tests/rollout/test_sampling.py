@@ -27,7 +27,7 @@ def draw(logits: list[float], points: list[float], **changes) -> list[int]:
 
 
 def grid(count: int) -> torch.Tensor:
-    """The middles of `count` equal parts of [0, 1): a token of probability p is drawn count * p times, give or take 1."""
+    """The middles of `count` equal parts of [0, 1): a token of probability p is drawn count * p times, within 1."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
@@ -59,6 +59,15 @@ def test_boundary_uniforms_stay_inside_for_many_sums():
     for point in (0.0, LAST):
         tokens, logprobs = sample(logits, torch.full((500,), point, dtype=torch.float64), params())
         assert torch.isfinite(logits[rows, tokens]).all() and torch.isfinite(logprobs).all()
+
+
+def test_a_tail_of_small_probabilities_is_drawn():
+    """One token, then 1000 of 1e-9 each: 1 - 5e-7 falls into the middle of the tail, 1 - 2^-53 on its last token.
+
+    Sums in fp32 would lose them all: next to 1 it has steps of 6e-8. The fp32 log-probs move the middle by 60 tokens.
+    """
+    middle, last = draw([0.0] + [math.log(1e-9)] * 1000, [1 - 5e-7, LAST])
+    assert 400 < middle < 600 and last == 1000
 
 
 def test_top_k_by_hand():
