@@ -61,7 +61,9 @@ class ModelConfig:
             ("attention_dropout", 0.0, "dropout makes the ratio differ from 1 at equal weights"),
         ):
             value = getattr(self, name)
-            require(value == neutral, f"model.{name}", value, f"GSPO needs {neutral}: {why}", "Remove it from the recipe.")
+            require(
+                value == neutral, f"model.{name}", value, f"GSPO needs {neutral}: {why}", "Remove it from the recipe."
+            )
         require(self.moe_aux_loss_coeff >= 0, "model.moe_aux_loss_coeff", self.moe_aux_loss_coeff,
                 "must be 0 or more", "Leave it at 0 unless you want a load-balancing loss.")  # fmt: skip
 
@@ -85,7 +87,9 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
                      "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"):  # fmt: skip
             value = getattr(self, name)
-            require(value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off.")
+            require(
+                value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off."
+            )
 
 
 @dataclass(frozen=True)
@@ -137,10 +141,14 @@ class WarmStartConfig:
     warmup_steps: int = 10
     eval_interval: int = 50
     """Steps between evaluations on held-out prompts."""
+    stop_accuracy: float = 1.0
+    """End the warm start at the first evaluation whose accuracy reaches this; RL has nothing to add to a solved task."""
 
     def __post_init__(self) -> None:
         positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
         require(self.steps >= 0, "warm_start.steps", self.steps, "must be 0 or more", "Give 0 for no warm start.")
+        require(0 < self.stop_accuracy <= 1, "warm_start.stop_accuracy", self.stop_accuracy,
+                "must be above 0 and at most 1", "Give 1.0 to run all steps.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,9 @@ class RolloutConfig:
         positive("rollout", self, "num_prompts", "group_size", "max_response_length", "temperature", "top_p")
         require(self.group_size >= 2, "rollout.group_size", self.group_size,
                 "a group-normalised advantage needs 2 or more responses a prompt", "The paper uses 8.")  # fmt: skip
-        require(self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens.")
+        require(
+            self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens."
+        )
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "must be 0 or more", "Give 0 to sample from all tokens.")
 
 
@@ -196,7 +206,7 @@ class OptimizerConfig:
     """Adam in RL (Megatron's optimizer; constant learning rate after a linear warm-up)."""
 
     __pydantic_config__ = STRICT
-    lr: float = 3e-4
+    lr: float = 1e-4
     warmup_steps: int = 8
     """Optimizer steps (minibatches), not rollout steps. Fresh Adam moves many routes at once without it."""
     weight_decay: float = 0.0
@@ -208,7 +218,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive("optimizer", self, "lr", "adam_eps", "clip_grad")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more", "Give 0 for none.")
+        require(
+            self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more", "Give 0 for none."
+        )
 
 
 @dataclass(frozen=True)
@@ -231,9 +243,7 @@ class TrainConfig:
     """auto: CUDA with NCCL where there is a GPU, else CPU with Gloo."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    tasks: dict[str, TaskConfig] = field(
-        default_factory=lambda: {"spell_backward": TaskConfig()}
-    )
+    tasks: dict[str, TaskConfig] = field(default_factory=lambda: {"spell_backward": TaskConfig()})
     """reasoning-gym tasks by name."""
     data: DataConfig = field(default_factory=DataConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -244,4 +254,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("train", self, "eval_interval", "max_tokens_per_microbatch")
         require(self.steps >= 0, "steps", self.steps, "must be 0 or more", "Give 0 to run the warm start alone.")
-        require(len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}.")
+        require(
+            len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}."
+        )

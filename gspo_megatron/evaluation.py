@@ -12,8 +12,10 @@ SEED = 20_250_718  # the same random numbers at every evaluation of every run
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
-    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right. A collective over all ranks.
+    """Accuracy on the held-out prompts. A collective over all ranks.
+
+    eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
+    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right.
     """
     rollout, data = run.config.rollout, run.config.data
     stop = (run.tokenizer.eos_token_id,)

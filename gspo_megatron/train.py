@@ -20,7 +20,7 @@ from gspo_megatron.metrics.reduce import load_metrics, update_metrics
 from gspo_megatron.rollout import groups as rollouts
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.run import Run
-from gspo_megatron.warm_start import pack_minibatch, warm_start
+from gspo_megatron.warm_start import warm_start
 
 SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
@@ -61,7 +61,7 @@ def run_step(run: Run, step: int) -> dict:
     sequences = rollouts.train_sequences(groups, advantages)
     order_seed = (config.seed, step, run.topology.dp_rank)
     parts = rollouts.minibatches(sequences, config.algorithm.num_minibatches, order_seed)
-    minibatches = [pack_minibatch(run, part) for part in parts]
+    minibatches = [policy.microbatches(part) for part in parts]
 
     with clock.part("old_logprobs"):
         policy.fill_old_log_probs([batch for batches in minibatches for batch in batches])

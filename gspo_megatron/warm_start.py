@@ -3,17 +3,18 @@
 The labelled set is small and fixed, so its accuracy levels off; RL then goes on with fresh prompts and rewards alone.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.config import TrainConfig
-from gspo_megatron.data.packing import microbatches_needed, pack
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.run import Run
-from gspo_megatron.types import PackedBatch, TrainSequence
+from gspo_megatron.types import TrainSequence
 
 
 def warm_start(run: Run) -> None:
@@ -29,7 +30,7 @@ def warm_start(run: Run) -> None:
         chosen = _batch(run.config, step, len(examples))
         share = len(chosen) // run.topology.dp_size
         mine = [examples[i] for i in chosen[run.topology.dp_rank * share : (run.topology.dp_rank + 1) * share]]
-        batches = pack_minibatch(run, mine)
+        batches = run.policy.microbatches(mine)
         counts = run.policy.global_counts(batches)
         result = run.policy.update(batches, supervised_loss, counts)
         loss = torch.tensor(result.loss, dtype=torch.float64, device=run.runtime.device)
@@ -41,18 +42,9 @@ def warm_start(run: Run) -> None:
             row |= evaluate(run)
             row["time/eval"] = clock.read()["time/step"]
         run.reporter.row(row)
-
-
-def pack_minibatch(run: Run, sequences: list[TrainSequence]) -> list[PackedBatch]:
-    """This replica's microbatches of one optimizer step; as many on every replica. A collective."""
-    limit, topology = run.config.max_tokens_per_microbatch, run.topology
-    needed = torch.tensor([microbatches_needed(sequences, limit)], device=run.runtime.device)
-    dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=topology.dp_group)
-    count = int(needed)
-    if topology.vp_size > 1:
-        count = -(-count // topology.pp_size) * topology.pp_size  # the interleaved schedule wants a multiple
-    batches = pack(sequences, limit, topology.tp_size, count)
-    return [batch.to(run.runtime.device) for batch in batches]
+        if row.get("eval/accuracy", 0.0) >= config.stop_accuracy:
+            run.reporter.note(f"warm start ends: held-out accuracy reached {config.stop_accuracy:g}")
+            return
 
 
 def _examples(run: Run) -> list[TrainSequence]:
@@ -74,9 +66,6 @@ def _batch(config: TrainConfig, step: int, num_examples: int) -> list[int]:
     return numbers
 
 
-def _permutation(seed: int, epoch: int, size: int, _cache: dict = {}) -> np.ndarray:  # noqa: B006
-    key = (seed, epoch, size)
-    if key not in _cache:
-        _cache.clear()
-        _cache[key] = np.random.default_rng((seed, epoch)).permutation(size)
-    return _cache[key]
+@lru_cache(maxsize=2)  # a batch touches two epochs at most
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)

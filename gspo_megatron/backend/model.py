@@ -50,12 +50,18 @@ class ModelShape:
     def num_parameters(self) -> int:
         """Of the whole model, counted from the config."""
         hf = self.hf
-        hidden, heads, groups, dim = (hf[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+        hidden, heads, groups, dim = (
+            hf[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        )
         sparse = sum(moe_layers(hf))
         attention = hidden * dim * (2 * heads + 2 * groups) + 2 * dim
         moe = hf["num_experts"] * (3 * hidden * hf["moe_intermediate_size"] + hidden)
         dense = 3 * hidden * hf["intermediate_size"]
-        layers = hf["num_hidden_layers"] * (attention + 2 * hidden) + sparse * moe + (hf["num_hidden_layers"] - sparse) * dense
+        layers = (
+            hf["num_hidden_layers"] * (attention + 2 * hidden)
+            + sparse * moe
+            + (hf["num_hidden_layers"] - sparse) * dense
+        )
         return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
 
     @property
@@ -179,7 +185,9 @@ def transformer_config(shape: ModelShape, model: ModelConfig, topology: Topology
 
 def layer_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None):
     """Megatron's decoder block spec, with our attention and norm in the local one."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
+    )
     core = _te_attention_with_cache() if use_te else SdpaCoreAttention
     for layer in block.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = core
@@ -209,8 +217,10 @@ def _te_attention_with_cache():
     return CachedTEDotProductAttention
 
 
-def build(shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, seed: int,
-          use_distributed_optimizer: bool, dtype: torch.dtype | None = None) -> list[DistributedDataParallel]:  # fmt: skip
+def build(
+    shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, seed: int,
+    use_distributed_optimizer: bool, dtype: torch.dtype | None = None,
+) -> list[DistributedDataParallel]:  # fmt: skip
     """The model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
 
     Args:
@@ -236,7 +246,9 @@ def build(shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Ru
         parameters.initialize(gpt, topology, seed, shape.hf.get("initializer_range", 0.02))
         wrapped = Float16Module(config, gpt) if config.bf16 else gpt
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=dtype is not torch.float64, overlap_grad_reduce=False, use_distributed_optimizer=use_distributed_optimizer
+            grad_reduce_in_fp32=dtype is not torch.float64,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=use_distributed_optimizer,
         )
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped))
     if topology.dp_size > 1:

@@ -60,4 +60,3 @@ def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -
 def learning_rate(optimizer: MegatronOptimizer) -> float:
     """The rate that the next step uses."""
     return float(next(group["lr"] for group in optimizer.param_groups))
-

@@ -79,12 +79,12 @@ def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]
 def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
     if layer := LAYER.match(name):
         number = model.decoder.layers[int(layer.group(1))].layer_number - 1
-        name = f"decoder.layers.{number}.{name[layer.end():]}"
+        name = f"decoder.layers.{number}.{name[layer.end() :]}"
     first_expert = topology.ep_rank * (model.config.num_moe_experts or 0) // topology.ep_size
     if expert := EXPERT.search(name):
-        name = f"{name[:expert.start()]}experts.{first_expert + int(expert.group(1))}.{expert.group(2)}"
+        name = f"{name[: expert.start()]}experts.{first_expert + int(expert.group(1))}.{expert.group(2)}"
     elif expert := GROUPED_EXPERT.search(name):
-        name = f"{name[:expert.start()]}experts.{first_expert + int(expert.group(2))}.{expert.group(1)}.weight"
+        name = f"{name[: expert.start()]}experts.{first_expert + int(expert.group(2))}.{expert.group(1)}.weight"
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return name

@@ -22,8 +22,9 @@ from gspo_megatron.backend.router_hooks import ExpertLoad
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
+from gspo_megatron.data.packing import microbatches_needed, pack
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
-from gspo_megatron.types import PackedBatch, SequenceTable
+from gspo_megatron.types import PackedBatch, SequenceTable, TrainSequence
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class Policy:
             steps = config.steps * config.algorithm.num_minibatches
             self.schedule = optimizers.rl_schedule(self.optimizer, config.optimizer, steps)
 
+    def microbatches(self, sequences: Sequence[TrainSequence]) -> list[PackedBatch]:
+        """This replica's share of one optimizer step, packed; as many microbatches on every replica. A collective."""
+        limit, topology = self.config.max_tokens_per_microbatch, self.topology
+        needed = torch.tensor([microbatches_needed(sequences, limit)], device=self.runtime.device)
+        dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=topology.dp_group)
+        count = int(needed)
+        if topology.vp_size > 1:
+            count = -(-count // topology.pp_size) * topology.pp_size  # the interleaved schedule wants a multiple
+        return [batch.to(self.runtime.device) for batch in pack(sequences, limit, topology.tp_size, count)]
+
     @torch.no_grad()
     def fill_old_log_probs(self, batches: Sequence[PackedBatch]) -> None:
         """Set old_logprobs [T] fp32 of every batch, by this engine's own forward. Only the last stage has them.
@@ -73,7 +84,7 @@ class Policy:
         """
 
         def keep(batch: PackedBatch, logits: torch.Tensor, non_loss_data: bool = False) -> None:
-            batch.old_logprobs = self._target_log_probs(batch, logits)[0].to(torch.promote_types(logits.dtype, torch.float32))
+            batch.old_logprobs, _ = self._target_log_probs(batch, logits)
 
         with self.expert_load.counting():
             self._run(batches, keep, forward_only=True)
@@ -131,7 +142,9 @@ class Policy:
         # Row t-1 predicts token t; the first token of a sequence has no row of its own sequence before it.
         inside = batch.position_ids[1:] > 0
         zero = logprobs.new_zeros(1)
-        return torch.cat([zero, torch.where(inside, logprobs, 0.0)]), torch.cat([zero, torch.where(inside, entropy, 0.0)])
+        return torch.cat([zero, torch.where(inside, logprobs, 0.0)]), torch.cat(
+            [zero, torch.where(inside, entropy, 0.0)]
+        )
 
     def _run(self, batches: Sequence[PackedBatch], on_logits, forward_only: bool) -> None:
         """One pass of Megatron's schedule; on_logits(batch, logits) is called on the last stage."""

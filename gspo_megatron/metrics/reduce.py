@@ -1,6 +1,6 @@
 """From what each data-parallel replica saw to the numbers of the whole step. Collectives over data parallelism.
 
-Sums and extremes are taken over the gathered rows, not averaged over ranks: a mean of means weighs ranks, not responses.
+Sums and extremes are taken over the gathered rows; a mean of the ranks' means would weigh ranks, not responses.
 """
 
 import torch

@@ -77,5 +77,7 @@ class _VocabLogprobs(torch.autograd.Function):
         softmax, local, inside = ctx.saved_tensors
         scale = (grad_logprobs / ctx.temperature).unsqueeze(-1)
         grad = softmax * -scale
-        grad.scatter_add_(-1, local.unsqueeze(-1), torch.where(inside, grad_logprobs / ctx.temperature, 0.0).unsqueeze(-1))
+        grad.scatter_add_(
+            -1, local.unsqueeze(-1), torch.where(inside, grad_logprobs / ctx.temperature, 0.0).unsqueeze(-1)
+        )
         return grad, None, None, None

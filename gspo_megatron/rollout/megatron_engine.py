@@ -51,7 +51,7 @@ class _Wave:
 
 
 class MegatronEngine:
-    """Samples from a Policy. Every rank of a replica calls generate() with the same prompts and gets the same answer."""
+    """Samples from a Policy. All ranks of a replica call generate() with the same prompts and get the same answer."""
 
     def __init__(self, policy: Policy):
         self.policy, self.topology, self.device = policy, policy.topology, policy.runtime.device
@@ -121,7 +121,9 @@ class MegatronEngine:
         padding = -(-max(tokens.numel(), 1) // topology.tp_size) * topology.tp_size - tokens.numel()
         tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
         if not model.pre_process:
-            hidden = torch.empty(tokens.numel() // topology.tp_size, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+            hidden = torch.empty(
+                tokens.numel() // topology.tp_size, 1, self.hidden_size, dtype=self.dtype, device=self.device
+            )
             dist.recv(hidden, self._neighbour(-1), group=topology.pp_group)
             model.set_input_tensor(hidden)
         out = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=plan)

@@ -54,10 +54,11 @@ def _truncate(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.top_k == 0 and params.top_p == 1.0:
         return probs
     ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_k:
-        keep[:, params.top_k :] = False
+        # Renormalised before top-p, as transformers and vLLM do.
+        ordered[:, params.top_k :] = 0.0
+        ordered = ordered / ordered.sum(-1, keepdim=True)
     if params.top_p < 1.0:
         # A token stays while the ones before it hold less than top_p.
-        keep &= (ordered.cumsum(-1) - ordered) < params.top_p
-    return torch.zeros_like(probs).scatter(1, index, ordered * keep)
+        ordered = ordered * ((ordered.cumsum(-1) - ordered) < params.top_p)
+    return torch.zeros_like(probs).scatter(1, index, ordered)

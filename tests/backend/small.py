@@ -36,7 +36,7 @@ def small_policy(layout: ParallelConfig, dtype: torch.dtype | None = None, **cha
 
 
 def in_layouts(rank: int, world_size: int, layouts: dict[str, ParallelConfig], fn, *args) -> dict:
-    """fn(layout, *args) in one layout after the other, on ranks that stay up: starting them takes longer than the work."""
+    """fn(layout, *args) in one layout after the other, on ranks that stay up: starting them is what costs."""
     results = {}
     for name, layout in layouts.items():
         results[name] = fn(layout, *args)

@@ -40,8 +40,8 @@ def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
 
 
 def test_weights_load_under_another_layout(tmp_path):
-    """Saved at TP2 x PP2 with experts over 2 ranks; bit for bit the same at PP2 x VP2 and whole on each of four ranks. A
-    folder that is not there is named."""
+    """Saved at TP2 x PP2 with experts over 2 ranks; bit for bit the same at PP2 x VP2 and whole on each of four ranks.
+    A folder that is not there is named."""
     folder = tmp_path / "checkpoints" / "step_000001"
     result = spawn(save_and_load, 4, folder)[0]
     assert [p.name for p in folder.parent.iterdir()] == ["step_000001"]  # nothing half-written beside it

@@ -111,8 +111,8 @@ def layouts() -> list[dict]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_samples_in_every_layout(reference, layouts, name):
-    """Every rank of a replica returns the replica's completions, equal to the one-rank run's token by token. With experts
-    over two replicas, the one that ends first must keep serving the other's tokens."""
+    """Every rank of a replica returns the replica's completions, equal to the one-rank run's token by token. With
+    experts over two replicas, the one that ends first must keep serving the other's tokens."""
     results = [by_layout[name] for by_layout in layouts]
     by_replica = {r["dp_rank"]: r["answers"] for r in results}
     assert all(r["answers"] == by_replica[r["dp_rank"]] for r in results)
