@@ -3,6 +3,7 @@
 Left out: several nodes, and GPUs (ranks see none here, so that the same launches mean the same everywhere).
 """
 
+import json
 import os
 import shutil
 import stat
@@ -32,6 +33,22 @@ BAD_INPUT = {
     "layout": (["--parallel.tensor-model-parallel-size", "3"], "tensor 3 x pipeline 1 = 3 does not divide"),
     "model": (["--model.hf-config", "nowhere.json"], "model.hf_config = 'nowhere.json'"),
 }
+# What needs the model's shape or several parts of the recipe; four ranks.
+MISFITS = {
+    "layers over stages": (["--parallel.pipeline-model-parallel-size", "4",
+                            "--parallel.virtual-pipeline-model-parallel-size", "2"], "num_hidden_layers 4"),
+    "heads over tensor ranks": (["--parallel.tensor-model-parallel-size", "4"], "num_key_value_heads 2"),
+    "experts over ranks": (["--model.hf-config", "odd.json", "--parallel.expert-model-parallel-size", "4"],
+                           "num_experts 6"),
+    "experts x stages over ranks": (["--parallel.expert-model-parallel-size", "8"], "does not divide 4 ranks"),
+    "prompts over replicas": (["--parallel.tensor-model-parallel-size", "1", "--rollout.num-prompts", "6"],
+                              "rollout.num_prompts = 6"),
+    "minibatches": (["--algorithm.num-minibatches", "7"], "algorithm.num_minibatches = 7"),
+    "context": (["--data.max-prompt-length", "250"], "max_position_embeddings 256"),
+    "group of one": (["--rollout.group-size", "1"], "rollout.group_size = 1"),
+    "capacity factor": (["--model.moe-expert-capacity-factor", "1.0"], "model.moe_expert_capacity_factor = 1.0"),
+    "task option": (["--tasks.spell-backward.options.min-word-len", "-3"], "tasks.spell_backward"),
+}  # fmt: skip
 # The script looks for its interpreter itself: the tests' own, wherever that is.
 ENV = {"VIRTUAL_ENV": str(Path(PYTHON).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
 
@@ -45,6 +62,17 @@ def test_bad_input_exits_2_before_any_rank_starts(tmp_path, form, mistake):
     assert launch.stdout == ""
     assert launch.stderr.count(text) == 1
     assert "Traceback" not in launch.stderr and "torchrun" not in launch.stderr
+
+
+@pytest.mark.parametrize("mistake", MISFITS)
+def test_a_recipe_that_does_not_fit_is_told_before_any_rank_starts(tmp_path, mistake):
+    argv, text = MISFITS[mistake]
+    shape = json.loads((ROOT / "examples/models/qwen3_moe_tiny/config.json").read_text())
+    (tmp_path / "odd.json").write_text(json.dumps(shape | {"num_experts": 6}))
+    with launched([*FORMS["bash"], *argv], tmp_path, NPROC="4", **ENV) as launch:
+        assert launch.wait(30) == 2
+    assert launch.stderr.count("error:") == 1 and text in launch.stderr, launch.stderr
+    assert "Traceback" not in launch.stderr
 
 
 @pytest.mark.parametrize("form", ["torchrun", "torchrun, one rank", "torchrun --no-python"])

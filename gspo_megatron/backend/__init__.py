@@ -1,14 +1,15 @@
 """Everything Megatron-Core, nothing about reinforcement learning.
 
 Importing this package makes Megatron importable on a machine without CUDA (cpu_shim.py), which has to happen before the
-first import of megatron; nothing outside this package and rollout/ imports megatron.
+first import of megatron; nothing outside this package imports megatron.
 """
 
 import warnings
 
 from gspo_megatron.backend import cpu_shim
 
-# Megatron announces at import, from every rank, each optional library that it does without; the header names the
-# kernels that run instead.
+# Megatron announces at import, from every rank, each optional library that it does without (the header names the
+# kernels that run instead), and calls collectives by names that torch 2.13 has begun to retire.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 cpu_shim.install()

@@ -59,10 +59,6 @@ class KeyValueCache:
     max_len: int
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
-    @classmethod
-    def empty(cls, rows: int, max_len: int) -> "KeyValueCache":
-        return cls(rows, max_len, {})
-
     def of_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.layers:
             shape = (self.rows, self.max_len, *like.shape[1:])

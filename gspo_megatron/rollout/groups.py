@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_megatron.algorithms.advantages import group_advantages
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import AlgorithmConfig
+from gspo_megatron.metrics.reduce import gather_rows
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from gspo_megatron.tasks.mixture import TaskMixture
@@ -84,8 +85,6 @@ def minibatches(sequences: list[TrainSequence], count: int, seed: tuple[int, ...
 def group_metrics(groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str], topology: Topology,
                   device: torch.device) -> dict[str, float]:  # fmt: skip
     """Reward, advantage and response metrics over all replicas. A collective over data parallelism."""
-    from gspo_megatron.metrics.reduce import gather_rows
-
     rows = [
         (group.rewards[i], tasks.index(group.prompt.item.task), len(c.token_ids), float(c.truncated),
          len(group.prompt.token_ids), float(max(group.rewards) == min(group.rewards)))

@@ -7,29 +7,33 @@ import torch.distributed as dist
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import PackedPlan
-from gspo_megatron.config import AlgorithmConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig
 from gspo_megatron.types import PackedBatch
 from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, small_policy
 from tests.distributed import spawn
 
-LAYOUTS = {  # on four ranks; what the sizes leave over is data parallelism
-    "TP2xPP2-EP2": TP2_PP2_EP2,
-    "TP2xDP2-experts-replicated": ParallelConfig(2, 1, None, 1, 1),
-    "PP2xVP2xDP2-EP2": ParallelConfig(1, 2, 2, 2, 1),
-    "DP4-EP4": ParallelConfig(1, 1, None, 4, 1),
-    "TP2xPP2-ETP2": ParallelConfig(2, 2, None, 1, 2),
+PLAIN, RECOMPUTE = ModelConfig(), ModelConfig(recompute=True)
+CASES = {  # on four ranks; what the sizes leave over is data parallelism
+    "TP2xPP2-EP2": (TP2_PP2_EP2, PLAIN),
+    "TP2xPP2-EP2-recompute": (TP2_PP2_EP2, RECOMPUTE),
+    "TP2xDP2-experts-replicated": (ParallelConfig(2, 1, None, 1, 1), PLAIN),
+    "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
+    "DP4-EP4": (ParallelConfig(1, 1, None, 4, 1), PLAIN),
+    "TP2xPP2-ETP2": (ParallelConfig(2, 2, None, 1, 2), PLAIN),
+    "DP4-EP2-distributed-optimizer": (ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True), PLAIN),
 }
+ONE = {"one": (SINGLE, PLAIN)}
 
 
 def one_rank(rank: int, world_size: int) -> dict:
     """All that one rank is asked for: the reference, the same step by GSPO-token, and both sides of the fp64 check."""
-    reference = in_layouts(rank, world_size, {"x": SINGLE}, step, None, "gspo", False)["x"]
+    reference = in_layouts(rank, world_size, ONE, step, None, "gspo", False)["one"]
     old = reference["old"]
     return {
         "reference": reference,
-        "token": in_layouts(rank, world_size, {"x": SINGLE}, step, old, "gspo_token", False)["x"],
-        "fp64": in_layouts(rank, world_size, {"x": SINGLE}, step, old, "gspo", True)["x"],
-        "plain": in_layouts(rank, world_size, {"x": SINGLE}, plain_step, old)["x"],
+        "token": in_layouts(rank, world_size, ONE, step, old, "gspo_token", False)["one"],
+        "fp64": in_layouts(rank, world_size, ONE, step, old, "gspo", True)["one"],
+        "plain": in_layouts(rank, world_size, ONE, plain_step, old)["one"],
     }
 
 
@@ -40,12 +44,13 @@ def perturbation(batch: PackedBatch, generator: torch.Generator) -> torch.Tensor
     return 2e-3 * torch.randn(batch.num_tokens, generator=generator) + shift.repeat_interleave(lengths)
 
 
-def step(layout: ParallelConfig, old: list | None, algorithm: str, fp64: bool) -> dict:
+def step(case: tuple, old: list | None, algorithm: str, fp64: bool) -> dict:
     """One update on this rank's share of the fixed batches.
 
     `old`: perturbed old log-probs of all batches; None: computed here and returned, so that all layouts get the same.
     """
-    policy = small_policy(layout, torch.float64 if fp64 else None)
+    layout, model = case
+    policy = small_policy(layout, torch.float64 if fp64 else None, model=model)
     cut = policy.topology
     batches = fixed_batches()[cut.dp_rank :: cut.dp_size]
     if old is None:
@@ -61,11 +66,13 @@ def step(layout: ParallelConfig, old: list | None, algorithm: str, fp64: bool) -
     loss = torch.tensor(result.loss, dtype=torch.float64)
     dist.all_reduce(loss, group=cut.dp_group)
     gradient = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
+    weights = parameters.gather_full(policy.models, cut)
     table = result.table
     return {
         "loss": float(loss), "old": old, "counts": counts, "grad_norm": result.grad_norm,
         "ratio": (table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)).exp(),
         "table": table.values, "dp_rank": cut.dp_rank, "gradient": gradient if dist.get_rank() == 0 else None,
+        "weights": weights if dist.get_rank() == 0 else None, "lr": result.learning_rate,
     }  # fmt: skip
 
 
@@ -82,7 +89,7 @@ def reference(single) -> dict:
 @pytest.fixture(scope="module")
 def layouts(reference) -> list[dict]:
     """By rank: the step's result in each layout."""
-    return spawn(in_layouts, 4, LAYOUTS, step, reference["old"], "gspo", False, timeout=240)
+    return spawn(in_layouts, 4, CASES, step, reference["old"], "gspo", False, timeout=240)
 
 
 def gradient_error(ours: dict, reference: dict) -> float:
@@ -90,6 +97,15 @@ def gradient_error(ours: dict, reference: dict) -> float:
     assert set(ours) == set(reference)
     difference = sum((ours[name] - value).double().square().sum() for name, value in reference.items())
     return float((difference / sum(value.double().square().sum() for value in reference.values())).sqrt())
+
+
+def moved_apart(ours: dict, reference: dict) -> float:
+    """Share of weights that Adam's first step left more than a tenth of the learning rate apart.
+
+    That step moves each weight by the learning rate times the sign of its gradient, so it is where a gradient is of the
+    size of rounding that layouts may differ."""
+    apart = [(ours["weights"][n] - w).abs() > 0.1 * reference["lr"] for n, w in reference["weights"].items()]
+    return float(torch.cat([x.flatten() for x in apart]).double().mean())
 
 
 def rows_by_batch(results: list[dict], key: str, dp_size: int) -> torch.Tensor:
@@ -104,6 +120,11 @@ def rows_by_batch(results: list[dict], key: str, dp_size: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def initial_weights(layout: ParallelConfig) -> dict:
+    policy = small_policy(layout)
+    return parameters.gather_full(policy.models, policy.topology)
+
+
 def test_reference_is_not_trivial(reference):
     """s differs from 1 and clips on both sides; 14 sequences, one of them (length 3, mask 0) without a trained token,
     and one of length 2; so 12 count."""
@@ -112,9 +133,12 @@ def test_reference_is_not_trivial(reference):
     assert lows.max() > 0 and highs.max() > 0
     assert reference["counts"].num_sequences == 12
     assert abs(reference["loss"]) > 0.01
+    start = spawn(in_layouts, 1, {"one": SINGLE}, initial_weights)[0]["one"]
+    moved = torch.cat([(w - start[n]).flatten() for n, w in reference["weights"].items()])
+    assert float((moved.abs() > 0.5 * reference["lr"]).double().mean()) > 0.5  # the step did change the weights
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 def test_layout_equals_one_rank(reference, layouts, name):
     """Loss to 1e-6 of mean |A|, ratios and gradient to 1e-5: the limits that fp32 leaves room for."""
     results = [by_layout[name] for by_layout in layouts]
@@ -124,7 +148,9 @@ def test_layout_equals_one_rank(reference, layouts, name):
     dp_size = len({r["dp_rank"] for r in results})
     ratio = rows_by_batch(results, "ratio", dp_size)
     assert float((ratio - reference["ratio"]).abs().max()) < 1e-5
-    assert gradient_error(results[0]["gradient"], reference["gradient"]) < 1e-5
+    if not CASES[name][0].use_distributed_optimizer:  # there each rank has only its part of the sum
+        assert gradient_error(results[0]["gradient"], reference["gradient"]) < 1e-5
+    assert moved_apart(results[0], reference) < 1e-3
     assert results[0]["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
     for result in results:  # every stage and tensor rank of a replica holds the last stage's table
         same = next(r for r in results if r["dp_rank"] == result["dp_rank"])
@@ -139,9 +165,9 @@ def test_gspo_token_is_gspo_in_megatron_too(single):
     assert torch.equal(token["table"][:, 6:], reference["table"][:, 6:])
 
 
-def plain_step(layout: ParallelConfig, old: list) -> dict:
+def plain_step(case: tuple, old: list) -> dict:
     """The same step by the formula, in fp64, on logits of the model: no schedule, no DDP, no packed loss."""
-    policy = small_policy(layout, torch.float64)
+    policy = small_policy(case[0], torch.float64)
     model, objective, count = policy.models[0], 0.0, 0
     for batch, old_logprobs in zip(fixed_batches(), old, strict=True):
         bounds = batch.cu_seqlens.tolist()
