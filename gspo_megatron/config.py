@@ -142,7 +142,7 @@ class WarmStartConfig:
     eval_interval: int = 50
     """Steps between evaluations on held-out prompts."""
     stop_accuracy: float = 1.0
-    """End the warm start at the first evaluation whose accuracy reaches this; RL has nothing to add to a solved task."""
+    """End the warm start at the first evaluation with this accuracy: a solved task leaves RL nothing to add."""
 
     def __post_init__(self) -> None:
         positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
