@@ -83,6 +83,8 @@ def warnings(config: TrainConfig) -> list[str]:
             f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff:g} adds a load-balancing gradient that is "
             "no part of the GSPO objective. Leave it at 0 unless that is wanted."
         )
+    if config.algorithm.shuffle_advantages:
+        found.append("algorithm.shuffle_advantages makes this a control run: rewards are shuffled, so it cannot learn.")
     return found
 
 
