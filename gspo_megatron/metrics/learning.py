@@ -1,8 +1,9 @@
 """Did a run learn? The numbers that answer it, read from metrics.jsonl, and the criteria they are held to.
 
-The claim under test: RL on fresh prompts raised held-out accuracy by at least `min_rise`, starting from a warm start
-that had come to rest, while a control run with shuffled advantages rose by at most `max_control_rise`. The gain over
-the warm start's last third is shown for the reader to judge; it is not a criterion.
+The claim under test: RL on fresh prompts raised held-out accuracy (pass@1) by at least `min_rise` and the training
+reward from its first quarter to its last, while a control run with shuffled advantages rose by at most
+`max_control_rise`. Greedy accuracy and the gain over the warm start's last third are shown for the reader to judge: a
+rise of pass@1 without one of greedy accuracy means that RL made the policy surer, not abler.
 
 Left out: statistics over seeds (each run is judged alone) and the pairing of evaluations on the same prompts, so
 the standard errors here are an upper bound for differences within a run.
@@ -33,6 +34,7 @@ class LearningReport:
     warm_gain: float | None  # last warm-start evaluation minus the one at two thirds; None with fewer than two
     final: float  # the last evaluation of the run
     best: float  # over all evaluations from step 0 on
+    greedy: tuple[float, float] | None  # greedy accuracy before RL and at the end
     reward_first: float | None  # mean training reward of the first quarter of RL steps
     reward_last: float | None
     warm_minutes: float
@@ -66,6 +68,7 @@ def summarise(run_dir: Path) -> LearningReport:
     if len(steps) < 2:
         raise MetricsError(f"{run_dir}: no {ACCURACY} after RL step 0. Let the run reach its next evaluation.")
     count = record.rl[0].get("eval/num")
+    _, greedy = series(record.rl, "eval/accuracy_greedy")
     _, rewards = series([row for row in record.rl if row["step"] > 0], "reward/mean")
     quarter = max(1, len(rewards) // 4)
     return LearningReport(
@@ -77,6 +80,7 @@ def summarise(run_dir: Path) -> LearningReport:
         warm_gain=_gain_over_last_third(record),
         final=accuracies[-1],
         best=max(accuracies),
+        greedy=(greedy[0], greedy[-1]) if greedy else None,
         reward_first=fmean(rewards[:quarter]) if rewards else None,
         reward_last=fmean(rewards[-quarter:]) if rewards else None,
         warm_minutes=_minutes(record, "warm_start"),
@@ -99,6 +103,9 @@ def failures(report: LearningReport, min_rise: float = 0.20, max_control_rise: f
         found.append(f"{report.run}: control rose by {report.rise:.3f} {span}, more than {max_control_rise:.3f}")
     if not report.control and report.rise < min_rise - TOLERANCE:
         found.append(f"{report.run}: rise {report.rise:.3f} {span} is below {min_rise:.3f}")
+    first, last = report.reward_first, report.reward_last
+    if not report.control and first is not None and last <= first:
+        found.append(f"{report.run}: mean reward fell from {first:.3f} in the first quarter to {last:.3f} in the last")
     return found
 
 
@@ -118,7 +125,7 @@ def summarise_all(runs: Sequence[Path], controls: Sequence[Path] = ()) -> list[L
 def markdown_table(reports: Sequence[LearningReport], verdicts: Sequence[str]) -> str:
     """A Markdown table with aligned columns, one row a run; `verdicts` fills the last column."""
     titles = ["run", "seed", "warm start", "s.e.", "last-third gain", "final", "best", "rise",
-              "reward, first quarter", "last quarter", "minutes (warm start + RL)", "verdict"]  # fmt: skip
+              "greedy", "reward, first quarter", "last quarter", "minutes (warm start + RL)", "verdict"]  # fmt: skip
     cells = [titles] + [_cells(report) + [verdict] for report, verdict in zip(reports, verdicts, strict=True)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
     rule = "|".join(f" {'-' * width} " if column == 0 else f" {'-' * (width - 1)}: "
@@ -142,6 +149,7 @@ def _cells(report: LearningReport) -> list[str]:
         f"{report.final:.3f}",
         f"{report.best:.3f}",
         f"{report.rise:+.3f}",
+        "-" if report.greedy is None else f"{report.greedy[0]:.3f} to {report.greedy[1]:.3f}",
         _optional(report.reward_first),
         _optional(report.reward_last),
         f"{total:.1f} ({report.warm_minutes:.1f} + {report.rl_minutes:.1f})",

@@ -32,10 +32,11 @@ def write_learning_run(write_run: Callable[..., Path]) -> Callable[..., Path]:
         for step, accuracy in ((10, 0.05), (20, 0.1), (30, 0.15), (40, 0.2), (50, 0.22), (60, 0.25)):
             warm[step - 1] |= {"eval/accuracy": accuracy, "time/eval": 10.0}
         rl: list[dict] = [{"phase": "rl", "step": 0, "eval/accuracy": 0.25, "eval/num": 48, "time/eval": 12.0}]
+        rl[0]["eval/accuracy_greedy"] = 0.25
         for step in range(1, 9):
             rl.append({"phase": "rl", "step": step, "reward/mean": step / 10, "time/step": 30.0})
         rl[4] |= {"eval/accuracy": 0.5, "eval/num": 48}
-        rl[8] |= {"eval/accuracy": final, "eval/num": 48, "time/eval": 48.0}
+        rl[8] |= {"eval/accuracy": final, "eval/accuracy_greedy": 0.625, "eval/num": 48, "time/eval": 48.0}
         config = {"seed": 7, "steps": planned, "algorithm": {"shuffle_advantages": shuffled}}
         return write_run(warm + rl, config, name)
 

@@ -1,5 +1,6 @@
 """The verdict on learning, against numbers worked out by hand from the run of conftest.py."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_quarters_of_the_reward_leave_out_what_is_null(write_run) -> None:
     rows[-1] |= {"eval/accuracy": 1.0}
     report = summarise(write_run(rows))
     assert (report.reward_first, report.reward_last) == (2.0, 11.0)
+
+
+def test_a_reward_that_does_not_rise_fails_but_a_control_may(write_run) -> None:
+    rewards = [0.8, 0.8, 0.7, 0.7]  # quarters of one step: 0.8 to 0.7
+    rows: list[dict] = [{"phase": "rl", "step": i + 1, "reward/mean": value} for i, value in enumerate(rewards)]
+    rows = [{"phase": "rl", "step": 0, "eval/accuracy": 0.1}, *rows]
+    rows[-1]["eval/accuracy"] = 0.9
+    report = summarise(write_run(rows))
+    (sentence,) = failures(report)
+    assert sentence.endswith("mean reward fell from 0.800 in the first quarter to 0.700 in the last")
+    assert failures(dataclasses.replace(report, control=True, final=0.1)) == []
 
 
 def test_rise_that_equals_the_criterion_passes(write_learning_run) -> None:
@@ -101,7 +113,7 @@ def test_table_has_equal_columns_and_the_numbers(write_learning_run) -> None:
     lines = markdown_table([report], ["FAIL"]).splitlines()
     assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[1:] == ["7", "0.250", "0.062", "+0.050", "0.375", "0.500", "+0.125", "0.150", "0.750",
+    assert cells[1:] == ["7", "0.250", "0.062", "+0.050", "0.375", "0.500", "+0.125", "0.250 to 0.625", "0.150", "0.750",
                          "9.0 (4.0 + 5.0)", "FAIL"]  # fmt: skip
 
 
