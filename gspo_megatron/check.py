@@ -11,13 +11,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig, require
+from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, ParallelConfig, TrainConfig, require
 from gspo_megatron.errors import ConfigError
 
 # ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
 DEFAULT_LAYOUTS = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 2), 8: (2, 2, 2)}
 SUPPORTED_MODELS = ("qwen3_moe",)
-VOCABULARY_MULTIPLE = 64  # the model pads its vocabulary to this, so that it is the same in every layout
 SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
     "num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings",
@@ -125,6 +124,8 @@ def _check_family(shape: dict, field: str, value: str) -> None:
     remedy = "Use a model without it."
     require(kind == "default", field, value, f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
     require(not shape.get("use_sliding_window"), field, value, "sliding-window attention is not supported", remedy)
+    require(not shape.get("attention_bias"), field, value, "attention_bias (of all four projections) is not supported",
+            remedy)  # fmt: skip
     activation = shape.get("hidden_act", "silu")
     require(activation == "silu", field, value, f"hidden_act {activation!r} is not supported", "Use silu.")
     experts, chosen = shape["num_experts"], shape["num_experts_per_tok"]
@@ -170,8 +171,8 @@ def _check_model(shape: dict, layout: ParallelConfig) -> None:
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
     if shape.get("decoder_sparse_step", 1) != 1 or shape.get("mlp_only_layers"):
         _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
-    require(VOCABULARY_MULTIPLE % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
-            f"must divide {VOCABULARY_MULTIPLE}, of which the padded vocabulary is a multiple",
+    require(MAKE_VOCAB_SIZE_DIVISIBLE_BY % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
+            f"must divide {MAKE_VOCAB_SIZE_DIVISIBLE_BY}, of which the padded vocabulary is a multiple",
             "Give a power of 2.")  # fmt: skip
     expert = layout.expert_model_parallel_size or 1
     _divides("expert_model_parallel_size", expert, expert, shape, "num_experts", f"expert parallel size {expert}")

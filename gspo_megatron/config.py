@@ -15,6 +15,10 @@ from gspo_megatron.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid")
 
+# The padded vocabulary is a multiple of this in every layout, so tensor-parallel sizes must divide it. Padded ids are
+# ordinary entries that training never sees: if one is sampled it decodes to nothing.
+MAKE_VOCAB_SIZE_DIVISIBLE_BY = 64
+
 
 def require(ok: bool, field_name: str, value: object, constraint: str, remedy: str) -> None:
     """Raise the one form of message that every bad value gets."""
@@ -148,7 +152,7 @@ class WarmStartConfig:
         positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
         require(self.steps >= 0, "warm_start.steps", self.steps, "must be 0 or more", "Give 0 for no warm start.")
         require(0 < self.stop_accuracy <= 1, "warm_start.stop_accuracy", self.stop_accuracy,
-                "must be above 0 and at most 1", "Give 1.0 to run all steps.")  # fmt: skip
+                "must be above 0 and at most 1", "Give 1.0 to stop at a solved task only.")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class AlgorithmConfig:
     normalize_advantage_by_std: bool = True
     """Divide by the group's standard deviation (off: Dr. GRPO)."""
     shuffle_advantages: bool = False
-    """Control run: advantages are permuted over the batch, so nothing can be learned from them."""
+    """Control run: advantages are permuted over each replica's batch, so nothing can be learned from them."""
 
     def __post_init__(self) -> None:
         positive("algorithm", self, "clip_ratio_low", "clip_ratio_high", "num_minibatches")
@@ -232,7 +236,7 @@ class TrainConfig:
     """The run folder is output_dir/name (a number is added where that exists)."""
     output_dir: Path = Path("runs")
     seed: int = 1
-    """Of the initial weights, the prompts and the sampling. Results do not depend on the layout but for rounding."""
+    """Of the initial weights, the prompts and the sampling. At one data-parallel size, layouts differ by rounding."""
     steps: int = 100
     """RL steps: rollouts, rewards, then num_minibatches optimizer steps."""
     eval_interval: int = 25

@@ -6,13 +6,10 @@ Policy and MegatronEngine. Left out: resuming a run, a reference model (the KL c
 
 import dataclasses
 
-import torch
-
 from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import checkpoint
 from gspo_megatron.config import ParallelConfig, TrainConfig
-from gspo_megatron.errors import TrainingError
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
@@ -70,11 +67,6 @@ def run_step(run: Run, step: int) -> dict:
         for batches in minibatches:
             counts = policy.global_counts(batches)
             results.append(policy.update(batches, loss, counts))
-            if not results[-1].applied or not torch.tensor(results[-1].grad_norm).isfinite():
-                raise TrainingError(
-                    f"step {step}: the gradient's norm is {results[-1].grad_norm}. Lower optimizer.lr "
-                    f"({config.optimizer.lr:g}), or look at ratio/* and loss in {run.folder}/metrics.jsonl."
-                )
 
     row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group)
     row |= rollouts.group_metrics(groups, advantages, run.mixture.names, run.topology, run.runtime.device)

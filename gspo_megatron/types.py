@@ -113,7 +113,7 @@ class SequenceTable:
         "num_tokens",  # |y_i|
         "sum_log_ratio",  # sum_t m d
         "sum_sq_log_ratio",  # sum_t m d^2
-        "sum_k3",  # sum_t m (exp(-d') ...), see algorithms/surrogate.py
+        "sum_k3",  # sum_t m (exp(d) - 1 - d)
         "max_abs_log_ratio",
         "sum_entropy",  # sum_t m H_t
         "clipped_low_tokens",  # tokens whose gradient the clip removed, ratio below 1 - eps_low

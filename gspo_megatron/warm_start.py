@@ -1,6 +1,7 @@
 """Supervised steps on gold answers, through the same Megatron path as RL, because random weights never earn a reward.
 
-The labelled set is small and fixed, so its accuracy levels off; RL then goes on with fresh prompts and rewards alone.
+The labelled set is fixed, and stop_accuracy ends this phase while RL has room; RL then goes on with fresh prompts and
+rewards alone.
 """
 
 from functools import lru_cache

@@ -40,6 +40,8 @@ def load(policy: Policy, folder: Path) -> None:
     state = dist_checkpointing.load(_sharded_state(policy), str(folder))
     for index, model in enumerate(policy.models):
         model.load_state_dict(state[f"model{index}"])
+    if policy.optimizer is not None:
+        policy.optimizer.reload_model_params()  # its fp32 master weights, where they are copies
 
 
 def _sharded_state(policy: Policy) -> dict:

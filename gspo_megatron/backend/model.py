@@ -1,8 +1,8 @@
 """Hugging Face config -> Megatron-Core GPTModel chunks of this rank.
 
-Families: Qwen3-MoE (QK-norm, grouped queries, RoPE theta, top-k renormalisation, tied or untied embeddings). On a CPU,
-and on CUDA without Transformer Engine, the local layer spec with attention and RMSNorm of our own; with Transformer
-Engine its spec. The Transformer Engine path has not been run by us yet (it needs a GPU).
+Families: Qwen3-MoE (QK-norm, grouped queries, RoPE theta, top-k renormalisation, tied or untied embeddings). In bf16 on
+CUDA with Transformer Engine its layer spec; everywhere else the local one with attention and RMSNorm of our own. The
+Transformer Engine path has not been run by us yet (it needs a GPU).
 
 Left out: loading weights from Hugging Face, families other than Qwen3-MoE, multi-token prediction.
 """
@@ -24,9 +24,7 @@ from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
 from gspo_megatron.backend.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import ModelConfig
-
-VOCAB_DIVISIBLE_BY = 64  # as large as any tensor-parallel size, so the padded vocabulary is the same in every layout
+from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class ModelShape:
     @classmethod
     def load(cls, path: Path, tokenizer_size: int) -> "ModelShape":
         hf = json.loads(Path(path).read_text())
-        padded = -(-tokenizer_size // VOCAB_DIVISIBLE_BY) * VOCAB_DIVISIBLE_BY
+        padded = -(-tokenizer_size // MAKE_VOCAB_SIZE_DIVISIBLE_BY) * MAKE_VOCAB_SIZE_DIVISIBLE_BY
         return cls(hf | {"vocab_size": padded}, padded)
 
     @property
@@ -47,12 +45,15 @@ class ModelShape:
         rope = self.hf.get("rope_parameters") or {}
         return float(rope.get("rope_theta", self.hf.get("rope_theta", 10000.0)))
 
+    @property
+    def head_dim(self) -> int:
+        return self.hf.get("head_dim") or self.hf["hidden_size"] // self.hf["num_attention_heads"]
+
     def num_parameters(self) -> int:
         """Of the whole model, counted from the config."""
         hf = self.hf
-        hidden, heads, groups, dim = (
-            hf[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-        )
+        hidden, heads, groups = (hf[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+        dim = self.head_dim
         sparse = sum(moe_layers(hf))
         attention = hidden * dim * (2 * heads + 2 * groups) + 2 * dim
         moe = hf["num_experts"] * (3 * hidden * hf["moe_intermediate_size"] + hidden)
@@ -71,7 +72,7 @@ class ModelShape:
 
 def moe_layers(hf: dict) -> list[int]:
     """1 for each layer with experts, 0 for a dense one (decoder_sparse_step and mlp_only_layers of the config)."""
-    step, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers", []))
+    step, dense = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or [])
     return [int((i + 1) % step == 0 and i not in dense) for i in range(hf["num_hidden_layers"])]
 
 
@@ -96,14 +97,16 @@ class PolicyModel(GPTModel):
     """GPTModel whose last stage returns fp32 logits of this rank's vocabulary shard, and whose RoPE follows
     position_ids token by token (packed and cached sequences start anywhere)."""
 
+    _angles: torch.Tensor | None = None
     rotary_by_token = True  # off where Transformer Engine's packed attention wants Megatron's own angles
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         plan = kwargs.get("packed_seq_params")
         if self.rotary_by_token or isinstance(plan, CachePlan):
-            angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
-            out = (out[0], angles[position_ids.view(-1)], *out[2:])
+            if self._angles is None:
+                self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
+            out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
         return out
 
     def _postprocess(self, hidden_states, *args, **kwargs):
@@ -133,20 +136,19 @@ def transformer_config(shape: ModelShape, model: ModelConfig, topology: Topology
         ffn_hidden_size=hf["intermediate_size"],
         num_attention_heads=hf["num_attention_heads"],
         num_query_groups=hf["num_key_value_heads"],
-        kv_channels=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        kv_channels=shape.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=hf["rms_norm_eps"],
+        layernorm_epsilon=hf.get("rms_norm_eps", 1e-6),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.get("attention_bias", False),
         qk_layernorm=True,
         num_moe_experts=hf["num_experts"],
         moe_ffn_hidden_size=hf["moe_intermediate_size"],
         moe_layer_freq=moe_layers(hf),
         moe_router_topk=hf["num_experts_per_tok"],
         # Softmax over the chosen k equals softmax over all, then renormalised; without renormalisation it comes first.
-        moe_router_pre_softmax=not hf.get("norm_topk_prob", True),
+        moe_router_pre_softmax=not hf.get("norm_topk_prob", False),
         moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
@@ -228,7 +230,8 @@ def build(
         dtype: overrides model.params_dtype (tests build the model in fp64).
     """
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
-    use_te = runtime.device.type == "cuda" and has_transformer_engine()
+    # Transformer Engine's packed attention has no fp32 kernel.
+    use_te = runtime.device.type == "cuda" and dtype is torch.bfloat16 and has_transformer_engine()
     config = transformer_config(shape, model, topology, use_te, dtype)
     chunks = []
     for chunk in range(topology.vp_size):

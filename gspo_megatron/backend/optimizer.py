@@ -58,5 +58,5 @@ def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the next step uses."""
+    """The rate that the optimizer is set to: of the step just made, until the schedule moves on."""
     return float(next(group["lr"] for group in optimizer.param_groups))

@@ -6,6 +6,7 @@ gets by the number of microbatches and DDP divides gradients by the data-paralle
 Left out: generation (rollout/megatron_engine.py), checkpoints, context parallelism.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.packing import microbatches_needed, pack
+from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
 from gspo_megatron.types import PackedBatch, SequenceTable, TrainSequence
 
@@ -35,7 +37,6 @@ class UpdateResult:
     table: SequenceTable  # rows in the order of the batches given to update()
     grad_norm: float  # before clipping, over all ranks
     learning_rate: float
-    applied: bool  # False: gradients were not finite and nothing changed
 
 
 class Policy:
@@ -49,7 +50,7 @@ class Policy:
         sharded = config.parallel.use_distributed_optimizer
         self.chunks = model_builder.build(shape, config.model, topology, runtime, config.seed, sharded, dtype)
         self.expert_load = ExpertLoad(self.models)
-        self.start_optimizer()
+        self.optimizer = self.schedule = None  # until start_optimizer
 
     @property
     def models(self) -> list[model_builder.PolicyModel]:
@@ -59,6 +60,7 @@ class Policy:
     def start_optimizer(self, warm_start: bool = False) -> None:
         """A fresh Adam with the warm start's or RL's learning-rate schedule."""
         config = self.config
+        self.optimizer = self.schedule = None  # the old state must be gone before the new is made
         self.optimizer = optimizers.build(config.optimizer, self.chunks, self.topology, config.parallel)
         if warm_start:
             self.schedule = optimizers.warm_start_schedule(self.optimizer, config.warm_start)
@@ -80,7 +82,8 @@ class Policy:
     def fill_old_log_probs(self, batches: Sequence[PackedBatch]) -> None:
         """Set old_logprobs [T] fp32 of every batch, by this engine's own forward. Only the last stage has them.
 
-        The batches keep their packing for the update that follows, so at unchanged weights the ratio is exactly 1.
+        The batches keep their packing for the update that follows, so at unchanged weights the ratio is exactly 1 on a
+        CPU. (On CUDA, Megatron adds expert outputs by atomics where a token has more than two experts: measure there.)
         """
 
         def keep(batch: PackedBatch, logits: torch.Tensor, non_loss_data: bool = False) -> None:
@@ -96,6 +99,9 @@ class Policy:
             batches: this replica's microbatches; every replica gives the same number.
             loss: algorithms/contract.py.
             counts: denominators of the whole step (global_counts).
+
+        Raises:
+            TrainingError: the gradient is not finite. Megatron has stepped by then, so the weights are lost.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -116,11 +122,16 @@ class Policy:
             return out.loss * scale, {}
 
         self._run(batches, share, forward_only=False)
-        applied, grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
         rate = optimizers.learning_rate(self.optimizer)
+        if not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"the gradient's norm is {float(grad_norm)} at learning rate {rate:g}. Lower optimizer.lr "
+                "(warm_start.lr in the warm start), or look at loss and ratio/* in the run's metrics.jsonl."
+            )
         self.schedule.step(increment=1)
         value, table = self._publish(batches, outputs)
-        return UpdateResult(value, table, float(grad_norm), rate, bool(applied))
+        return UpdateResult(value, table, float(grad_norm), rate)
 
     def global_counts(self, batches: Sequence[PackedBatch]) -> GlobalCounts:
         """Sequences and tokens that one optimizer step trains on, over all data-parallel ranks. A collective."""

@@ -35,12 +35,14 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
+TIMEOUT = timedelta(minutes=10)  # of every process group: a collective that waits longer ends its rank with an error
+
+
+def start(device: str = "auto") -> Runtime:
     """Join the process group that torchrun describes in the environment (one rank alone needs none).
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
-        timeout_seconds: a collective that waits longer ends the rank with an error.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -54,14 +56,13 @@ def start(device: str = "auto", timeout_seconds: float = 600.0) -> Runtime:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds),
-            device_id=torch_device if use_cuda else None,
-        )  # fmt: skip
+        # No device_id, as in Megatron-LM: with it NCCL would put all sends and receives of a group into one queue, and
+        # the interleaved schedule relies on their independence.
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
     if not use_cuda:
         kernels = "Megatron local layers, PyTorch attention"
     elif has_transformer_engine():
-        kernels = "Transformer Engine layers"
+        kernels = "Transformer Engine layers in bf16, Megatron local layers in fp32"
     else:
         kernels = "Megatron local layers, PyTorch attention (Transformer Engine not found)"
     return Runtime(dist.get_rank(), dist.get_world_size(), torch_device, backend, kernels)

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from gspo_megatron.backend.runtime import TIMEOUT
 from gspo_megatron.config import ParallelConfig
 
 
@@ -32,7 +33,7 @@ class Topology:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     model_parallel_group: dist.ProcessGroup  # the ranks that hold one copy of the model (TP x PP)
-    feedback_group: dist.ProcessGroup  # same ranks as pp_group; sampled tokens and tables travel here
+    feedback_group: dist.ProcessGroup  # same ranks as pp_group; for all that goes from the last stage to earlier ones
     groups: ProcessGroupCollection
 
     @property
@@ -51,7 +52,7 @@ class Topology:
     @property
     def experts_span_data_parallel(self) -> bool:
         """Experts are dispatched to ranks that hold other sequences, so those must step together."""
-        return self.ep_size * self.etp_size > self.tp_size
+        return self.tp_size % (self.ep_size * self.etp_size) != 0
 
     def describe(self) -> str:
         """For people: `tensor 2 (sequence parallel) x pipeline 2 x data 1, experts over 2`."""
@@ -74,6 +75,8 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -110,5 +113,5 @@ def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     dist.all_gather_object(everyone, mine)
     created = {tuple(ranks): None for ranks in everyone}
     for ranks in sorted(created):
-        created[ranks] = dist.new_group(list(ranks))
+        created[ranks] = dist.new_group(list(ranks), timeout=TIMEOUT)
     return created[tuple(mine)]

@@ -42,23 +42,6 @@ def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int) -> 
     return len(_fewest(_lengths(sequences), max_tokens))
 
 
-def split_over_ranks(sequences: Sequence[TrainSequence], num_ranks: int) -> list[list[TrainSequence]]:
-    """One list a data-parallel rank, near equal in tokens; their counts differ by 1 at most.
-
-    Deterministic, so that every rank can compute it and keep its own list. Raises RolloutError for fewer sequences
-    than ranks, because each rank must run every collective of the step.
-    """
-    if num_ranks < 1 or len(sequences) < num_ranks:
-        raise RolloutError(
-            f"{len(sequences)} sequences cannot be split over {num_ranks} data-parallel ranks, each needs "
-            "one. Raise rollout.num_prompts or use fewer ranks."
-        )
-    base, extra = divmod(len(sequences), num_ranks)
-    quotas = [base + (rank < extra) for rank in range(num_ranks)]
-    bins = _balance(_lengths(sequences), num_ranks, quotas)
-    return [[sequences[i] for i in indices] for indices in bins]
-
-
 def _lengths(sequences: Sequence[TrainSequence]) -> list[int]:
     return [len(sequence.token_ids) for sequence in sequences]
 
@@ -133,16 +116,15 @@ def _fewest(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return packed
 
 
-def _balance(lengths: list[int], count: int, quotas: list[int] | None = None) -> list[list[int]]:
-    """Longest first into the bin with the fewest tokens so far (Graham 1969, LPT); `quotas` bounds the bins' counts."""
+def _balance(lengths: list[int], count: int) -> list[list[int]]:
+    """Longest first into the bin with the fewest tokens so far (Graham 1969, LPT)."""
     bins: list[list[int]] = [[] for _ in range(count)]
     # Bins that are level take turns by count, so that sequences of equal (or no) length spread over all of them.
     heap = [(0, 0, k) for k in range(count)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         tokens, size, k = heapq.heappop(heap)
         bins[k].append(i)
-        if quotas is None or size + 1 < quotas[k]:
-            heapq.heappush(heap, (tokens + lengths[i], size + 1, k))
+        heapq.heappush(heap, (tokens + lengths[i], size + 1, k))
     return [sorted(indices) for indices in bins]
 
 

@@ -124,11 +124,11 @@ class MegatronEngine:
             hidden = torch.empty(
                 tokens.numel() // topology.tp_size, 1, self.hidden_size, dtype=self.dtype, device=self.device
             )
-            dist.recv(hidden, self._neighbour(-1), group=topology.pp_group)
+            dist.recv(hidden, self._neighbour(-1), group=self._hidden_group(topology.is_first_stage))
             model.set_input_tensor(hidden)
         out = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=plan)
         if not model.post_process:
-            self._send(out.contiguous(), self._neighbour(1), topology.pp_group)
+            self._send(out.contiguous(), self._neighbour(1), self._hidden_group(topology.is_last_stage))
             return None
         return self._gather_vocabulary(out[wanted])
 
@@ -189,6 +189,11 @@ class MegatronEngine:
 
     def _neighbour(self, step: int) -> int:
         return self.topology.stage_ranks[(self.topology.pp_rank + step) % self.topology.pp_size]
+
+    def _hidden_group(self, wraps: bool) -> dist.ProcessGroup:
+        """Where hidden states travel. NCCL serves a communicator's transfers in the order of the calls, so with virtual
+        stages the way back from the last stage to the first needs another: else both ends wait in a send."""
+        return self.topology.feedback_group if wraps else self.topology.pp_group
 
     def _send(self, tensor: torch.Tensor, rank: int, group: dist.ProcessGroup) -> None:
         self._sends = [(work, sent) for work, sent in self._sends if not work.is_completed()]

@@ -32,6 +32,7 @@ def small_policy(layout: ParallelConfig, dtype: torch.dtype | None = None, **cha
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(3)
+    policy.start_optimizer()
     return policy
 
 

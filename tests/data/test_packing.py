@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.data.packing import microbatches_needed, pack, split_over_ranks
+from gspo_megatron.data.packing import microbatches_needed, pack
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.types import TrainSequence
 
@@ -129,25 +129,3 @@ def test_any_batch(lengths, max_tokens, multiple, more):
     totals = [batch.cu_seqlens[batch.num_sequences].item() for batch in batches]
     assert sum(batch.loss_mask.sum().item() for batch in batches) == sum(lengths) - len(lengths)
     assert needed >= -(-sum(lengths) // max_tokens) and max(totals) <= max_tokens
-
-
-@settings(max_examples=50, deadline=None)
-@given(lengths=LENGTHS, num_ranks=st.integers(1, 8))
-def test_any_split_over_ranks(lengths, num_ranks):
-    given_sequences = sequences(*lengths)
-    if len(lengths) < num_ranks:
-        with pytest.raises(RolloutError, match=rf"{len(lengths)} sequences cannot be split over {num_ranks}"):
-            split_over_ranks(given_sequences, num_ranks)
-        return
-    ranks = split_over_ranks(given_sequences, num_ranks)
-    counts = [len(rank) for rank in ranks]
-    assert len(ranks) == num_ranks and max(counts) - min(counts) <= 1
-    ids = [[s.group_id for s in rank] for rank in ranks]
-    assert sorted(i for rank in ids for i in rank) == list(range(1, len(lengths) + 1))
-    assert all(rank == sorted(rank) for rank in ids)
-
-
-def test_ranks_get_equal_counts_and_near_equal_tokens():
-    ranks = split_over_ranks(sequences(9, 1, 8, 2, 7, 3, 6, 4), num_ranks=2)
-    assert [len(rank) for rank in ranks] == [4, 4]
-    assert [sum(len(s.token_ids) for s in rank) for rank in ranks] == [20, 20]

@@ -27,7 +27,7 @@ REPLICAS = [
 
 def results(rows) -> list[UpdateResult]:
     tables = [(loss, SequenceTable(torch.tensor(table, dtype=torch.float64)), *rest) for loss, table, *rest in rows]
-    return [UpdateResult(loss, table, norm, rate, True) for loss, table, norm, rate in tables]
+    return [UpdateResult(loss, table, norm, rate) for loss, table, norm, rate in tables]
 
 
 def reduced(rank, world_size):
