@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PINS := requirements/cpu.txt
+NATIVE := $(shell find csrc -type f)  # the editable install builds them, so a change there installs again
 # A build of torch for other hardware: make install TORCH=torch==2.13.0+cpu
 TORCH ?= $(shell grep '^torch==' $(PINS))
 # One rank a GPU; 4 on a CPU.
@@ -20,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml $(PINS)
+$(STAMP): pyproject.toml setup.py $(PINS) $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: \
 	$(PYTHON) is missing or older than Python 3.11. Name another: make install PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,223 @@
+// sequence_partials, gspo_forward and gspo_backward for the CPU, under the names of gspo_megatron/ops/sequence_ratio.py
+// (schema, fake and autograd are there). Checks what memory safety needs, allocates, and splits the work.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "../cpu/kernels.h"
+#include "../sequence_ratio.h"
+
+namespace gspo {
+namespace {
+
+constexpr int64_t kChunkTokens = 8192;     // a thread takes whole chunks; results do not depend on it
+constexpr int64_t kTokensPerThread = 32768;  // below this a second thread costs more than it brings
+constexpr int64_t kChunkSequences = 1024;  // the loss is added in runs of this many sequences, in order
+
+Scalar float_type(const at::Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Scalar::kFloat;
+    case at::kDouble: return Scalar::kDouble;
+    case at::kBFloat16: return Scalar::kBFloat16;
+    case at::kHalf: return Scalar::kHalf;
+    default: TORCH_CHECK_TYPE(false, name, " is ", x.scalar_type(), "; expected fp32, fp64, bf16 or fp16");
+  }
+}
+
+Scalar advantage_type(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "advantages is ", x.scalar_type(),
+                   "; expected fp32 or fp64");
+  return x.scalar_type() == at::kDouble ? Scalar::kDouble : Scalar::kFloat;
+}
+
+Scalar mask_type(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Scalar::kFloat;
+    case at::kDouble: return Scalar::kDouble;
+    case at::kBool:
+    case at::kByte: return Scalar::kByte;
+    default: TORCH_CHECK_TYPE(false, "mask is ", x.scalar_type(), "; expected bool, uint8, fp32 or fp64");
+  }
+}
+
+// A contiguous CPU vector of `size` numbers.
+at::Tensor vector(const at::Tensor& x, const char* name, int64_t size) {
+  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), "; all inputs must be on one device, here cpu");
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.numel() == size, name, " has shape ", x.sizes(), "; expected [", size, "]");
+  return x.contiguous();
+}
+
+// [S + 1] int32, monotone and inside [0, T]: every index that the kernels compute is then in range.
+at::Tensor boundaries(const at::Tensor& cu, int64_t num_tokens) {
+  TORCH_CHECK_VALUE(cu.device().is_cpu(), "cu_seqlens is on ", cu.device(),
+                    "; all inputs must be on one device, here cpu");
+  TORCH_CHECK_TYPE(cu.scalar_type() == at::kInt, "cu_seqlens is ", cu.scalar_type(), "; expected int32");
+  TORCH_CHECK_VALUE(cu.dim() == 1 && cu.numel() >= 1, "cu_seqlens has shape ", cu.sizes(), "; expected [S + 1]");
+  const at::Tensor out = cu.contiguous();
+  const int32_t* bounds = out.const_data_ptr<int32_t>();
+  const int64_t last = out.numel() - 1;
+  TORCH_CHECK_VALUE(bounds[0] >= 0, "cu_seqlens[0] = ", bounds[0], " is negative");
+  for (int64_t i = 0; i < last; ++i) {
+    TORCH_CHECK_VALUE(bounds[i] <= bounds[i + 1], "cu_seqlens[", i + 1, "] = ", bounds[i + 1], " is less than cu_seqlens[",
+                      i, "] = ", bounds[i]);
+  }
+  TORCH_CHECK_VALUE(bounds[last] <= num_tokens, "cu_seqlens ends at ", bounds[last], " but there are ", num_tokens,
+                    " tokens");
+  return out;
+}
+
+template <class F>
+void over_chunks(int64_t count, int64_t chunk, int64_t per_thread, const F& work) {
+  const int64_t chunks = (count + chunk - 1) / chunk;
+  at::parallel_for(0, chunks, per_thread / chunk, [&](int64_t begin, int64_t end) {
+    work(begin * chunk, std::min(end * chunk, count));
+  });
+}
+
+at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_old, const at::Tensor& mask,
+                             const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& entropy,
+                             const std::optional<at::Tensor>& token_advantages) {
+  const int64_t tokens = logp_new.numel();
+  PartialsArguments a;
+  // Held until the end: contiguous() may have made copies.
+  const at::Tensor fresh = vector(logp_new, "logp_new", tokens), old = vector(logp_old, "logp_old", tokens);
+  const at::Tensor kept = vector(mask, "mask", tokens), bounds = boundaries(cu_seqlens, tokens);
+  a.logp_new = {fresh.const_data_ptr(), float_type(fresh, "logp_new")};
+  a.logp_old = {old.const_data_ptr(), float_type(old, "logp_old")};
+  a.mask = {kept.const_data_ptr(), mask_type(kept)};
+  at::Tensor entropies, advantages;
+  if (entropy) {
+    entropies = vector(*entropy, "entropy", tokens);
+    a.entropy = {entropies.const_data_ptr(), float_type(entropies, "entropy")};
+  }
+  if (token_advantages) {
+    advantages = vector(*token_advantages, "advantages", tokens);
+    a.advantages = {advantages.const_data_ptr(), advantage_type(advantages)};
+  }
+  a.cu_seqlens = bounds.const_data_ptr<int32_t>();
+  a.num_sequences = bounds.numel() - 1;
+  a.columns = token_advantages ? kTokenColumns : kColumns;
+  const at::Tensor table = at::empty({a.num_sequences, a.columns}, at::kDouble);
+  const at::Tensor scratch = at::empty({scratch_rows(tokens), a.columns}, at::kDouble);
+  a.table = table.mutable_data_ptr<double>();
+  a.scratch = scratch.mutable_data_ptr<double>();
+
+  const Kernels& run = kernels();
+  // One position past the last token, where sequences without tokens may start.
+  over_chunks(tokens + 1, kChunkTokens, kTokensPerThread, [&](int64_t begin, int64_t end) { run.partials(a, begin, end); });
+  over_chunks(a.num_sequences, kChunkSequences, 16 * kChunkSequences, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      for (int64_t at = a.cu_seqlens[s] + kBlockTokens; at < a.cu_seqlens[s + 1]; at += kBlockTokens) {
+        add_partials(a.table + s * a.columns, a.scratch + scratch_row(at) * a.columns, a.columns);
+      }
+    }
+  });
+  return table;
+}
+
+template <bool kByToken>
+double results(const double* partials, int columns, const at::Tensor& advantages, int64_t size, ClipBounds clip,
+               double* ratios, double* clipped, double* slopes) {
+  const double* by_sequence = kByToken ? nullptr : advantages.const_data_ptr<double>();
+  const int64_t chunks = (size + kChunkSequences - 1) / kChunkSequences;
+  const at::Tensor sums = at::empty({chunks}, at::kDouble);
+  double* sum = sums.mutable_data_ptr<double>();
+  over_chunks(size, kChunkSequences, 4 * kChunkSequences, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kChunkSequences) {
+      double objective = 0.0;
+      for (int64_t s = first; s < std::min(first + kChunkSequences, end); ++s) {
+        const SequenceResult one = sequence_result<kByToken>(partials + s * columns, kByToken ? 0.0 : by_sequence[s], clip);
+        objective += one.objective;
+        ratios[s] = one.ratio;
+        clipped[2 * s] = one.clipped_low;
+        clipped[2 * s + 1] = one.clipped_high;
+        slopes[2 * s] = one.slope_positive;
+        slopes[2 * s + 1] = one.slope_negative;
+      }
+      sum[first / kChunkSequences] = objective;
+    }
+  });
+  double total = 0.0;
+  for (int64_t c = 0; c < chunks; ++c) total += sum[c];
+  return total;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
+    const at::Tensor& logp_new, const at::Tensor& partials, const at::Tensor& advantages, const at::Tensor& mask,
+    const at::Tensor& cu_seqlens, double clip_low, double clip_high, double denominator) {
+  const int64_t size = cu_seqlens.numel() - 1, tokens = logp_new.numel();
+  vector(mask, "mask", tokens);  // read by the backward alone; an error belongs here
+  mask_type(mask);
+  float_type(logp_new, "logp_new");
+  boundaries(cu_seqlens, tokens);
+  const bool by_token = advantages.numel() != size;
+  advantage_type(advantages);
+  TORCH_CHECK_VALUE(advantages.dim() == 1 && (!by_token || advantages.numel() == tokens), "advantages has shape ",
+                    advantages.sizes(), "; expected [", size, "], one a sequence, or [", tokens, "], one a token");
+  TORCH_CHECK_VALUE(partials.device().is_cpu() && advantages.device().is_cpu(),
+                    "partials and advantages must be on one device with logp_new, here cpu");
+  TORCH_CHECK_TYPE(partials.scalar_type() == at::kDouble, "partials is ", partials.scalar_type(), "; expected fp64");
+  TORCH_CHECK_VALUE(partials.dim() == 2 && partials.size(0) == size &&
+                        (partials.size(1) == kTokenColumns || (!by_token && partials.size(1) == kColumns)),
+                    "partials has shape ", partials.sizes(), "; expected [", size, ", ",
+                    by_token ? int(kTokenColumns) : int(kColumns), "]");
+  TORCH_CHECK_VALUE(denominator > 0, "denominator = ", denominator, " must be positive");
+
+  const at::Tensor table = partials.contiguous();
+  const at::Tensor ratios = at::empty({size}, at::kDouble), clipped = at::empty({size, 2}, at::kDouble);
+  const at::Tensor slopes = at::empty({size, 2}, at::kDouble), loss = at::empty({}, at::kDouble);
+  const at::Tensor weights = by_token ? advantages : advantages.to(at::kDouble).contiguous();
+  const auto compute = by_token ? results<true> : results<false>;
+  const double objective =
+      compute(table.const_data_ptr<double>(), table.size(1), weights, size, {1.0 - clip_low, 1.0 + clip_high},
+              ratios.mutable_data_ptr<double>(), clipped.mutable_data_ptr<double>(), slopes.mutable_data_ptr<double>());
+  *loss.mutable_data_ptr<double>() = -objective / denominator;
+  return {loss, ratios, clipped, slopes};
+}
+
+at::Tensor gspo_backward(const at::Tensor& grad_loss, const at::Tensor& slopes, const std::optional<at::Tensor>& token_advantages,
+                         const at::Tensor& mask, const at::Tensor& cu_seqlens, double denominator, at::ScalarType dtype) {
+  const int64_t size = cu_seqlens.numel() - 1, tokens = mask.numel();
+  TORCH_CHECK_VALUE(grad_loss.numel() == 1 && grad_loss.scalar_type() == at::kDouble && grad_loss.device().is_cpu(),
+                    "grad_loss must be one fp64 number on cpu");
+  TORCH_CHECK_VALUE(slopes.dim() == 2 && slopes.size(0) == size && slopes.size(1) == 2 && slopes.device().is_cpu() &&
+                        slopes.scalar_type() == at::kDouble,
+                    "slopes must be [", size, ", 2] fp64 on cpu");
+  const at::Tensor kept = vector(mask, "mask", tokens), bounds = boundaries(cu_seqlens, tokens);
+  const at::Tensor factors = slopes.contiguous();
+  const at::Tensor out = at::empty({tokens}, dtype);
+  GradientArguments a;
+  a.gradient = out.mutable_data_ptr();
+  a.type = float_type(out, "gradient");
+  a.mask = {kept.const_data_ptr(), mask_type(kept)};
+  at::Tensor advantages;
+  if (token_advantages) {
+    advantages = vector(*token_advantages, "advantages", tokens);
+    a.advantages = {advantages.const_data_ptr(), advantage_type(advantages)};
+  }
+  a.cu_seqlens = bounds.const_data_ptr<int32_t>();
+  a.num_sequences = size;
+  a.slopes = factors.const_data_ptr<double>();
+  a.scale = -*grad_loss.const_data_ptr<double>() / denominator;
+  const Kernels& run = kernels();
+  over_chunks(tokens, kChunkTokens, kTokensPerThread, [&](int64_t begin, int64_t end) { run.gradient(a, begin, end); });
+  return out;
+}
+
+std::string instruction_set() { return kernels().instruction_set; }
+
+}  // namespace
+}  // namespace gspo
+
+TORCH_LIBRARY_IMPL(gspo_megatron, CPU, m) {
+  m.impl("sequence_partials", gspo::sequence_partials);
+  m.impl("gspo_forward", gspo::gspo_forward);
+  m.impl("gspo_backward", gspo::gspo_backward);
+}
+
+TORCH_LIBRARY_FRAGMENT(gspo_megatron, m) { m.def("instruction_set() -> str", gspo::instruction_set); }

@@ -1,0 +1,53 @@
+// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc.
+#pragma once
+
+#include <stdint.h>
+
+namespace gspo {
+
+enum class Scalar : int { kFloat, kDouble, kBFloat16, kHalf, kByte };
+
+struct Vector {  // a contiguous vector of T numbers, or nothing
+  const void* data = nullptr;
+  Scalar type = Scalar::kFloat;
+};
+
+struct PartialsArguments {
+  Vector logp_new, logp_old, mask;  // mask: kFloat, kDouble or kByte
+  Vector entropy, advantages;       // may be nothing
+  const int32_t* cu_seqlens;        // [S + 1], monotone, inside [0, T]
+  int64_t num_sequences;
+  int columns;      // kColumns or kTokenColumns
+  double* table;    // [S, columns]
+  double* scratch;  // [scratch_rows(T), columns]
+};
+
+struct GradientArguments {
+  void* gradient;  // [T]
+  Scalar type;
+  Vector mask, advantages;    // advantages: nothing where they are one a sequence
+  const int32_t* cu_seqlens;  // [S + 1]
+  int64_t num_sequences;
+  const double* slopes;  // [S, 2]
+  double scale;          // multiplies the slopes
+};
+
+struct Kernels {
+  const char* instruction_set;
+  // Every block whose first token is in [begin, end).
+  void (*partials)(const PartialsArguments&, int64_t begin, int64_t end);
+  // Tokens [begin, end).
+  void (*gradient)(const GradientArguments&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kGenericKernels;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define GSPO_X86_KERNELS 1
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+// The widest set that this machine has; GSPO_MEGATRON_ISA=generic|avx2|avx512 asks for a narrower one.
+const Kernels& kernels();
+
+}  // namespace gspo

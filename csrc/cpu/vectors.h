@@ -1,0 +1,116 @@
+// Vectors of GSPO_LANES doubles in the compiler's own vector type, loads from every element type, and exp(d) - 1 - d.
+// Included once by each instruction set's file, inside its namespace: nothing here may have a shared symbol.
+
+typedef double VecD __attribute__((vector_size(8 * GSPO_LANES)));
+typedef int64_t VecI __attribute__((vector_size(8 * GSPO_LANES)));
+typedef float VecF __attribute__((vector_size(4 * GSPO_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * GSPO_LANES)));
+typedef int32_t VecS __attribute__((vector_size(4 * GSPO_LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * GSPO_LANES)));
+typedef uint8_t VecB __attribute__((vector_size(GSPO_LANES)));
+
+struct BFloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+template <class V, class T>
+GSPO_INLINE V read(const T* from) {
+  V out;
+  __builtin_memcpy(&out, from, sizeof(V));
+  return out;
+}
+
+GSPO_INLINE VecD load(const double* p) { return read<VecD>(p); }
+GSPO_INLINE VecD load(const float* p) { return __builtin_convertvector(read<VecF>(p), VecD); }
+GSPO_INLINE VecD load(const BFloat16* p) {
+  return __builtin_convertvector((VecF)(__builtin_convertvector(read<VecH>(p), VecU) << 16), VecD);
+}
+GSPO_INLINE VecD load(const Half* p) {
+  const VecU bits = __builtin_convertvector(read<VecH>(p), VecU);
+  const VecU sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+  const VecU normal = (rest << 13) + (112u << 23);            // exponent bias 15 to 127
+  const VecU special = (rest << 13) | 0x7f800000u;            // infinity, not a number
+  const VecF tiny = __builtin_convertvector((VecS)rest, VecF) * 0x1p-24f;  // subnormal: mantissa x 2^-24
+  VecU out = rest >= 0x7c00u ? special : normal;
+  out = rest < 0x0400u ? (VecU)tiny : out;
+  return __builtin_convertvector((VecF)(out | sign), VecD);
+}
+
+// All bits set where a token is trained: mask > 0, or not 0 for bytes and booleans.
+GSPO_INLINE VecI trained(const double* p) { return read<VecD>(p) > 0.0; }
+GSPO_INLINE VecI trained(const float* p) { return load(p) > 0.0; }
+GSPO_INLINE VecI trained(const uint8_t* p) { return __builtin_convertvector(read<VecB>(p), VecI) != 0; }
+
+GSPO_INLINE VecD absolute(VecD x) { return (VecD)((VecI)x & INT64_MAX); }
+
+// exp(d) - 1 - d, the k3 term, to a few units in the last place where it is not tiny and with 13 digits where it is:
+// with d = n ln 2 + r, it is 2^n r^2 q(r) + ((2^n - 1) + (2^n r - d)), and at n = 0 all but the first term is exactly
+// 0. Everything is halved (h = 2^(n-1)) so that n = 1024 has a finite h and an overflow gives infinity.
+GSPO_INLINE VecD k3_term(VecD d) {
+  const VecD zero = {};
+  const VecD high = zero + 710.0, low = zero - 708.0;
+  VecD x = d > high ? high : d;
+  x = x < low ? low : x;
+  const VecD shifted = x * 0x1.71547652b82fep+0 + 0x1.8p52;  // the low bits now hold n, rounded to nearest
+  const VecD n = shifted - 0x1.8p52;
+  const VecD r = (x - n * 0x1.62e42fefa3800p-1) - n * 0x1.ef35793c76730p-45;  // ln 2 in two parts
+  const VecD h = (VecD)(((VecI)shifted + 1022) << 52);
+  VecD q = r * (1.0 / 479001600) + 1.0 / 39916800;  // q = sum of r^k / (k + 2)!
+  q = q * r + 1.0 / 3628800;
+  q = q * r + 1.0 / 362880;
+  q = q * r + 1.0 / 40320;
+  q = q * r + 1.0 / 5040;
+  q = q * r + 1.0 / 720;
+  q = q * r + 1.0 / 120;
+  q = q * r + 1.0 / 24;
+  q = q * r + 1.0 / 6;
+  q = q * r + 0.5;
+  return 2.0 * (h * (r * r * q) + ((h - 0.5) + (h * r - 0.5 * d)));
+}
+
+constexpr double kSmall = 0.25;
+
+// The same where every |d| <= kSmall, which is nearly always: no range reduction, terms to d^10 (relative error 2e-13).
+GSPO_INLINE VecD k3_term_small(VecD d) {
+  VecD q = d * (1.0 / 3628800) + 1.0 / 362880;
+  q = q * d + 1.0 / 40320;
+  q = q * d + 1.0 / 5040;
+  q = q * d + 1.0 / 720;
+  q = q * d + 1.0 / 120;
+  q = q * d + 1.0 / 24;
+  q = q * d + 1.0 / 6;
+  q = q * d + 0.5;
+  return d * d * q;
+}
+
+// ---- One number to the gradient's element type, rounded to nearest even ----
+
+template <class T>
+GSPO_INLINE T narrow(double x) { return (T)x; }
+
+template <>
+inline __attribute__((always_inline)) BFloat16 narrow<BFloat16>(double x) {
+  const float f = (float)x;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {(uint16_t)(f != f ? 0x7fc0u : rounded)};
+}
+
+template <>
+inline __attribute__((always_inline)) Half narrow<Half>(double x) {
+  const float f = (float)x;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  // Multiplying away and back overflows to infinity what fp16 cannot hold.
+  float magnitude = (f < 0 ? -f : f) * 0x1p+112f * 0x1p-110f;
+  uint32_t bias = (bits + bits) & 0xff000000u;
+  bias = bias < 0x71000000u ? 0x71000000u : bias;
+  uint32_t shift_bits = (bias >> 1) + 0x07800000u;
+  float shift;
+  __builtin_memcpy(&shift, &shift_bits, 4);
+  magnitude += shift;  // rounds the mantissa to fp16's 10 bits
+  __builtin_memcpy(&bits, &magnitude, 4);
+  const uint32_t out = ((bits >> 13) & 0x7c00u) + (bits & 0x0fffu);
+  return {(uint16_t)(sign | (f != f ? 0x7e00u : out))};
+}

@@ -1,0 +1,39 @@
+"""Loads the C++ library of csrc/ once, and says which kernels run.
+
+The library registers its kernels with torch.library under the same names as the Python references, so the dispatcher
+picks them where they exist and nothing else in the package asks whether they do.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+OPS = ("sequence_partials", "gspo_forward", "gspo_backward")
+REMEDY = "Install again with a C++ compiler present: pip install --no-build-isolation --no-deps ."
+
+
+@cache
+def load() -> str:
+    """Load the library if it was built for this release of torch. Returns "" or the reason why it is not loaded."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    path = FOLDER / f"_native-torch{release}.so"
+    if not path.exists():
+        others = sorted(other.stem.removeprefix("_native-") for other in FOLDER.glob("_native-torch*.so"))
+        if others:
+            return f"the C++ library was built for {', '.join(others)}, not for torch {torch.__version__}. {REMEDY}"
+        return f"the C++ library was not built. {REMEDY}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the C++ library does not load ({error}). {REMEDY}"
+    return ""
+
+
+def status() -> dict[str, str]:
+    """What runs each op on the CPU: {"sequence_partials": "C++ (avx512)", ...} or "Python reference: why"."""
+    reason = load()
+    if reason:
+        return dict.fromkeys(OPS, f"Python reference, several times slower: {reason}")
+    return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()})")
