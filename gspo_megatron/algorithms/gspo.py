@@ -2,8 +2,9 @@
 
 import torch
 
-from gspo_megatron.algorithms import surrogate
 from gspo_megatron.algorithms.contract import ClipRange, LossInputs, LossOutputs
+from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
+from gspo_megatron.types import SequenceTable
 
 
 def gspo_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
@@ -13,18 +14,22 @@ def gspo_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
         inputs: advantages [S].
         clip: the paper's are 3e-4 and 4e-4.
     """
-    size = inputs.num_sequences
-    ids = surrogate.sequence_ids(inputs.cu_seqlens, size, inputs.logprobs.numel())
-    log_ratio = surrogate.masked_log_ratio(inputs)  # [T] fp64
-    lengths = surrogate.sequence_sum(inputs.loss_mask, ids, size)  # [S]
-    counted = lengths > 0
-    ratio = (surrogate.sequence_sum(log_ratio, ids, size) / lengths.clamp(min=1)).exp()  # [S]
-    advantages = inputs.advantages.double()
-    objective = surrogate.clipped_surrogate(ratio, advantages, clip)
-    # A sequence without a trained token is no sequence of the mean.
-    loss = -torch.where(counted, objective, 0.0).sum() / max(inputs.counts.num_sequences, 1)
+    return sequence_surrogate(inputs, clip, None)
 
-    low, high = surrogate.clipped_sides(ratio.detach(), advantages, clip)
-    pad = low.new_zeros(1)
-    low_tokens, high_tokens = torch.cat([low, pad])[ids], torch.cat([high, pad])[ids]
-    return LossOutputs(loss, surrogate.sequence_table(inputs, log_ratio.detach(), ids, low_tokens, high_tokens))
+
+def sequence_surrogate(inputs: LossInputs, clip: ClipRange, token_advantages: torch.Tensor | None) -> LossOutputs:
+    """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py).
+
+    Args:
+        token_advantages: [T] where advantages differ by token, else None.
+    """
+    bounds = inputs.cu_seqlens[: inputs.num_sequences + 1]  # without the padding segment
+    partials = sequence_partials(
+        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, bounds, inputs.entropy, token_advantages
+    )
+    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
+    loss, _, clipped = gspo_surrogate(
+        inputs.logprobs, partials, inputs.advantages, inputs.loss_mask, bounds, clip.low, clip.high,
+        max(inputs.counts.num_sequences, 1),
+    )  # fmt: skip
+    return LossOutputs(loss, SequenceTable(torch.cat([partials[:, :6], clipped], dim=1)))
