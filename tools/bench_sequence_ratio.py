@@ -142,8 +142,10 @@ def measure(case: Case, args: argparse.Namespace) -> None:
         for name in functions:
             gradient = 0 if phase == "forward" else functions[name][1].numel() * 4
             extra = (extra_memory(calls[name]) - gradient) / 2**20
-            print(f"{tokens:>8} {case.size:>6} {phase:<8} {name:<16} {times[name] * 1e3:>9.3f} "
-                  f"{base / times[name]:>7.2f}x {times['copy'] / times[name]:>7.0%} {extra:>9.2f}", flush=True)  # fmt: skip
+            print(
+                  f"{tokens:>8} {case.size:>6} {phase:<8} {name:<16} {times[name] * 1e3:>9.3f} "
+                  f"{base / times[name]:>7.2f}x {times['copy'] / times[name]:>7.0%} {extra:>9.2f}", flush=True,
+            )  # fmt: skip
         print(f"{tokens:>8} {case.size:>6} {phase:<8} {'copy':<16} {times['copy'] * 1e3:>9.3f} "
               f"        {tokens * moved / times['copy'] / 1e9:>6.1f} GB/s", flush=True)  # fmt: skip
 
@@ -158,9 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads; {library.status()['sequence_partials']}")
-    print(
-        f"{'tokens':>8} {'seqs':>6} {'phase':<8} {'variant':<16} {'ms':>9} {'speedup':>8} {'of copy':>7} {'extra MiB':>9}"
-    )
+    print(f"{'tokens':>8} {'seqs':>6} {'phase':<8} {'variant':<16} {'ms':>9} {'speedup':>8} {'of copy':>7} {'MiB':>9}")
     for tokens in args.tokens:
         for length in args.lengths:
             if length <= tokens:

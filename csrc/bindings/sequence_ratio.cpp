@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -63,8 +64,8 @@ at::Tensor boundaries(const at::Tensor& cu, int64_t num_tokens) {
   const int64_t last = out.numel() - 1;
   TORCH_CHECK_VALUE(bounds[0] >= 0, "cu_seqlens[0] = ", bounds[0], " is negative");
   for (int64_t i = 0; i < last; ++i) {
-    TORCH_CHECK_VALUE(bounds[i] <= bounds[i + 1], "cu_seqlens[", i + 1, "] = ", bounds[i + 1], " is less than cu_seqlens[",
-                      i, "] = ", bounds[i]);
+    TORCH_CHECK_VALUE(bounds[i] <= bounds[i + 1], "cu_seqlens[", i + 1, "] = ", bounds[i + 1],
+                      " is less than cu_seqlens[", i, "] = ", bounds[i]);
   }
   TORCH_CHECK_VALUE(bounds[last] <= num_tokens, "cu_seqlens ends at ", bounds[last], " but there are ", num_tokens,
                     " tokens");
@@ -109,7 +110,8 @@ at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_
 
   const Kernels& run = kernels();
   // One position past the last token, where sequences without tokens may start.
-  over_chunks(tokens + 1, kChunkTokens, kTokensPerThread, [&](int64_t begin, int64_t end) { run.partials(a, begin, end); });
+  over_chunks(tokens + 1, kChunkTokens, kTokensPerThread,
+              [&](int64_t begin, int64_t end) { run.partials(a, begin, end); });
   over_chunks(a.num_sequences, kChunkSequences, 16 * kChunkSequences, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       for (int64_t at = a.cu_seqlens[s] + kBlockTokens; at < a.cu_seqlens[s + 1]; at += kBlockTokens) {
@@ -131,7 +133,8 @@ double results(const double* partials, int columns, const at::Tensor& advantages
     for (int64_t first = begin; first < end; first += kChunkSequences) {
       double objective = 0.0;
       for (int64_t s = first; s < std::min(first + kChunkSequences, end); ++s) {
-        const SequenceResult one = sequence_result<kByToken>(partials + s * columns, kByToken ? 0.0 : by_sequence[s], clip);
+        const double advantage = kByToken ? 0.0 : by_sequence[s];
+        const SequenceResult one = sequence_result<kByToken>(partials + s * columns, advantage, clip);
         objective += one.objective;
         ratios[s] = one.ratio;
         clipped[2 * s] = one.clipped_low;
@@ -180,8 +183,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
   return {loss, ratios, clipped, slopes};
 }
 
-at::Tensor gspo_backward(const at::Tensor& grad_loss, const at::Tensor& slopes, const std::optional<at::Tensor>& token_advantages,
-                         const at::Tensor& mask, const at::Tensor& cu_seqlens, double denominator, at::ScalarType dtype) {
+at::Tensor gspo_backward(const at::Tensor& grad_loss, const at::Tensor& slopes,
+                         const std::optional<at::Tensor>& token_advantages, const at::Tensor& mask,
+                         const at::Tensor& cu_seqlens, double denominator, at::ScalarType dtype) {
   const int64_t size = cu_seqlens.numel() - 1, tokens = mask.numel();
   TORCH_CHECK_VALUE(grad_loss.numel() == 1 && grad_loss.scalar_type() == at::kDouble && grad_loss.device().is_cpu(),
                     "grad_loss must be one fp64 number on cpu");
