@@ -66,7 +66,7 @@ GSPO_INLINE int64_t sequence_of(const int32_t* cu, int64_t n, int64_t token) {
 }
 
 // Blocks after a sequence's first keep their sums in a scratch row of this number until they are added. No two blocks
-// share one: starts in one sequence are kBlockTokens apart, and between sequences further, since first blocks have none.
+// share one: in a sequence starts are kBlockTokens apart, between sequences further, since first blocks have none.
 GSPO_INLINE int64_t scratch_row(int64_t block_start) { return block_start / kBlockTokens; }
 GSPO_INLINE int64_t scratch_rows(int64_t num_tokens) { return num_tokens / kBlockTokens + 1; }
 
