@@ -43,8 +43,10 @@ def native() -> dict:
         print("warning: no C++ compiler, so gspo-megatron is installed without its C++ library", file=sys.stderr)
         return {}
     if not find_torch():
-        # Nothing installed yet: the build environment and the runtime get the same newest torch from the index.
-        return {"setup_requires": ["torch>=2.13"]}
+        if wanted == "1":
+            raise SystemExit("GSPO_MEGATRON_NATIVE=1, but torch is not installed: the library is built against it")
+        print("warning: torch is not installed, so gspo-megatron is installed without its C++ library", file=sys.stderr)
+        return {}
 
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension

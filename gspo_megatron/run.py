@@ -20,6 +20,7 @@ from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
+from gspo_megatron.ops import library
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.types import Prompt
@@ -136,6 +137,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "layout": f"{run.topology.describe()} = {runtime.world_size} ranks",
         "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
         "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
+        "loss": library.status()["gspo_forward"],
         "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
         f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),

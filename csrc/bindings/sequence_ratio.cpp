@@ -46,6 +46,15 @@ Scalar mask_type(const at::Tensor& x) {
   }
 }
 
+// The kernels know masks of bytes and of fp32; comparing another type with 0 is exact.
+at::Tensor narrow_mask(const at::Tensor& mask) { return mask.scalar_type() == at::kDouble ? mask.gt(0) : mask; }
+
+// Old log-probs in half precision have a kernel only beside new ones of the same type; widening them is exact.
+at::Tensor widen_old(const at::Tensor& old, const at::Tensor& fresh) {
+  const bool half = old.scalar_type() == at::kBFloat16 || old.scalar_type() == at::kHalf;
+  return half && old.scalar_type() != fresh.scalar_type() ? old.to(at::kFloat) : old;
+}
+
 // A contiguous CPU vector of `size` numbers.
 at::Tensor vector(const at::Tensor& x, const char* name, int64_t size) {
   TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), "; all inputs must be on one device, here cpu");
@@ -86,8 +95,9 @@ at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_
   const int64_t tokens = logp_new.numel();
   PartialsArguments a;
   // Held until the end: contiguous() may have made copies.
-  const at::Tensor fresh = vector(logp_new, "logp_new", tokens), old = vector(logp_old, "logp_old", tokens);
-  const at::Tensor kept = vector(mask, "mask", tokens), bounds = boundaries(cu_seqlens, tokens);
+  const at::Tensor fresh = vector(logp_new, "logp_new", tokens);
+  const at::Tensor old = widen_old(vector(logp_old, "logp_old", tokens), fresh);
+  const at::Tensor kept = narrow_mask(vector(mask, "mask", tokens)), bounds = boundaries(cu_seqlens, tokens);
   a.logp_new = {fresh.const_data_ptr(), float_type(fresh, "logp_new")};
   a.logp_old = {old.const_data_ptr(), float_type(old, "logp_old")};
   a.mask = {kept.const_data_ptr(), mask_type(kept)};
@@ -192,7 +202,7 @@ at::Tensor gspo_backward(const at::Tensor& grad_loss, const at::Tensor& slopes,
   TORCH_CHECK_VALUE(slopes.dim() == 2 && slopes.size(0) == size && slopes.size(1) == 2 && slopes.device().is_cpu() &&
                         slopes.scalar_type() == at::kDouble,
                     "slopes must be [", size, ", 2] fp64 on cpu");
-  const at::Tensor kept = vector(mask, "mask", tokens), bounds = boundaries(cu_seqlens, tokens);
+  const at::Tensor kept = narrow_mask(vector(mask, "mask", tokens)), bounds = boundaries(cu_seqlens, tokens);
   const at::Tensor factors = slopes.contiguous();
   const at::Tensor out = at::empty({tokens}, dtype);
   GradientArguments a;

@@ -13,7 +13,7 @@ struct Vector {  // a contiguous vector of T numbers, or nothing
 };
 
 struct PartialsArguments {
-  Vector logp_new, logp_old, mask;  // mask: kFloat, kDouble or kByte
+  Vector logp_new, logp_old, mask;  // logp_old: kFloat, kDouble or logp_new's type; mask: kFloat or kByte
   Vector entropy, advantages;       // may be nothing
   const int32_t* cu_seqlens;        // [S + 1], monotone, inside [0, T]
   int64_t num_sequences;

@@ -32,8 +32,8 @@ def load() -> str:
 
 
 def status() -> dict[str, str]:
-    """What runs each op on the CPU: {"sequence_partials": "C++ (avx512)", ...} or "Python reference: why"."""
+    """What runs each op on the CPU: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why"."""
     reason = load()
     if reason:
-        return dict.fromkeys(OPS, f"Python reference, several times slower: {reason}")
+        return dict.fromkeys(OPS, f"PyTorch formulas, slower: {reason}")
     return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()})")

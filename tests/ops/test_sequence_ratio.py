@@ -267,5 +267,5 @@ def test_opcheck(by_token, dtype):
 def test_status_says_what_runs():
     status = library.status()
     assert set(status) == {"sequence_partials", "gspo_forward", "gspo_backward"}
-    wanted = "Python reference" if library.load() else "C++ ("
+    wanted = "PyTorch formulas" if library.load() else "C++ ("
     assert all(text.startswith(wanted) for text in status.values())
