@@ -1,5 +1,7 @@
 """Accuracy on held-out prompts."""
 
+import dataclasses
+
 import torch
 
 from gspo_megatron.metrics.reduce import gather_rows
@@ -17,12 +19,9 @@ def evaluate(run: Run) -> dict[str, float]:
     eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
     rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right.
     """
-    rollout, data = run.config.rollout, run.config.data
-    stop = (run.tokenizer.eos_token_id,)
-    sampled = SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
-    greedy = SamplingParams(rollout.max_response_length, stop, greedy=True)
-    correct, task, length = _responses(run, sampled, data.eval_samples)
-    likeliest, _, _ = _responses(run, greedy, 1)
+    sampled = run.sampling_params()
+    correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
+    likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
     metrics = {
         "eval/accuracy": correct.mean(), "eval/accuracy_greedy": likeliest.mean(),
         "eval/response_length": length.mean(), "eval/num": len(run.held_out),

@@ -22,6 +22,7 @@ from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.types import Prompt
 
@@ -73,6 +74,11 @@ class Run:
     policy: Policy
     engine: MegatronEngine
     reporter: Reporter
+
+    def sampling_params(self) -> SamplingParams:
+        """How rollouts and evaluations sample."""
+        rollout, stop = self.config.rollout, (self.tokenizer.eos_token_id,)
+        return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
 
 
 def start(config: TrainConfig) -> Run:

@@ -15,7 +15,6 @@ from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
 from gspo_megatron.rollout import groups as rollouts
-from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.run import Run
 from gspo_megatron.warm_start import warm_start
 
@@ -50,7 +49,7 @@ def run_step(run: Run, step: int) -> dict:
         prompts = run.prompts.next(config.rollout.num_prompts)
         seed = step_seed(config, step)
         groups = rollouts.generate(
-            run.engine, prompts, config.rollout.group_size, sampling_params(run), seed, run.tokenizer
+            run.engine, prompts, config.rollout.group_size, run.sampling_params(), seed, run.tokenizer
         )
     with clock.part("reward"):
         rollouts.score(groups, run.mixture, run.topology, run.runtime.device)
@@ -82,13 +81,6 @@ def held_out_accuracy(run: Run) -> dict[str, float]:
     """eval/* metrics with the seconds they took."""
     clock = StepClock(run.runtime.device)
     return evaluate(run) | {"time/eval": clock.read()["time/step"]}
-
-
-def sampling_params(run: Run) -> SamplingParams:
-    rollout = run.config.rollout
-    return SamplingParams(
-        rollout.max_response_length, (run.tokenizer.eos_token_id,), rollout.temperature, rollout.top_k, rollout.top_p
-    )
 
 
 def step_seed(config: TrainConfig, step: int) -> int:
