@@ -108,18 +108,19 @@ GSPO_INLINE void add_partials(double* total, const double* part, int columns) {
 struct ClipBounds {
   double low;   // 1 - eps_low
   double high;  // 1 + eps_high
+  double dual;  // where A < 0 the ratio is bounded above by this too; infinity: not
 };
 
 struct SequenceResult {
   double ratio;             // s = exp(mean log-ratio); 1 for a sequence without trained tokens
   double objective;         // its share of J before the division by the number of sequences
   double clipped_low;       // tokens that lost their gradient to the lower bound
-  double clipped_high;      // and to the upper
+  double clipped_high;      // and to an upper one
   double slope_positive;    // d objective / d logp_t, by sequence: the slope itself; by token: to be multiplied by A_t
   double slope_negative;    // the same where A_t < 0
 };
 
-// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0, so a sequence's tokens enter by the sum
+// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so a sequence's tokens enter by the sum
 // of their positive and of their negative advantages alone. Comparisons let a ratio that is not a number through.
 template <bool kByToken>
 GSPO_INLINE SequenceResult sequence_result(const double* partials, double advantage, ClipBounds clip) {
@@ -127,8 +128,8 @@ GSPO_INLINE SequenceResult sequence_result(const double* partials, double advant
   const double tokens = partials[kNumTokens];
   if (!(tokens > 0)) return out;
   const double s = exp(partials[kSumLogRatio] / tokens);
-  const bool above = s > clip.high, below = s < clip.low;
-  const double for_positive = above ? clip.high : s, for_negative = below ? clip.low : s;
+  const bool above = s > clip.high, below = s < clip.low, over = s > clip.dual;
+  const double for_positive = above ? clip.high : s, for_negative = below ? clip.low : over ? clip.dual : s;
   out.ratio = s;
   if (kByToken) {
     // A ratio of infinity must not meet a sum over no token.
@@ -138,11 +139,11 @@ GSPO_INLINE SequenceResult sequence_result(const double* partials, double advant
     if (partials[kSumPositive] != partials[kSumPositive]) out.objective = partials[kSumPositive];
     out.objective /= tokens;
     out.clipped_low = below ? partials[kNumNegative] : 0.0;
-    out.clipped_high = above ? partials[kNumPositive] : 0.0;
+    out.clipped_high = (above ? partials[kNumPositive] : 0.0) + (over ? partials[kNumNegative] : 0.0);
     out.slope_positive = above ? 0.0 : s / tokens;
-    out.slope_negative = below ? 0.0 : s / tokens;
+    out.slope_negative = below || over ? 0.0 : s / tokens;
   } else {
-    const bool low = below && advantage < 0, high = above && advantage > 0;
+    const bool low = below && advantage < 0, high = (above && advantage > 0) || (over && advantage < 0);
     out.objective = (advantage < 0 ? for_negative : for_positive) * advantage;
     out.clipped_low = low ? tokens : 0.0;
     out.clipped_high = high ? tokens : 0.0;

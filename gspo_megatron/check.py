@@ -11,7 +11,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, ParallelConfig, TrainConfig, require
+from gspo_megatron.config import (
+    MAKE_VOCAB_SIZE_DIVISIBLE_BY,
+    SEQUENCE_RATIO,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    require,
+)
 from gspo_megatron.errors import ConfigError
 
 # ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
@@ -69,14 +76,7 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
 
 def warnings(config: TrainConfig) -> list[str]:
     """What works, but is hardly meant; one sentence or two each."""
-    found = []
-    for name in ("clip_ratio_low", "clip_ratio_high"):
-        value = getattr(config.algorithm, name)
-        if value >= GRPO_EPSILON:
-            found.append(
-                f"algorithm.{name} = {value:g} is a clip range for the token ratios of GRPO; sequence ratios stay "
-                "within about 1e-3 of 1, so nothing would be clipped. The GSPO paper uses 3e-4 and 4e-4."
-            )
+    found = _ratio_warnings(config)
     if config.model.moe_aux_loss_coeff > 0:
         found.append(
             f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff:g} adds a load-balancing gradient that is "
@@ -84,6 +84,45 @@ def warnings(config: TrainConfig) -> list[str]:
         )
     if config.algorithm.shuffle_advantages:
         found.append("algorithm.shuffle_advantages makes this a control run: rewards are shuffled, so it cannot learn.")
+    return found
+
+
+def _ratio_warnings(config: TrainConfig) -> list[str]:
+    """What would make the ratio another one than the algorithm's paper means."""
+    algorithm, found = config.algorithm.resolved(), []
+    by_sequence = algorithm.name in SEQUENCE_RATIO
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        value = getattr(algorithm, name)
+        if by_sequence and value >= GRPO_EPSILON:
+            found.append(
+                f"algorithm.{name} = {value:g} is a clip range for the token ratios of GRPO; sequence ratios stay "
+                "within about 1e-3 of 1, so nothing would be clipped. The GSPO paper uses 3e-4 and 4e-4."
+            )
+        if not by_sequence and algorithm.name != "dpo" and value < GRPO_EPSILON:
+            found.append(
+                f"algorithm.{name} = {value:g} is a clip range for the sequence ratios of GSPO; the token ratios of "
+                f"{algorithm.name} leave it at once, so most tokens would be clipped. 0.2 is common."
+            )
+    if by_sequence and algorithm.aggregation != "sequence_mean":
+        found.append(
+            f"algorithm.aggregation = {algorithm.aggregation!r} is not the GSPO paper's: there every sequence counts "
+            "the same (sequence_mean)."
+        )
+    if by_sequence and algorithm.old_logprobs == "rollout":
+        found.append(
+            "algorithm.old_logprobs = 'rollout' compares log-probs of two engines of different packing, so their "
+            "noise is part of a ratio whose clip range is 3e-4. Measure it with gspo-megatron doctor --noise-floor."
+        )
+        if config.model.params_dtype == "bf16":
+            found.append(
+                "algorithm.old_logprobs = 'rollout' with model.params_dtype = 'bf16': old log-probs of bf16 accuracy "
+                "alone put an error of about 1.5e-4 on the ratio of 64 tokens. Use recomputed: it keeps them in fp32."
+            )
+    if config.rollout.top_k or config.rollout.top_p < 1:
+        found.append(
+            "rollout.top_k and top_p cut the distribution that is sampled from, but log-probs are those of the whole "
+            "one: the ratio does not see the cut. Sample from all tokens unless that is wanted."
+        )
     return found
 
 

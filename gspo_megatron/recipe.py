@@ -43,7 +43,8 @@ def load(argv: list[str], quiet: bool = False) -> TrainConfig:
         TrainConfig, prog=PROGRAM, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
     )
     hf_config = _find(config.model.hf_config, path)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, hf_config=hf_config))
+    model = dataclasses.replace(config.model, hf_config=hf_config)
+    return dataclasses.replace(config, model=model, algorithm=config.algorithm.resolved())
 
 
 def save(config: TrainConfig, path: Path) -> None:

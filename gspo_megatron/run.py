@@ -9,13 +9,15 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron import recipe
+from gspo_megatron.backend import batches
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import topology as topologies
 from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import AlgorithmConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.metrics.console import Console
@@ -24,7 +26,7 @@ from gspo_megatron.ops import library
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.tasks.mixture import TaskMixture
-from gspo_megatron.types import Prompt
+from gspo_megatron.types import PackedBatch, Prompt, TrainSequence
 
 TOKENIZER_EXAMPLES_PER_TASK = 400
 
@@ -74,6 +76,12 @@ class Run:
     policy: Policy
     engine: MegatronEngine
     reporter: Reporter
+    reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
+
+    def microbatches(self, sequences: list[TrainSequence], unit: int = 1) -> list[PackedBatch]:
+        """This replica's share of one optimizer step, packed. A collective over data parallelism."""
+        limit = self.config.max_tokens_per_microbatch
+        return batches.microbatches(sequences, limit, self.topology, self.runtime.device, unit)
 
     def sampling_params(self) -> SamplingParams:
         """How rollouts and evaluations sample."""
@@ -147,6 +155,15 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
         f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
-        "algorithm": f"{run.config.algorithm.name}, clip {run.config.algorithm.clip_ratio_low:g} / "
-        f"{run.config.algorithm.clip_ratio_high:g}, {run.config.algorithm.num_minibatches} minibatches a rollout",
+        "algorithm": _describe_algorithm(run.config.algorithm),
     }
+
+
+def _describe_algorithm(config: AlgorithmConfig) -> str:
+    if config.name == "dpo":
+        return f"dpo, {config.preference.loss} loss, beta {config.preference.beta:g}"
+    kl = f", KL {config.kl.coef:g} ({config.kl.estimator}) in the {config.kl.place}" if config.kl.coef else ""
+    return (
+        f"{config.name}, clip {config.clip_ratio_low:g} / {config.clip_ratio_high:g}, {config.aggregation}{kl}, "
+        f"{config.num_minibatches} minibatches a rollout"
+    )

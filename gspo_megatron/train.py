@@ -1,7 +1,8 @@
 """READ FIRST. A training run from start to end, and one RL step in the order in which it happens.
 
 Every rank runs this file; what differs between ranks (their stage, their shard, their replica's prompts) is inside
-Policy and MegatronEngine. Left out: resuming a run, a reference model (the KL coefficient is 0), a critic.
+Policy and MegatronEngine. Where an algorithm's advantages come from is estimator.py. DPO has no rollouts, see
+preferences.py. Left out: resuming a run.
 """
 
 import dataclasses
@@ -9,13 +10,18 @@ import dataclasses
 from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import checkpoint
+from gspo_megatron.backend.batches import global_counts
+from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.estimator import AdvantageEstimator, GroupAdvantages
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
 from gspo_megatron.rollout import groups as rollouts
+from gspo_megatron.rollout.collect import collect
 from gspo_megatron.run import Run
+from gspo_megatron.types import Minibatch
 from gspo_megatron.warm_start import warm_start
 
 SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
@@ -23,16 +29,9 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
 def train(config: TrainConfig, layout: ParallelConfig) -> None:
     """Warm start, then RL. `layout` has every size filled in and has been checked (check.py)."""
-    run = runs.start(dataclasses.replace(config, parallel=layout))
+    run = runs.start(dataclasses.replace(config, parallel=layout, algorithm=config.algorithm.resolved()))
     warm_start(run)
-    run.policy.start_optimizer()
-    run.reporter.phase("rl", config.steps)
-    run.reporter.row({"phase": "rl", "step": 0} | held_out_accuracy(run))
-    for step in range(1, config.steps + 1):
-        row = run_step(run, step)
-        if step % config.eval_interval == 0 or step == config.steps:
-            row |= held_out_accuracy(run)
-        run.reporter.row(row)
+    reinforce(run)
     checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
     if run.runtime.is_main:
         pictures = draw(run.folder)
@@ -40,41 +39,71 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
     runs.stop(run)
 
 
-def run_step(run: Run, step: int) -> dict:
+def reinforce(run: Run) -> None:
+    """All RL steps, with evaluations before, between and after."""
+    config = run.config
+    run.policy.start_optimizer()
+    if config.algorithm.kl.coef:
+        run.reference = FrozenReference(run.policy.models)
+    estimator = GroupAdvantages(config, run.policy)
+    run.reporter.phase("rl", config.steps)
+    run.reporter.row({"phase": "rl", "step": 0} | held_out_accuracy(run))
+    for step in range(1, config.steps + 1):
+        row = run_step(run, estimator, step)
+        if step % config.eval_interval == 0 or step == config.steps:
+            row |= held_out_accuracy(run)
+        run.reporter.row(row)
+
+
+def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     """One RL step: sample, score, compare within groups, and optimize in minibatches. Returns the metric row."""
     config, policy = run.config, run.policy
     clock = StepClock(run.runtime.device)
+    seed = step_seed(config, step)
 
-    with clock.part("rollout"):
-        prompts = run.prompts.next(config.rollout.num_prompts)
-        seed = step_seed(config, step)
-        groups = rollouts.generate(
-            run.engine, prompts, config.rollout.group_size, run.sampling_params(), seed, run.tokenizer
-        )
-    with clock.part("reward"):
-        rollouts.score(groups, run.mixture, run.topology, run.runtime.device)
-    advantages = rollouts.advantages(groups, config.algorithm, seed)
-    sequences = rollouts.train_sequences(groups, advantages)
-    order_seed = (config.seed, step, run.topology.dp_rank)
-    parts = rollouts.minibatches(sequences, config.algorithm.num_minibatches, order_seed)
-    minibatches = [policy.microbatches(part) for part in parts]
+    groups, sampling = collect(run, seed, clock)
+    sequences = rollouts.train_sequences(groups)
+    parts = rollouts.minibatch_indices(groups, config.algorithm.num_minibatches, (config.seed, step))
+    minibatches = [Minibatch(part, run.microbatches([sequences[i] for i in part])) for part in parts]
 
     with clock.part("old_logprobs"):
-        policy.fill_old_log_probs([batch for batches in minibatches for batch in batches])
+        fill_log_probs(run, minibatches)
+    advantages = estimator.fill(groups, minibatches, seed)
     with clock.part("update"):
-        loss, results = policy_loss(config.algorithm), []
-        for batches in minibatches:
-            counts = policy.global_counts(batches)
-            results.append(policy.update(batches, loss, counts))
+        loss, results = policy_loss(config.algorithm, config.rollout.max_response_length), []
+        learned: dict[str, float] = {}
+        for minibatch in minibatches:
+            counts = global_counts(minibatch.batches, run.topology)
+            results.append(policy.update(minibatch.batches, loss, counts))
+            learned |= estimator.learn(minibatch, counts)
 
-    row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group)
+    row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
     row |= rollouts.group_metrics(groups, advantages, run.mixture.names, run.topology, run.runtime.device)
     row |= load_metrics(policy.expert_load.take()) | clock.read()
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
+    if row["update/skipped"]:
+        run.reporter.note(f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing, "
+                          "because no response in them had an advantage")  # fmt: skip
     for group in groups[:SAMPLES_A_STEP]:
         run.reporter.sample({"step": step, "task": group.prompt.item.task, "prompt": group.prompt.item.question,
                              "response": group.texts[0], "reward": group.rewards[0]})  # fmt: skip
     return row
+
+
+def fill_log_probs(run: Run, minibatches: list[Minibatch]) -> None:
+    """Old log-probs as the recipe chooses them (algorithm.old_logprobs), and the reference's where there is one."""
+    choice = run.config.algorithm.old_logprobs
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    if choice == "rollout":
+        for batch in batches:
+            batch.old_logprobs = batch.rollout_logprobs
+    else:
+        skipped = len(minibatches[0].batches) if choice == "first_minibatch" else 0
+        if batches[skipped:]:
+            run.policy.fill_old_log_probs(batches[skipped:])
+    if run.reference:
+        with run.reference.in_place():
+            run.policy.fill_ref_log_probs(batches)
 
 
 def held_out_accuracy(run: Run) -> dict[str, float]:

@@ -78,8 +78,11 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [S+1] int32, or [S+2] with the padding segment
     num_sequences: int  # S
     loss_mask: torch.Tensor  # [T] fp32, 1 on trained response tokens
-    advantages: torch.Tensor  # [S] fp32
+    advantages: torch.Tensor  # [S] fp32, or [T] with one a token
     old_logprobs: torch.Tensor | None = None  # [T] fp32, filled by the training engine
+    ref_logprobs: torch.Tensor | None = None  # [T] fp32, of the frozen reference
+    values: torch.Tensor | None = None  # [T] fp32, the critic's at collection (PPO)
+    returns: torch.Tensor | None = None  # [T] fp32, what the critic learns (PPO)
     rollout_logprobs: torch.Tensor | None = None  # [T] fp32
     rewards: torch.Tensor | None = None  # [S] fp32
     group_id: torch.Tensor | None = None  # [S] int64
@@ -101,10 +104,22 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
+class Minibatch:
+    """What one optimizer step learns from, on this data-parallel replica."""
+
+    responses: list[int]  # numbers of the replica's responses, in the order in which they were given to the packer
+    batches: list[PackedBatch]
+
+    def numbered(self) -> list[tuple[PackedBatch, list[int]]]:
+        """Each batch with the numbers of its S responses."""
+        return [(batch, [self.responses[i] for i in batch.source_index]) for batch in self.batches]
+
+
+@dataclass(frozen=True)
 class SequenceTable:
     """Per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
 
-    This is what the last pipeline stage publishes to all others: 8 numbers a sequence, never a log-prob vector.
+    This is what the last pipeline stage publishes to all others: 10 numbers a sequence, never a log-prob vector.
     """
 
     values: torch.Tensor  # [S, len(COLUMNS)] fp64
@@ -116,6 +131,8 @@ class SequenceTable:
         "sum_k3",  # sum_t m (exp(d) - 1 - d)
         "max_abs_log_ratio",
         "sum_entropy",  # sum_t m H_t
+        "sum_ref_kl",  # sum_t m KL_t to the reference, by the recipe's estimator; 0 without a reference
+        "sum_mismatch",  # sum_t m (old - rollout); 0 where the batch has no rollout log-probs
         "clipped_low_tokens",  # tokens whose gradient the clip removed, ratio below 1 - eps_low
         "clipped_high_tokens",  # the same, ratio above 1 + eps_high
     )

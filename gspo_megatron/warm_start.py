@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.algorithms.supervised import supervised_loss
+from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
@@ -31,8 +32,8 @@ def warm_start(run: Run) -> None:
         chosen = _batch(run.config, step, len(examples))
         share = len(chosen) // run.topology.dp_size
         mine = [examples[i] for i in chosen[run.topology.dp_rank * share : (run.topology.dp_rank + 1) * share]]
-        batches = run.policy.microbatches(mine)
-        counts = run.policy.global_counts(batches)
+        batches = run.microbatches(mine)
+        counts = global_counts(batches, run.topology)
         result = run.policy.update(batches, supervised_loss, counts)
         loss = torch.tensor(result.loss, dtype=torch.float64, device=run.runtime.device)
         dist.all_reduce(loss, group=run.topology.dp_group)

@@ -174,6 +174,20 @@ def test_warnings():
     assert "model.moe_aux_loss_coeff = 0.01" in found[1]
 
 
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--algorithm.name", "grpo", "--algorithm.clip-ratio-low", "3e-4"], "clip range for the sequence ratios"),
+        (["--algorithm.aggregation", "token_mean"], "every sequence counts the same"),
+        (["--algorithm.old-logprobs", "rollout"], "log-probs of two engines of different packing"),
+        (["--algorithm.old-logprobs", "rollout", "--model.params-dtype", "bf16"], "error of about 1.5e-4"),
+        (["--rollout.top-p", "0.9"], "the ratio does not see the cut"),
+    ],
+)
+def test_a_ratio_other_than_the_papers_is_warned_about(argv, text):
+    assert text in " ".join(check.warnings(configured(*argv)))
+
+
 def test_refusing_imports_neither_torch_nor_megatron():
     code = (
         "import sys; from gspo_megatron import check, cli, recipe\n"

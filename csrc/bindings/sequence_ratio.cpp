@@ -162,7 +162,7 @@ double results(const double* partials, int columns, const at::Tensor& advantages
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
     const at::Tensor& logp_new, const at::Tensor& partials, const at::Tensor& advantages, const at::Tensor& mask,
-    const at::Tensor& cu_seqlens, double clip_low, double clip_high, double denominator) {
+    const at::Tensor& cu_seqlens, double clip_low, double clip_high, double denominator, double clip_dual) {
   const int64_t size = cu_seqlens.numel() - 1, tokens = logp_new.numel();
   vector(mask, "mask", tokens);  // read by the backward alone; an error belongs here
   mask_type(mask);
@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
   const at::Tensor weights = by_token ? advantages : advantages.to(at::kDouble).contiguous();
   const auto compute = by_token ? results<true> : results<false>;
   const double objective =
-      compute(table.const_data_ptr<double>(), table.size(1), weights, size, {1.0 - clip_low, 1.0 + clip_high},
+      compute(table.const_data_ptr<double>(), table.size(1), weights, size, {1.0 - clip_low, 1.0 + clip_high, clip_dual},
               ratios.mutable_data_ptr<double>(), clipped.mutable_data_ptr<double>(), slopes.mutable_data_ptr<double>());
   *loss.mutable_data_ptr<double>() = -objective / denominator;
   return {loss, ratios, clipped, slopes};

@@ -1,21 +1,51 @@
 """Policy-optimization mathematics on packed log-probs. Never imports Megatron.
 
-One small file an algorithm, and this literal table. A loss is a function LossInputs -> LossOutputs.
+One small file an algorithm, and this literal table. What else makes an algorithm is in config.ALGORITHMS: the values
+that a recipe need not give, and where its advantages come from.
 """
 
+import math
 from functools import partial
 
-from gspo_megatron.algorithms.contract import ClipRange, Loss
+from gspo_megatron.algorithms.contract import ClipRange, Loss, LossOptions
+from gspo_megatron.algorithms.dapo import dapo_loss
+from gspo_megatron.algorithms.dpo import dpo_loss
+from gspo_megatron.algorithms.dr_grpo import dr_grpo_loss
+from gspo_megatron.algorithms.grpo import grpo_loss
 from gspo_megatron.algorithms.gspo import gspo_loss
 from gspo_megatron.algorithms.gspo_token import gspo_token_loss
+from gspo_megatron.algorithms.ppo import ppo_loss
 from gspo_megatron.config import AlgorithmConfig
 
 LOSSES = {
+    "ppo": ppo_loss,
+    "dpo": dpo_loss,
+    "grpo": grpo_loss,
+    "dr_grpo": dr_grpo_loss,
+    "dapo": dapo_loss,
     "gspo": gspo_loss,
     "gspo_token": gspo_token_loss,
 }
 
 
-def policy_loss(config: AlgorithmConfig) -> Loss:
-    """The recipe's loss with its clip range filled in."""
-    return partial(LOSSES[config.name], clip=ClipRange(config.clip_ratio_low, config.clip_ratio_high))
+def policy_loss(config: AlgorithmConfig, max_response_length: int = 1) -> Loss:
+    """The recipe's loss with its options filled in.
+
+    Args:
+        max_response_length: the constant of aggregation constant_length (Dr. GRPO's L).
+    """
+    config = config.resolved()
+    dual = math.inf if config.clip_ratio_dual is None else config.clip_ratio_dual
+    options = LossOptions(
+        clip=ClipRange(config.clip_ratio_low, config.clip_ratio_high, dual),
+        aggregation=config.aggregation,
+        constant_length=max_response_length,
+        kl_coef=config.kl.coef if config.kl.place == "loss" else 0.0,
+        kl_estimator=config.kl.estimator,
+        entropy_coef=config.entropy_coef,
+        mismatch=config.mismatch.correction,
+        mismatch_threshold=config.mismatch.threshold,
+        beta=config.preference.beta,
+        preference_loss=config.preference.loss,
+    )
+    return partial(LOSSES[config.name], options=options)

@@ -2,34 +2,47 @@
 
 import torch
 
-from gspo_megatron.algorithms.contract import ClipRange, LossInputs, LossOutputs
-from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
+from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.mismatch import corrected
+from gspo_megatron.algorithms.surrogate import LARGEST, regularizer_value, regularizers, token_weights
+from gspo_megatron.ops.sequence_ratio import COLUMNS, gspo_surrogate, sequence_partials
 from gspo_megatron.types import SequenceTable
 
 
-def gspo_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
+def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """-J with J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp((1/|y_i|) sum_t m_it d_it).
 
     Args:
         inputs: advantages [S].
-        clip: the paper's are 3e-4 and 4e-4.
+        options: the paper's clip range is 3e-4 and 4e-4, its aggregation sequence_mean.
     """
-    return sequence_surrogate(inputs, clip, None)
+    return sequence_surrogate(corrected(inputs, options), options)
 
 
-def sequence_surrogate(inputs: LossInputs, clip: ClipRange, token_advantages: torch.Tensor | None) -> LossOutputs:
-    """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py).
-
-    Args:
-        token_advantages: [T] where advantages differ by token, else None.
-    """
-    bounds = inputs.cu_seqlens[: inputs.num_sequences + 1]  # without the padding segment
+def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
+    """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
+    token_advantages = inputs.advantages if inputs.has_token_advantages else None
     partials = sequence_partials(
-        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, bounds, inputs.entropy, token_advantages
+        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy, token_advantages
     )
+    weights = token_weights(inputs, options)
+    extra, regularizer = regularizers(inputs, options, weights)
+    sums = inputs.reduce(torch.cat([partials, extra], dim=1), maximum=LARGEST)
+    partials, extra = sums[:, :-2], sums[:, -2:]
     # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
+    number = max(inputs.counts.num_sequences, 1)
     loss, _, clipped = gspo_surrogate(
-        inputs.logprobs, partials, inputs.advantages, inputs.loss_mask, bounds, clip.low, clip.high,
-        max(inputs.counts.num_sequences, 1),
+        inputs.logprobs, partials, _weighed(inputs, options, weights * number), inputs.loss_mask, inputs.bounds,
+        options.clip.low, options.clip.high, number, options.clip.dual,
     )  # fmt: skip
-    return LossOutputs(loss, SequenceTable(torch.cat([partials[:, :6], clipped], dim=1)))
+    table = torch.cat([partials[:, : len(COLUMNS)], extra, clipped], dim=1)
+    value = loss.detach() + regularizer_value(table, options, weights)
+    return LossOutputs(loss + regularizer, SequenceTable(table), value)
+
+
+def _weighed(inputs: LossInputs, options: LossOptions, weights: torch.Tensor) -> torch.Tensor:
+    """Advantages times what an aggregation other than the sequence mean gives a sequence beside it, w_i N |y_i|."""
+    if options.aggregation == "sequence_mean":
+        return inputs.advantages
+    factor = weights * inputs.token_lengths  # [S]
+    return inputs.advantages.double() * (inputs.by_token(factor) if inputs.has_token_advantages else factor)

@@ -4,18 +4,18 @@ s_it = sg[s_i] pi(y_it) / sg[pi(y_it)] has the value s_i and the gradient s_i d 
 no logp - sg(logp) is ever formed, so none of s_i can be rounded away by it.
 """
 
-from gspo_megatron.algorithms.contract import ClipRange, LossInputs, LossOutputs
+from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.gspo import sequence_surrogate
+from gspo_megatron.algorithms.mismatch import corrected
 
 
-def gspo_token_loss(inputs: LossInputs, clip: ClipRange) -> LossOutputs:
+def gspo_token_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """-J with J = mean_i (1/|y_i|) sum_t m_it min(s_it A_it, clip(s_it) A_it), s_it = sg[s_i] pi(y_it) / sg[pi(y_it)].
 
     Equal to gspo_loss in value, gradient and clip decisions when all tokens of a sequence share one advantage.
 
     Args:
         inputs: advantages [S], or [T] with one a token ([S] where S = T).
-        clip: the paper's are 3e-4 and 4e-4.
+        options: the paper's clip range is 3e-4 and 4e-4.
     """
-    by_token = inputs.advantages.numel() != inputs.num_sequences
-    return sequence_surrogate(inputs, clip, inputs.advantages if by_token else None)
+    return sequence_surrogate(corrected(inputs, options), options)

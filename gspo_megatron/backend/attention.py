@@ -23,9 +23,10 @@ class PackedPlan(PackedSeqParams):
     num_sequences: int = 0
     max_len: int = 0
     padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
+    rows: torch.Tensor | None = None
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd") -> "PackedPlan":
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group=None) -> "PackedPlan":
         """Plan for cu_seqlens [S+1] int32. `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         max_len = int(lengths.max())

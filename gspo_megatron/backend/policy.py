@@ -1,32 +1,28 @@
-"""The policy network in Megatron: log-probs and optimizer steps. The only caller of Megatron's schedules.
+"""The policy network in Megatron: log-probs and optimizer steps on packed batches.
 
-Scaling, in one place: a loss function returns its microbatch's share of the step's loss. Megatron divides what it
-gets by the number of microbatches and DDP divides gradients by the data-parallel size, so `update` multiplies by both.
-
-Left out: generation (rollout/megatron_engine.py), checkpoints, context parallelism.
+Left out: generation (rollout/megatron_engine.py), checkpoints, the critic (critic.py).
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from gspo_megatron.algorithms.contract import GlobalCounts, Loss, LossInputs, LossOutputs
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
+from gspo_megatron.backend.agreement import raise_together
 from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.router_hooks import ExpertLoad
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
-from gspo_megatron.data.packing import microbatches_needed, pack
+from gspo_megatron.data.validate import first_not_finite
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
-from gspo_megatron.types import PackedBatch, SequenceTable, TrainSequence
+from gspo_megatron.types import PackedBatch, SequenceTable
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class UpdateResult:
     table: SequenceTable  # rows in the order of the batches given to update()
     grad_norm: float  # before clipping, over all ranks
     learning_rate: float
+    stepped: bool  # False: the gradient was exactly 0, and nothing changed
 
 
 class Policy:
@@ -48,150 +45,182 @@ class Policy:
         self.config, self.topology, self.runtime = config, topology, runtime
         self.temperature = config.rollout.temperature
         sharded = config.parallel.use_distributed_optimizer
-        self.chunks = model_builder.build(shape, config.model, topology, runtime, config.seed, sharded, dtype)
+        chunks = model_builder.build(shape, config.model, topology, runtime, config.seed, sharded, dtype)
+        self.network = Network(chunks, topology)
         self.expert_load = ExpertLoad(self.models)
-        self.optimizer = self.schedule = None  # until start_optimizer
 
     @property
-    def models(self) -> list[model_builder.PolicyModel]:
+    def models(self) -> list[torch.nn.Module]:
         """The chunks without their wrappers."""
-        return [model_builder.unwrap(chunk) for chunk in self.chunks]
+        return self.network.models
+
+    @property
+    def optimizer(self):
+        """Megatron's, None until start_optimizer."""
+        return self.network.optimizer
 
     def start_optimizer(self, warm_start: bool = False) -> None:
         """A fresh Adam with the warm start's or RL's learning-rate schedule."""
-        config = self.config
-        self.optimizer = self.schedule = None  # the old state must be gone before the new is made
-        self.optimizer = optimizers.build(config.optimizer, self.chunks, self.topology, config.parallel)
+        config, network = self.config, self.network
+        network.optimizer = network.schedule = None  # the old state must be gone before the new is made
+        network.optimizer = optimizers.build(config.optimizer, network.chunks, self.topology, config.parallel)
         if warm_start:
-            self.schedule = optimizers.warm_start_schedule(self.optimizer, config.warm_start)
+            network.schedule = optimizers.warm_start_schedule(network.optimizer, config.warm_start)
         else:
             steps = config.steps * config.algorithm.num_minibatches
-            self.schedule = optimizers.rl_schedule(self.optimizer, config.optimizer, steps)
+            network.schedule = optimizers.rl_schedule(network.optimizer, config.optimizer, steps)
 
-    def microbatches(self, sequences: Sequence[TrainSequence]) -> list[PackedBatch]:
-        """This replica's share of one optimizer step, packed; as many microbatches on every replica. A collective."""
-        limit, topology = self.config.max_tokens_per_microbatch, self.topology
-        needed = torch.tensor([microbatches_needed(sequences, limit)], device=self.runtime.device)
-        dist.all_reduce(needed, op=dist.ReduceOp.MAX, group=topology.dp_group)
-        count = int(needed)
-        if topology.vp_size > 1:
-            count = -(-count // topology.pp_size) * topology.pp_size  # the interleaved schedule wants a multiple
-        return [batch.to(self.runtime.device) for batch in pack(sequences, limit, topology.tp_size, count)]
-
-    @torch.no_grad()
     def fill_old_log_probs(self, batches: Sequence[PackedBatch]) -> None:
         """Set old_logprobs [T] fp32 of every batch, by this engine's own forward. Only the last stage has them.
 
         The batches keep their packing for the update that follows, so at unchanged weights the ratio is exactly 1 on a
         CPU. (On CUDA, Megatron adds expert outputs by atomics where a token has more than two experts: measure there.)
+        Under context parallelism each rank has those of its own tokens, and 0 elsewhere.
         """
-
-        def keep(batch: PackedBatch, logits: torch.Tensor, non_loss_data: bool = False) -> None:
-            batch.old_logprobs, _ = self._target_log_probs(batch, logits)
-
         with self.expert_load.counting():
-            self._run(batches, keep, forward_only=True)
+            self._fill("old_logprobs", batches)
+
+    def fill_ref_log_probs(self, batches: Sequence[PackedBatch]) -> None:
+        """Set ref_logprobs [T] fp32 likewise, at the weights as they are now (see reference.FrozenReference)."""
+        self._fill("ref_logprobs", batches)
+
+    @torch.no_grad()
+    def _fill(self, name: str, batches: Sequence[PackedBatch]) -> None:
+        def keep(batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor, non_loss_data: bool = False) -> None:
+            logprobs, _, _ = self._target_log_probs(batch, plan, logits)
+            setattr(batch, name, logprobs.float() if logprobs.dtype is not torch.float64 else logprobs)
+
+        self.network.run(batches, keep, forward_only=True)
 
     def update(self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts) -> UpdateResult:
-        """One optimizer step over the microbatches of this replica.
+        """One optimizer step over the microbatches of this replica. A collective over all ranks.
 
         Args:
-            batches: this replica's microbatches; every replica gives the same number.
+            batches: this replica's microbatches; every replica gives the same number. A batch without old_logprobs
+                gets the log-probs of this very forward, so its ratio is 1.
             loss: algorithms/contract.py.
-            counts: denominators of the whole step (global_counts).
+            counts: denominators of the whole step (batches.global_counts).
 
         Raises:
-            TrainingError: the gradient is not finite. Megatron has stepped by then, so the weights are lost.
+            TrainingError: a log-prob, an advantage or the gradient is not finite; on every rank, with the first bad
+                place. The weights are as before.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        scale = len(batches) * self.topology.dp_size
         outputs: dict[int, LossOutputs] = {}
+        seen: dict[int, torch.Tensor] = {}
         order = {id(batch): index for index, batch in enumerate(batches)}
 
-        def share(batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, dict]:
-            logprobs, entropy = self._target_log_probs(batch, logits)
-            out = loss(
-                LossInputs(
-                    logprobs, entropy, batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach(),
-                    batch.loss_mask, batch.cu_seqlens, batch.num_sequences, batch.advantages, counts,
-                )
-            )  # fmt: skip
-            outputs[order[id(batch)]] = LossOutputs(out.loss.detach(), out.table)
-            return out.loss * scale, {}
+        def share(batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor) -> torch.Tensor:
+            logprobs, entropy, own = self._target_log_probs(batch, plan, logits)
+            out = loss(self._loss_inputs(batch, logprobs, entropy, own, counts))
+            outputs[order[id(batch)]] = LossOutputs(out.loss.detach(), out.table, out.value)
+            seen[order[id(batch)]] = logprobs.detach()
+            # A log-prob of -inf makes a ratio of 0 and a finite loss; it must not pass for a gradient.
+            finite = torch.isfinite(out.table.values).all()
+            return out.loss * torch.where(finite, 1.0, torch.nan)
 
-        self._run(batches, share, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
-        rate = optimizers.learning_rate(self.optimizer)
-        if not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"the gradient's norm is {float(grad_norm)} at learning rate {rate:g}. Lower optimizer.lr "
-                "(warm_start.lr in the warm start), or look at loss and ratio/* in the run's metrics.jsonl."
-            )
-        self.schedule.step(increment=1)
+        step = self.network.step(batches, share)
+        if not step.stepped and step.grad_norm != 0.0:
+            self._explain(batches, seen, step.grad_norm, step.learning_rate)
         value, table = self._publish(batches, outputs)
-        return UpdateResult(value, table, float(grad_norm), rate)
+        return UpdateResult(value, table, step.grad_norm, step.learning_rate, step.stepped)
 
-    def global_counts(self, batches: Sequence[PackedBatch]) -> GlobalCounts:
-        """Sequences and tokens that one optimizer step trains on, over all data-parallel ranks. A collective."""
-        sequences = tokens = 0
-        for batch in batches:
-            trained = torch.cumsum(batch.loss_mask > 0, 0)
-            ends = trained[batch.cu_seqlens[1 : batch.num_sequences + 1].long() - 1]
-            per_sequence = torch.diff(ends, prepend=ends.new_zeros(1))
-            sequences += int((per_sequence > 0).sum())
-            tokens += int(per_sequence.sum())
-        counts = torch.tensor([sequences, tokens], dtype=torch.float64, device=self.runtime.device)
-        dist.all_reduce(counts, group=self.topology.dp_group)
-        return GlobalCounts(int(counts[0]), int(counts[1]))
+    def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
+        """[size] fp64 of the last stage, on every stage. Only where no schedule is running: inside one, a collective
+        could deadlock against its point-to-point traffic."""
+        topology = self.topology
+        message = values if topology.is_last_stage else torch.empty(size, dtype=torch.float64, device=self.device)
+        if topology.pp_size > 1:
+            dist.broadcast(message, src=topology.stage_ranks[-1], group=topology.feedback_group)
+        return message
 
-    def _target_log_probs(self, batch: PackedBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits [T, V/TP] -> (logprobs [T], entropy [T]) indexed by the target token."""
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    def reducer(self) -> Callable[..., torch.Tensor]:
+        """LossInputs.reduce of this rank's context-parallel group."""
+        return ContextReduction(self.topology)
+
+    def _loss_inputs(self, batch: PackedBatch, logprobs, entropy, own, counts: GlobalCounts) -> LossInputs:
+        """own: [T] bool, the targets of this context-parallel rank; None: all."""
+        mask, lengths = batch.loss_mask, None
+        if own is not None:
+            ids = torch.repeat_interleave(torch.diff(batch.cu_seqlens[: batch.num_sequences + 1]).long())
+            trained = (mask > 0).double()[: ids.numel()]
+            lengths = trained.new_zeros(batch.num_sequences).index_add(0, ids, trained)
+            mask = mask * own
+        return LossInputs(
+            logprobs=logprobs, entropy=entropy,
+            old_logprobs=batch.old_logprobs if batch.old_logprobs is not None else logprobs.detach(),
+            loss_mask=mask, cu_seqlens=batch.cu_seqlens, num_sequences=batch.num_sequences,
+            advantages=batch.advantages, counts=counts, lengths=lengths, ref_logprobs=batch.ref_logprobs,
+            rollout_logprobs=batch.rollout_logprobs, reduce=self.reducer(),
+        )  # fmt: skip
+
+    def _target_log_probs(
+        self, batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """logits [rows, V/TP] -> (logprobs [T], entropy [T], own [T] bool or None), indexed by the target token.
+
+        The row of token t predicts token t + 1 of the same sequence; the first token of a sequence has no row.
+        """
         group = self.topology.tp_group if self.topology.tp_size > 1 else None
-        logprobs, entropy = vocab_logprobs(logits[:-1], batch.tokens[1:], self.temperature, group)
-        # Row t-1 predicts token t; the first token of a sequence has no row of its own sequence before it.
-        inside = batch.position_ids[1:] > 0
-        zero = logprobs.new_zeros(1)
-        return torch.cat([zero, torch.where(inside, logprobs, 0.0)]), torch.cat(
-            [zero, torch.where(inside, entropy, 0.0)]
-        )
-
-    def _run(self, batches: Sequence[PackedBatch], on_logits, forward_only: bool) -> None:
-        """One pass of Megatron's schedule; on_logits(batch, logits) is called on the last stage."""
-        thd = "sbhd" if self.models[0].rotary_by_token else "thd"
-        work = [(batch, PackedPlan.from_cu_seqlens(batch.cu_seqlens, thd)) for batch in batches]
-
-        def forward_step(iterator: Iterator, model: torch.nn.Module):
-            batch, plan = next(iterator)
-            out = model(batch.tokens.unsqueeze(0), batch.position_ids.unsqueeze(0), None, packed_seq_params=plan)
-            return out, partial(on_logits, batch)
-
-        for chunk in self.chunks:
-            chunk.train()
-        schedule = get_forward_backward_func()
-        schedule(
-            forward_step_func=forward_step,
-            data_iterator=[iter(work) for _ in self.chunks],
-            model=self.chunks,
-            num_microbatches=len(batches),
-            seq_length=max(batch.num_tokens for batch in batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        total = batch.num_tokens
+        rows = torch.arange(total, device=logits.device) if plan.rows is None else plan.rows
+        targets = (rows + 1).clamp(max=total - 1)
+        inside = (rows + 1 < total) & (batch.position_ids[targets] > 0)
+        logprobs, entropy = vocab_logprobs(logits, batch.tokens[targets], self.temperature, group)
+        zero = logprobs.new_zeros(total)
+        full = [zero.index_add(0, targets, torch.where(inside, x, 0.0)) for x in (logprobs, entropy)]
+        if plan.rows is None:
+            return *full, None
+        own = torch.zeros(total, dtype=torch.bool, device=logits.device)
+        own[targets[inside]] = True
+        return *full, own
 
     def _publish(self, batches: Sequence[PackedBatch], outputs: dict[int, LossOutputs]) -> tuple[float, SequenceTable]:
-        """Send the last stage's table to all stages, once the schedule has drained: inside it, a collective could
-        deadlock against the schedule's own point-to-point traffic."""
+        """The last stage's loss and table on every stage."""
         columns = len(SequenceTable.COLUMNS)
         rows = sum(batch.num_sequences for batch in batches)
+        message = None
         if self.topology.is_last_stage:
             ordered = [outputs[index] for index in range(len(batches))]
             values = torch.cat([out.table.values for out in ordered]).flatten()
-            message = torch.cat([values, torch.stack([out.loss for out in ordered]).sum().double().view(1)])
-        else:
-            message = torch.empty(rows * columns + 1, dtype=torch.float64, device=self.runtime.device)
-        if self.topology.pp_size > 1:
-            dist.broadcast(message, src=self.topology.stage_ranks[-1], group=self.topology.feedback_group)
+            message = torch.cat([values, torch.stack([out.value for out in ordered]).sum().double().view(1)])
+        message = self.publish(message, rows * columns + 1)
         return float(message[-1]), SequenceTable(message[:-1].view(rows, columns))
+
+    def _explain(self, batches: Sequence[PackedBatch], seen: dict, grad_norm: float, rate: float) -> None:
+        """Raise on every rank, with the first number of any rank's batches that is not finite."""
+        found = None
+        for index, logprobs in sorted(seen.items()):
+            where = first_not_finite(batches[index], logprobs)
+            if where and found is None:
+                found = f"microbatch {index} of {len(batches)}: {where}"
+        raise_together(TrainingError(found) if found else None)
+        raise TrainingError(
+            f"the gradient's norm is {grad_norm} at learning rate {rate:g}, though every log-prob and advantage is "
+            "finite. The weights are as before this step. Lower optimizer.lr (warm_start.lr in the warm start), or "
+            "look at loss and ratio/* in the run's metrics.jsonl."
+        )
+
+
+class ContextReduction:
+    """Adds per-sequence tables over context-parallel ranks: one all-gather, added in rank order, so that every rank
+    gets the same bits whatever arrives first. 8 bytes a number; nothing of the size of a log-prob vector."""
+
+    def __init__(self, topology: Topology):
+        self.size, self.group = topology.cp_size, topology.cp_group
+
+    def __call__(self, table: torch.Tensor, maximum: int | None = None) -> torch.Tensor:
+        """[S, k] fp64 -> [S, k]; the column `maximum` by its largest."""
+        if self.size == 1:
+            return table
+        table = table.detach().contiguous()
+        gathered = table.new_empty(self.size * table.size(0), table.size(1))
+        dist.all_gather_into_tensor(gathered, table, group=self.group)
+        by_rank = gathered.view(self.size, *table.shape)
+        total = by_rank.sum(0)
+        if maximum is not None:
+            total[:, maximum] = by_rank[:, :, maximum].amax(0)
+        return total

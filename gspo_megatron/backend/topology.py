@@ -29,9 +29,11 @@ class Topology:
     etp_rank: int
     dp_size: int
     dp_rank: int
+    cp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     model_parallel_group: dist.ProcessGroup  # the ranks that hold one copy of the model (TP x PP)
     feedback_group: dist.ProcessGroup  # same ranks as pp_group; for all that goes from the last stage to earlier ones
     groups: ProcessGroupCollection
@@ -92,9 +94,11 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=pp_group,
         dp_group=parallel_state.get_data_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         model_parallel_group=parallel_state.get_model_parallel_group(),
         feedback_group=_group_like(pp_group),
         groups=ProcessGroupCollection.use_mpu_process_groups(),

@@ -16,30 +16,37 @@ from gspo_megatron.types import PackedBatch, TrainSequence
 
 
 def pack(
-    sequences: Sequence[TrainSequence], max_tokens: int, pad_to_multiple: int, num_microbatches: int | None = None
-) -> list[PackedBatch]:
+    sequences: Sequence[TrainSequence], max_tokens: int, pad_to_multiple: int, num_microbatches: int | None = None,
+    unit: int = 1,
+) -> list[PackedBatch]:  # fmt: skip
     """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
 
     `pad_to_multiple`: every microbatch is filled up to a multiple of this many tokens by a segment of its own, which
     is not counted in max_tokens nor in num_sequences. `num_microbatches`: exactly that many (all data-parallel ranks
-    must run the same number, see `microbatches_needed`); None: as few as fit. Within a microbatch the sequences keep
+    must run the same number, see `microbatches_needed`); None: as few as fit. `unit`: so many neighbours in
+    `sequences` stay neighbours in one microbatch (2 for preference pairs). Within a microbatch the sequences keep
     their order, and `source_index` tells where each came from. Raises RolloutError for a sequence that is empty, too
     long or whose parts disagree, and for a number of microbatches that does not work.
     """
     _check(sequences, max_tokens)
     if num_microbatches is None:
-        num_microbatches = microbatches_needed(sequences, max_tokens)
-    bins = _fill(_lengths(sequences), max_tokens, num_microbatches)
-    return [_join(sequences, indices, pad_to_multiple) for indices in bins]
+        num_microbatches = microbatches_needed(sequences, max_tokens, unit)
+    bins = _fill(_unit_lengths(sequences, unit), max_tokens, num_microbatches)
+    return [_join(sequences, [i * unit + k for i in units for k in range(unit)], pad_to_multiple) for units in bins]
 
 
-def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int) -> int:
-    """A number of microbatches for which `pack` works, as does every larger one up to len(sequences).
+def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int, unit: int = 1) -> int:
+    """A number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
 
     All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
     """
     _check(sequences, max_tokens)
-    return len(_fewest(_lengths(sequences), max_tokens))
+    return len(_fewest(_unit_lengths(sequences, unit), max_tokens))
+
+
+def _unit_lengths(sequences: Sequence[TrainSequence], unit: int) -> list[int]:
+    lengths = _lengths(sequences)
+    return [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
 
 
 def _lengths(sequences: Sequence[TrainSequence]) -> list[int]:

@@ -35,12 +35,14 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         "loss": float(loss.mean()),
         "grad_norm": sum(r.grad_norm for r in results) / len(results),
         "lr": results[-1].learning_rate,
+        "update/skipped": float(sum(not r.stepped for r in results)),
     }
     if counted.values.numel() == 0:
         return metrics
     lengths = counted.column("num_tokens")
     tokens = lengths.sum()
     ratio = (counted.column("sum_log_ratio") / lengths).exp()
+    mismatch = (counted.column("sum_mismatch") / lengths).abs()
     low, high = counted.column("clipped_low_tokens"), counted.column("clipped_high_tokens")
     return metrics | {
         "ratio/mean": float(ratio.mean()),
@@ -53,12 +55,20 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         "clip/token": float((low + high).sum() / tokens),
         "kl/k1": float(-counted.column("sum_log_ratio").sum() / tokens),
         "kl/k3": float(counted.column("sum_k3").sum() / tokens),
+        "kl/ref": float(counted.column("sum_ref_kl").sum() / tokens),
+        # Of a sequence's mean log-prob, rollout against training: noise of the engines, apart from ratio/*, which is
+        # how far the policy has moved since.
+        "mismatch/mean": float(mismatch.mean()),
+        "mismatch/max": float(mismatch.max()),
         "entropy": float(counted.column("sum_entropy").sum() / tokens),
     }
 
 
 def load_metrics(load: torch.Tensor) -> dict[str, float]:
-    """Expert load imbalance from tokens an expert, [layers, E]: max over mean, 1 is perfectly even."""
+    """Expert load imbalance from tokens an expert, [layers, E]: max over mean, 1 is perfectly even. Nothing was counted
+    where no pass computed old log-probs."""
+    if float(load.sum()) == 0:
+        return {}
     imbalance = load.max(dim=1).values / load.mean(dim=1).clamp(min=1e-9)
     return {
         "route/load_imbalance": float(imbalance.mean()),

@@ -8,6 +8,8 @@ They run in C++ where the library was built (ops/library.py) and from ops/sequen
 same names, shapes and errors. Left out: a gradient of the gradient, and log-ratios clipped token by token (GRPO).
 """
 
+import math
+
 import torch
 from torch.library import define, impl, register_autograd, register_fake
 
@@ -50,7 +52,7 @@ def sequence_partials(
 
 def gspo_surrogate(
     logp_new: torch.Tensor, partials: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
-    cu_seqlens: torch.Tensor, clip_low: float, clip_high: float, denominator: float,
+    cu_seqlens: torch.Tensor, clip_low: float, clip_high: float, denominator: float, clip_dual: float = math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-(1/denominator) sum_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i), s_i = exp(mean log-ratio).
 
@@ -63,16 +65,17 @@ def gspo_surrogate(
         advantages: [S] fp32 or fp64, or [T] with one a token ([S] where S = T); [T] needs partials with 10 columns.
         mask, cu_seqlens: as in `sequence_partials`.
         denominator: sequences with a trained token in the whole optimizer step, over all ranks and microbatches.
+        clip_dual: where A < 0 the ratio is bounded above by this too (dual clip, arXiv 1912.09729); infinity: not.
 
     Returns:
         (loss [] fp64, differentiable; ratios [S] fp64, 1 where no token is trained; clipped [S, 2] fp64, trained tokens
-        that lost their gradient to the lower and to the upper bound).
+        that lost their gradient to the lower and to an upper bound).
 
     Raises:
         TypeError, ValueError: as in `sequence_partials`; also a denominator that is not positive.
     """
     loss, ratios, clipped, _ = torch.ops.gspo_megatron.gspo_forward(
-        logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator
+        logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator, clip_dual
     )
     return loss, ratios, clipped
 
@@ -89,7 +92,8 @@ define(
 define(
     "gspo_megatron::gspo_forward",
     "(Tensor logp_new, Tensor partials, Tensor advantages, Tensor mask, Tensor cu_seqlens, float clip_low,"
-    " float clip_high, float denominator) -> (Tensor loss, Tensor ratios, Tensor clipped, Tensor slopes)",
+    " float clip_high, float denominator, float clip_dual)"
+    " -> (Tensor loss, Tensor ratios, Tensor clipped, Tensor slopes)",
     tags=_TAGS,
 )
 define(
@@ -112,7 +116,7 @@ def _(logp_new, logp_old, mask, cu_seqlens, entropy, token_advantages):
 
 
 @register_fake("gspo_megatron::gspo_forward")
-def _(logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator):
+def _(logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator, clip_dual):
     reference.check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator)
     size = cu_seqlens.numel() - 1
     shapes = ((), (size,), (size, 2), (size, 2))
@@ -125,7 +129,7 @@ def _(grad_loss, slopes, token_advantages, mask, cu_seqlens, denominator, dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    logp_new, _, advantages, mask, cu_seqlens, _, _, denominator = inputs
+    logp_new, _, advantages, mask, cu_seqlens, _, _, denominator, _ = inputs
     _, ratios, clipped, slopes = output
     by_token = advantages.numel() != cu_seqlens.numel() - 1
     # For GSPO two numbers a sequence, and inputs that live anyway: no intermediate of token size.
@@ -137,12 +141,12 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *unused):
     if grad_loss is None:
-        return (None,) * 8
+        return (None,) * 9
     slopes, token_advantages, mask, cu_seqlens = ctx.saved_tensors
     gradient = torch.ops.gspo_megatron.gspo_backward(
         grad_loss, slopes, token_advantages, mask, cu_seqlens, ctx.denominator, ctx.dtype
     )
-    return (gradient,) + (None,) * 7
+    return (gradient,) + (None,) * 8
 
 
 register_autograd("gspo_megatron::gspo_forward", _backward, setup_context=_setup_context)

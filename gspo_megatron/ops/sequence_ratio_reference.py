@@ -44,26 +44,26 @@ def sequence_partials(logp_new, logp_old, mask, cu_seqlens, entropy, token_advan
     return torch.stack(columns, dim=1)
 
 
-def gspo_forward(logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator):
+def gspo_forward(logp_new, partials, advantages, mask, cu_seqlens, clip_low, clip_high, denominator, clip_dual):
     check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator)
     check_boundaries(cu_seqlens, logp_new.numel())
     tokens, total = partials[:, 0], partials[:, 1]
     counted = tokens > 0
     length = tokens.clamp(min=1)
     ratio = torch.where(counted, (total / length).exp(), 1.0)
-    lower, upper = ratio.clamp(min=1 - clip_low), ratio.clamp(max=1 + clip_high)  # what A < 0 and what A > 0 meets
-    below, above = ratio < 1 - clip_low, ratio > 1 + clip_high
+    lower, upper = ratio.clamp(1 - clip_low, clip_dual), ratio.clamp(max=1 + clip_high)  # what A < 0, what A > 0 meets
+    below, above, over = ratio < 1 - clip_low, ratio > 1 + clip_high, ratio > clip_dual
     if advantages.numel() != cu_seqlens.numel() - 1:
         positive, negative, num_positive, num_negative = partials[:, 6:10].unbind(1)
         objective = torch.where(num_positive > 0, upper * positive, 0.0)
         objective = (objective + torch.where(num_negative > 0, lower * negative, 0.0)) / length
         objective = torch.where(positive.isnan(), positive, objective)
-        clipped = torch.stack([below * num_negative, above * num_positive], dim=1)
-        slopes = torch.stack([torch.where(above, 0.0, ratio), torch.where(below, 0.0, ratio)], dim=1)
+        clipped = torch.stack([below * num_negative, above * num_positive + over * num_negative], dim=1)
+        slopes = torch.stack([torch.where(above, 0.0, ratio), torch.where(below | over, 0.0, ratio)], dim=1)
     else:
         weights = advantages.double()
         objective = torch.where(weights < 0, lower, upper) * weights
-        low, high = below & (weights < 0), above & (weights > 0)
+        low, high = below & (weights < 0), above & (weights > 0) | over & (weights < 0)
         clipped = torch.stack([low * tokens, high * tokens], dim=1)
         slopes = torch.where(low | high, 0.0, ratio * weights).unsqueeze(1).expand(-1, 2)
     loss = -torch.where(counted, objective, 0.0).sum() / denominator

@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from gspo_megatron.algorithms.advantages import group_advantages
 from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import AlgorithmConfig
 from gspo_megatron.metrics.reduce import gather_rows
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
@@ -50,36 +48,35 @@ def score(groups: list[RolloutGroup], mixture: TaskMixture, topology: Topology, 
         group.rewards = flat[index * len(group.completions) : (index + 1) * len(group.completions)]
 
 
-def advantages(groups: list[RolloutGroup], algorithm: AlgorithmConfig, seed: int) -> torch.Tensor:
-    """[P * G] fp64; the control run permutes them over the replica's batch."""
-    rewards = torch.tensor([r for group in groups for r in group.rewards], dtype=torch.float64)
-    values = group_advantages(rewards, len(groups[0].completions), algorithm.normalize_advantage_by_std)
-    if algorithm.shuffle_advantages:
-        values = values[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(seed))]
-    return values
-
-
-def train_sequences(groups: list[RolloutGroup], values: torch.Tensor) -> list[TrainSequence]:
-    """One sequence a response, in the order of `values` [P * G]."""
-    flat = [(group, index) for group in groups for index in range(len(group.completions))]
+def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
+    """One sequence a response, group after group. Advantages come later (estimator.py)."""
     return [
         TrainSequence(
-            token_ids=group.prompt.token_ids + group.completions[index].token_ids,
+            token_ids=group.prompt.token_ids + completion.token_ids,
             prompt_length=len(group.prompt.token_ids),
-            advantage=advantage,
-            reward=group.rewards[index],
+            reward=reward,
             group_id=group.prompt.uid,
-            truncated=group.completions[index].truncated,
-            rollout_logprobs=group.completions[index].logprobs,
+            truncated=completion.truncated,
+            rollout_logprobs=completion.logprobs,
         )
-        for (group, index), advantage in zip(flat, values.tolist(), strict=True)
-    ]
+        for group in groups for completion, reward in zip(group.completions, group.rewards, strict=True)
+    ]  # fmt: skip
 
 
-def minibatches(sequences: list[TrainSequence], count: int, seed: tuple[int, ...]) -> list[list[TrainSequence]]:
-    """`count` equal parts of a seeded permutation: a minibatch mixes groups, as fresh data would."""
-    order = np.random.default_rng(seed).permutation(len(sequences))
-    return [[sequences[i] for i in part] for part in np.split(order, count)]
+def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:
+    """Numbers of this replica's responses in each of `count` minibatches, the same share of every group in each.
+
+    Responses of a group are shuffled by (seed, its prompt's uid) and dealt out in turn, so who is in which minibatch
+    does not depend on how many replicas there are.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    place = 0
+    for group in groups:
+        order = np.random.default_rng((*seed, group.prompt.uid)).permutation(len(group.completions))
+        for index in order:
+            parts[place % count].append(place - place % len(order) + int(index))
+            place += 1
+    return parts
 
 
 def group_metrics(groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str], topology: Topology,

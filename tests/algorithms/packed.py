@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from gspo_megatron.algorithms.contract import ClipRange, GlobalCounts, LossInputs
+from gspo_megatron.algorithms.contract import ClipRange, GlobalCounts, LossInputs, LossOptions
 
 WIDE = ClipRange(0.1, 0.2)  # low and high differ, so that swapping them shows
 PAPER = ClipRange(3e-4, 4e-4)
@@ -88,7 +88,7 @@ def losses_of_split(loss, responses: Sequence[Response], sizes: Sequence[int], c
     total, gradients, start = 0.0, [], 0
     for size in sizes:
         inputs = pack(responses[start : start + size], padding=size, counts=count(responses))
-        share = loss(inputs, clip=clip).loss
+        share = loss(inputs, options=LossOptions(clip)).loss
         total += share.item()
         gradients.append(gradient(share, inputs)[: inputs.logprobs.numel() - size])
         start += size

@@ -7,6 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron.algorithms.contract import LossOptions
 from gspo_megatron.algorithms.gspo import gspo_loss
 from gspo_megatron.algorithms.gspo_token import gspo_token_loss
 from tests.algorithms.packed import (
@@ -30,7 +31,7 @@ def close(actual: torch.Tensor, expected: list[float], tolerance: float = 1e-14)
 
 def assert_equal_to_gspo(responses: list[Response], padding: int, clip) -> None:
     whole, token = pack(responses, padding), pack(responses, padding)
-    want, got = gspo_loss(whole, clip=clip), gspo_token_loss(token, clip=clip)
+    want, got = gspo_loss(whole, options=LossOptions(clip)), gspo_token_loss(token, options=LossOptions(clip))
     size = max(1.0, abs(want.loss.item()))
     assert got.loss.item() == pytest.approx(want.loss.item(), abs=1e-12 * size)
     torch.testing.assert_close(gradient(got.loss, token), gradient(want.loss, whole), rtol=1e-12, atol=1e-12)
@@ -56,7 +57,7 @@ def test_per_token_advantages_against_plain_python(responses, padding, clip):
     assume(expected.margin > 1e-9)
     inputs = pack(responses, padding)
     assume(inputs.advantages.numel() != inputs.num_sequences)  # read as one a sequence
-    assert_matches(gspo_token_loss(inputs, clip=clip), inputs, expected)
+    assert_matches(gspo_token_loss(inputs, options=LossOptions(clip)), inputs, expected)
 
 
 def test_per_token_advantages_by_hand():
@@ -66,7 +67,7 @@ def test_per_token_advantages_by_hand():
     """
     response = with_ratio(1.5, 0.0)
     inputs = pack([Response(response.new, response.old, response.mask, [100.0, 1.0, -3.0])])
-    out = gspo_token_loss(inputs, clip=WIDE)
+    out = gspo_token_loss(inputs, options=LossOptions(WIDE))
     assert out.loss.item() == pytest.approx(1.65, abs=1e-14)
     close(gradient(out.loss, inputs), [0, 0, 2.25])
     assert out.table.column("clipped_high_tokens").tolist() == [1]
@@ -81,7 +82,7 @@ def test_gradient_is_that_of_the_form_with_its_stopped_values_held_fixed():
     advantages = [0.5, 2.0, -1.0]
     response = Response([-1.0, -2.0, -0.5], [-1.1, -2.05, -0.4], [1, 1, 1], advantages)
     inputs = pack([response])
-    got = gradient(gspo_token_loss(inputs, clip=WIDE).loss, inputs)
+    got = gradient(gspo_token_loss(inputs, options=LossOptions(WIDE)).loss, inputs)
     s = math.exp((0.1 + 0.05 - 0.1) / 3)
 
     def frozen(t: int, step: float) -> float:
@@ -96,7 +97,7 @@ def test_clip_fraction_by_token_counts_trained_tokens_only():
     """8 positions, 3 trained, s = 1.5 with A = 1: 3 of 3 are clipped. Counted over all positions it would be 8/3."""
     response = Response([math.log(1.5)] * 8, [0.0] * 8, [0, 0, 1, 0, 1, 1, 0, 0], 1.0)
     for loss in (gspo_loss, gspo_token_loss):
-        table = loss(pack([response], padding=4, padding_mask=1.0), clip=WIDE).table
+        table = loss(pack([response], padding=4, padding_mask=1.0), options=LossOptions(WIDE)).table
         assert table.column("clipped_high_tokens").tolist() == [3] and table.column("num_tokens").tolist() == [3]
 
 
@@ -104,7 +105,7 @@ def test_a_sequence_counts_as_clipped_once_and_its_tokens_apart():
     """Long (s = 1.5, A = 1, 4 tokens) and short (s = 1, 1 token): half of the sequences, four fifths of the tokens."""
     long = Response([math.log(1.5)] * 4, [0.0] * 4, [1] * 4, 1.0)
     for loss in (gspo_loss, gspo_token_loss):
-        table = loss(pack([long, Response([-1.0], [-1.0], [1], 1.0)]), clip=WIDE).table
+        table = loss(pack([long, Response([-1.0], [-1.0], [1], 1.0)]), options=LossOptions(WIDE)).table
         high, tokens = table.column("clipped_high_tokens"), table.column("num_tokens")
         assert (high > 0).double().mean() == 0.5 and high.sum() / tokens.sum() == 0.8
 
@@ -128,7 +129,7 @@ def test_the_order_of_the_log_form_in_fp64():
     """
     lp = -1.5 * 2.0**40
     inputs = pack([Response([lp, lp], [lp, lp - 3 * 2.0**-12], [1, 1], -1.0)])
-    out = gspo_token_loss(inputs, clip=WIDE)
+    out = gspo_token_loss(inputs, options=LossOptions(WIDE))
     s = math.exp(3 * 2.0**-13)
     assert out.loss.item() == pytest.approx(s, abs=1e-15)
     close(gradient(out.loss, inputs), [s / 2, s / 2], 1e-15)
@@ -139,6 +140,6 @@ def test_the_order_of_the_log_form_in_fp64():
 def test_as_many_advantages_as_tokens_and_sequences_are_one_a_sequence():
     """Two tokens of the first sequence and an empty second: S = T = 2. Both tokens have A = 3; loss -3, slope -3/2."""
     inputs = pack([Response([-1.0, -2.0], [-1.0, -2.0], [1, 1], 3.0), EMPTY])
-    out = gspo_token_loss(inputs, clip=WIDE)
+    out = gspo_token_loss(inputs, options=LossOptions(WIDE))
     assert out.loss.item() == -3.0
     close(gradient(out.loss, inputs), [-1.5, -1.5])

@@ -37,7 +37,7 @@ def test_old_log_probs_and_advantages_play_no_part():
     nothing = torch.full_like(inputs.old_logprobs, torch.nan)
     out = supervised_loss(replace(inputs, old_logprobs=nothing, advantages=torch.full((2,), torch.nan)))
     assert out.loss.item() == 2.0
-    assert out.table.values.tolist() == [[3, 0, 0, 0, 0, 1.5, 0, 0], [0] * 8]
+    assert out.table.values.tolist() == [[3, 0, 0, 0, 0, 1.5, 0, 0, 0, 0], [0] * 10]
 
 
 def test_nothing_to_train_on_is_zero_not_nan():

@@ -12,13 +12,13 @@ from gspo_megatron.types import SequenceTable
 from tests.distributed import spawn
 
 LN2, LN3 = math.log(2), math.log(3)
-# num_tokens, sum d, sum d^2, sum k3, max |d|, sum entropy, clipped low, clipped high
-DOUBLE = [2, 2 * LN2, 1.0, 0.5, 1.5, 3.0, 0, 2]  # s = 2, both tokens clipped
-HALF = [3, -3 * LN2, 2.0, 1.5, 2.5, 1.0, 2, 0]  # s = 1/2, two of three tokens clipped
-ONE = [4, 0.0, 3.0, 0.25, 0.5, 4.0, 0, 0]  # s = 1
-THREE = [1, LN3, 4.0, 0.25, LN3, 0.5, 0, 1]  # s = 3
-EVEN = [2, 0.0, 0.0, 0.5, 0.25, 1.5, 0, 0]  # s = 1
-NOTHING = [0, 0.0, 0.0, 0.0, 99.0, 99.0, 0, 0]  # no trained token: not counted, whatever else it holds
+# num_tokens, sum d, sum d^2, sum k3, max |d|, sum entropy, ref KL, mismatch, clipped low, clipped high
+DOUBLE = [2, 2 * LN2, 1.0, 0.5, 1.5, 3.0, 1.0, 0.2, 0, 2]  # s = 2, both tokens clipped
+HALF = [3, -3 * LN2, 2.0, 1.5, 2.5, 1.0, 2.0, -0.6, 2, 0]  # s = 1/2, two of three tokens clipped
+ONE = [4, 0.0, 3.0, 0.25, 0.5, 4.0, 0.0, 0.0, 0, 0]  # s = 1
+THREE = [1, LN3, 4.0, 0.25, LN3, 0.5, 0.0, 0.3, 0, 1]  # s = 3
+EVEN = [2, 0.0, 0.0, 0.5, 0.25, 1.5, 3.0, 0.0, 0, 0]  # s = 1
+NOTHING = [0, 0.0, 0.0, 0.0, 99.0, 99.0, 99.0, 99.0, 0, 0]  # no trained token: not counted, whatever else it holds
 REPLICAS = [
     [(0.1, [DOUBLE, NOTHING], 1.0, 1e-3), (0.3, [HALF], 3.0, 5e-4)],
     [(0.2, [ONE, THREE], 1.0, 1e-3), (-0.2, [EVEN], 3.0, 5e-4)],
@@ -27,7 +27,7 @@ REPLICAS = [
 
 def results(rows) -> list[UpdateResult]:
     tables = [(loss, SequenceTable(torch.tensor(table, dtype=torch.float64)), *rest) for loss, table, *rest in rows]
-    return [UpdateResult(loss, table, norm, rate) for loss, table, norm, rate in tables]
+    return [UpdateResult(loss, table, norm, rate, True) for loss, table, norm, rate in tables]
 
 
 def reduced(rank, world_size):
@@ -54,11 +54,13 @@ def test_metrics_of_two_replicas_by_hand(ranks):
 
     The mean of the replicas' means would be (1.25 + 5/3) / 2 = 1.458. Losses: (0.1 + 0.2) and (0.3 - 0.2), mean 0.2.
     Sum of d: (2 - 3) ln 2 + ln 3; of k3 0.5 + 1.5 + 0.25 + 0.25 + 0.5 = 3; of entropy 3 + 1 + 4 + 0.5 + 1.5 = 10.
+    Mismatch by sequence |0.2 / 2|, |-0.6 / 3|, 0, |0.3 / 1|, 0: mean 0.6 / 5. KL to the reference 6 / 12.
     """
     expected = {
         "loss": 0.2,
         "grad_norm": 2.0,
         "lr": 5e-4,
+        "update/skipped": 0.0,
         "ratio/mean": 1.5,
         "ratio/std": math.sqrt(4 / 5),
         "ratio/min": 0.5,
@@ -69,6 +71,9 @@ def test_metrics_of_two_replicas_by_hand(ranks):
         "clip/token": 5 / 12,
         "kl/k1": (LN2 - LN3) / 12,
         "kl/k3": 3 / 12,
+        "kl/ref": 0.5,
+        "mismatch/mean": 0.12,
+        "mismatch/max": 0.3,
         "entropy": 10 / 12,
     }
     for metrics, *_ in ranks:
@@ -83,7 +88,7 @@ def test_two_replicas_give_what_one_with_all_rows_gives(ranks):
 
 def test_a_batch_without_trained_tokens_has_no_ratio(ranks):
     for _, _, empty, *_ in ranks:
-        assert empty == {"loss": 0.0, "grad_norm": 0.0, "lr": 1e-3}
+        assert empty == {"loss": 0.0, "grad_norm": 0.0, "lr": 1e-3, "update/skipped": 0.0}
 
 
 def test_rows_are_gathered_in_rank_order(ranks):
@@ -100,6 +105,7 @@ def test_expert_load_by_hand():
 
 
 def test_expert_load_of_a_layer_without_tokens_is_finite():
-    """No token at all: 0 over the least mean 1e-9 is 0, and all four experts are without work."""
-    metrics = load_metrics(torch.zeros(1, 4, dtype=torch.float64))
-    assert metrics == {"route/load_imbalance": 0.0, "route/load_imbalance_max": 0.0, "route/dead_experts": 4.0}
+    """No token in the second layer: 0 over the least mean 1e-9 is 0, and its four experts are without work."""
+    metrics = load_metrics(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64))
+    assert metrics == {"route/load_imbalance": 0.5, "route/load_imbalance_max": 1.0, "route/dead_experts": 4.0}
+    assert load_metrics(torch.zeros(2, 4)) == {}  # nothing was counted

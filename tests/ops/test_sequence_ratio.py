@@ -97,7 +97,7 @@ def test_overflow_and_not_a_number_show(partials):
     new = torch.tensor([math.nan] + [0.1] * 9 + [800.0] * 10 + [math.inf] * 2)
     table = partials(new, torch.zeros(22), torch.ones(22), bounds(10, 10, 2), None, None)
     assert table[0, 1:5].isnan().all() and table[1, 3] == math.inf and table[1, 4] == 800 and table[2, 4] == math.inf
-    loss = OPS.gspo_forward(new, table[:1], torch.ones(1), torch.ones(22), bounds(10), 0.1, 0.1, 1.0)[0]
+    loss = OPS.gspo_forward(new, table[:1], torch.ones(1), torch.ones(22), bounds(10), 0.1, 0.1, 1.0, math.inf)[0]
     assert loss.isnan()
 
 
@@ -183,9 +183,10 @@ def test_cpp_equals_the_reference(lengths, seed, spread, padding, dtype):
         inputs = (new, old, mask, cu, entropy, token)
         table = OPS.sequence_partials(*inputs)
         torch.testing.assert_close(table, reference.sequence_partials(*inputs), rtol=1e-11, atol=1e-11)
-        inputs = (new, table, advantages, mask, cu, 0.05, 0.1, 3.0)
-        got, want = OPS.gspo_forward(*inputs), reference.gspo_forward(*inputs)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        for dual in (math.inf, 1.2):
+            inputs = (new, table, advantages, mask, cu, 0.05, 0.1, 3.0, dual)
+            got, want = OPS.gspo_forward(*inputs), reference.gspo_forward(*inputs)
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         inputs = (torch.tensor(1.5, **E64), got[3], token, mask, cu, 3.0, torch.float64)
         back = OPS.gspo_backward(*inputs)
         torch.testing.assert_close(back, reference.gspo_backward(*inputs), rtol=1e-12, atol=1e-14)
@@ -199,7 +200,7 @@ def test_the_bits_do_not_depend_on_threads_or_neighbours(lengths):
     for number in (1, 2, 3):
         with threads(number):
             table = sequence_partials(new, old, mask, cu, entropy, by_token)
-            forward = OPS.gspo_forward(new, table, by_sequence, mask, cu, 0.01, 0.01, 7.0)
+            forward = OPS.gspo_forward(new, table, by_sequence, mask, cu, 0.01, 0.01, 7.0, 3.0)
             results.append((table, *forward))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -259,7 +260,7 @@ def test_opcheck(by_token, dtype):
     table = sequence_partials(new, old, mask, cu, entropy, token)
     advantages = token if by_token else by_sequence
     new.requires_grad_()
-    torch.library.opcheck(OPS.gspo_forward.default, (new, table, advantages, mask, cu, 0.1, 0.2, 2.0))
+    torch.library.opcheck(OPS.gspo_forward.default, (new, table, advantages, mask, cu, 0.1, 0.2, 2.0, 3.0))
     slopes = torch.ones(3, 2, **E64)
     torch.library.opcheck(OPS.gspo_backward.default, (torch.ones((), **E64), slopes, token, mask, cu, 2.0, dtype))
 

@@ -45,7 +45,7 @@ def test_wrong_inputs_of_the_loss_are_named(forward):
     table = torch.ones(2, 6, dtype=torch.float64)
 
     def call(table=table, advantages=two, denominator=1.0, cu=cu):
-        return forward(new, table, advantages, mask, cu, 0.1, 0.1, denominator)
+        return forward(new, table, advantages, mask, cu, 0.1, 0.1, denominator, 3.0)
 
     call()
     for wrong in ({"table": table[:1]}, {"advantages": torch.ones(4)}, {"table": table[:, :5]}):

@@ -1,0 +1,41 @@
+"""DPO: learn from preferred and rejected responses, without sampling (Rafailov et al., arXiv 2305.18290, equation 7).
+
+L = -(1/P) sum_p log sigmoid(beta h_p),   h_p = sum_t (logp - ref) of the chosen - sum_t (logp - ref) of the rejected
+
+over P pairs, with a frozen reference. `preference_loss: ipo` is (h_p - 1 / (2 beta))^2 instead (IPO, arXiv 2310.12036,
+equation 17), which does not push a margin without end. Defaults: beta 0.1.
+
+Left out: label smoothing, and a length-normalised h.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.surrogate import LARGEST
+from gspo_megatron.ops.sequence_ratio import sequence_partials
+from gspo_megatron.types import SequenceTable
+
+PREFERENCE_LOSSES = {
+    "sigmoid": lambda h, beta: -F.logsigmoid(beta * h),
+    "ipo": lambda h, beta: (h - 1 / (2 * beta)).square(),
+}
+
+
+def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
+    """L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
+
+    The table's log-ratio columns are those of the policy to the reference, so h_p can be read from it.
+
+    Args:
+        inputs: ref_logprobs [T]; advantages and old_logprobs are not used; counts.num_sequences is 2P.
+    """
+    ours = inputs.sum_by_sequence(inputs.logprobs.double() - inputs.ref_logprobs.double())  # [S]
+    partials = sequence_partials(inputs.logprobs, inputs.ref_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy)
+    table = inputs.reduce(partials, maximum=LARGEST)
+    whole = ours + (table[:, 1] - ours).detach()  # every rank's sum, this rank's gradient
+    chosen, rejected = whole.view(-1, 2).unbind(1)
+    pairs = max(inputs.counts.num_sequences // 2, 1)
+    loss = PREFERENCE_LOSSES[options.preference_loss](chosen - rejected, options.beta).sum() / pairs
+    rest = table.new_zeros(inputs.num_sequences, len(SequenceTable.COLUMNS) - table.size(1))
+    return LossOutputs(loss, SequenceTable(torch.cat([table, rest], dim=1)), loss.detach())

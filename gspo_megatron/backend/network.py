@@ -1,0 +1,106 @@
+"""Model chunks of this rank with their optimizer, and one way to run them: Megatron's schedules are called here alone.
+
+Scaling, in one place: `step` is given each microbatch's share of the step's loss. Megatron multiplies what it gets by
+the context-parallel size and divides it by the number of microbatches, and DDP divides gradients by data-parallel times
+context-parallel size; so `step` multiplies by the number of microbatches and the data-parallel size.
+
+Left out: what is computed from the outputs (policy.py, critic.py).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from gspo_megatron.backend import model as model_builder
+from gspo_megatron.backend import optimizer as optimizers
+from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.topology import Topology
+from gspo_megatron.types import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What Megatron's optimizer said; the same on every rank."""
+
+    grad_norm: float  # before clipping, over all ranks; nan or inf: the weights were left alone
+    learning_rate: float
+    stepped: bool  # False where the gradient was zero or not finite
+
+
+class Network:
+    """Chunks (one a virtual stage), optimizer and learning-rate schedule."""
+
+    def __init__(self, chunks: list, topology: Topology):
+        self.chunks, self.topology = chunks, topology
+        self.optimizer: MegatronOptimizer | None = None
+        self.schedule: OptimizerParamScheduler | None = None
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The chunks without their wrappers."""
+        return [model_builder.unwrap(chunk) for chunk in self.chunks]
+
+    def run(self, batches: Sequence[PackedBatch], on_output: Callable, forward_only: bool) -> None:
+        """One pass of Megatron's schedule; on_output(batch, plan, output) is called on the last stage.
+
+        The output has one row a token that this rank feeds: all tokens, or `plan.rows` under context parallelism.
+        """
+        thd = "sbhd" if self.models[0].rotary_by_token else "thd"
+        group = self.topology.cp_group if self.topology.cp_size > 1 else None
+        work = [(batch, PackedPlan.from_cu_seqlens(batch.cu_seqlens, thd, group)) for batch in batches]
+
+        def forward_step(iterator: Iterator, model: torch.nn.Module):
+            batch, plan = next(iterator)
+            tokens, positions = batch.tokens, batch.position_ids
+            if plan.rows is not None:
+                tokens, positions = tokens[plan.rows], positions[plan.rows]
+            out = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=plan)
+            return out, partial(on_output, batch, plan)
+
+        for chunk in self.chunks:
+            chunk.train()
+        schedule = get_forward_backward_func()
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(work) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=max(batch.num_tokens for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def step(self, batches: Sequence[PackedBatch], share: Callable) -> StepResult:
+        """Gradients of all microbatches and one optimizer step. A collective over all ranks.
+
+        A gradient of exactly zero, or one that is not finite, changes nothing: no weight, no moment, no learning rate.
+
+        Args:
+            batches: this replica's microbatches; every replica gives the same number.
+            share: (batch, plan, output) -> the microbatch's share of the step's loss [], differentiable.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        scale = len(batches) * self.topology.dp_size
+
+        def scaled(batch: PackedBatch, plan: PackedPlan, output: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            return share(batch, plan, output) * scale, {}
+
+        self.run(batches, scaled, forward_only=False)
+        rate = optimizers.learning_rate(self.optimizer)
+        # Asked before the step: Megatron would step first and tell afterwards.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if grad_norm == 0.0 or not math.isfinite(grad_norm):
+            return StepResult(grad_norm, rate, False)
+        self.optimizer.step()
+        self.schedule.step(increment=1)
+        return StepResult(grad_norm, rate, True)

@@ -1,0 +1,59 @@
+"""The rollouts of one RL step: sample, score, and, where the recipe asks for it, sample anew what has no signal.
+
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. Each
+further round takes as many fresh prompts as the first; a replica keeps its groups with signal until it has its share.
+After `resampling_rounds`, groups without signal fill the rest. Left out: rounds of a size fitted to what is missing.
+"""
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.metrics.clock import StepClock
+from gspo_megatron.rollout import groups as rollouts
+from gspo_megatron.run import Run
+from gspo_megatron.types import RolloutGroup
+
+
+def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """This replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
+    limit = run.config.algorithm.resampling_rounds
+    groups = _round(run, seed, clock)
+    if limit == 0:
+        return groups, {}
+    share = len(groups)
+    kept = [group for group in groups if _has_signal(group)]
+    flat = [group for group in groups if not _has_signal(group)]
+    rounds = 1
+    while rounds <= limit and _most_missing(run, share - len(kept)) > 0:
+        groups = _round(run, seed + rounds * 1_000_000_007, clock)
+        kept += [group for group in groups if _has_signal(group)]
+        flat += [group for group in groups if not _has_signal(group)]
+        rounds += 1
+    dropped = max(len(kept) - share, 0)
+    return (kept + flat)[:share], {
+        "sampling/rounds": float(rounds),
+        "sampling/without_signal": len(flat) / (len(kept) + len(flat)),
+        "sampling/filled": max(share - len(kept), 0) / share,
+        "sampling/unused": float(dropped),
+    }
+
+
+def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
+    config = run.config.rollout
+    prompts = run.prompts.next(config.num_prompts)
+    with clock.part("rollout"):
+        groups = rollouts.generate(run.engine, prompts, config.group_size, run.sampling_params(), seed, run.tokenizer)
+    with clock.part("reward"):
+        rollouts.score(groups, run.mixture, run.topology, run.runtime.device)
+    return groups
+
+
+def _has_signal(group: RolloutGroup) -> bool:
+    return max(group.rewards) != min(group.rewards)
+
+
+def _most_missing(run: Run, missing: int) -> int:
+    """Over replicas: all of them sample while one needs it, for their experts and prompts are shared."""
+    most = torch.tensor([missing], device=run.runtime.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=run.topology.dp_group)
+    return int(most)
