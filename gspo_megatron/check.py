@@ -11,14 +11,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gspo_megatron.config import (
-    MAKE_VOCAB_SIZE_DIVISIBLE_BY,
-    SEQUENCE_RATIO,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    require,
-)
+from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, ParallelConfig, TrainConfig, require
+from gspo_megatron.config_algorithm import SEQUENCE_RATIO
 from gspo_megatron.errors import ConfigError
 
 # ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
