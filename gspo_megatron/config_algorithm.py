@@ -1,4 +1,4 @@
-"""The recipe's `algorithm` section, and the literal table of what each algorithm fills in where the recipe says nothing."""
+"""The recipe's `algorithm` section, and the literal table of what each algorithm fills in where it says nothing."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

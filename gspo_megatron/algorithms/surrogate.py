@@ -53,7 +53,8 @@ def clipped_objective(log_ratio: torch.Tensor, advantage: torch.Tensor, clip: Cl
     up, down = advantage > 0, advantage < 0
     low = (ratio < 1 - clip.low) & down
     high = (ratio > 1 + clip.high) & up | (ratio > clip.dual) & down
-    bound = torch.where(low, 1 - clip.low, torch.where(up, 1 + clip.high, clip.dual))
+    # full_like: torch.where of two plain numbers would round the bound to fp32.
+    bound = torch.where(up, torch.full_like(ratio, 1 + clip.high), clip.dual).masked_fill(low, 1 - clip.low)
     # A ratio may be infinite where it is clipped or has no weight: neither it nor its gradient may be formed there.
     flat = low | high | (advantage == 0)
     free = torch.where(flat, 0.0, log_ratio).exp() * advantage
