@@ -11,7 +11,7 @@ from gspo_megatron.algorithms.contract import ClipRange, LossOptions
 from gspo_megatron.algorithms.mismatch import corrected
 from tests.algorithms.packed import Response, gradient, pack
 
-# old - rollout: ln 4, ln 1/4 and 0 on trained tokens; the first token is a prompt's. Mean 0, so the sequence weight is 1.
+# old - rollout: ln 4, ln 1/4 and 0 on trained tokens; the first token is a prompt's. Mean 0, so its weight is 1.
 ODD = Response([-1.0] * 4, [-1.0] * 4, [0, 1, 1, 1], 2.0)
 ROLLOUT = [9.0, -1 - math.log(4), -1 + math.log(4), -1.0]
 # old - rollout = ln 3 on both trained tokens: the sequence weight is 3.
