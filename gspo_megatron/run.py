@@ -1,5 +1,6 @@
 """Everything one rank holds during a run, and the run folder that rank 0 writes."""
 
+import dataclasses
 import importlib.metadata
 import sys
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Run:
 
 def start(config: TrainConfig) -> Run:
     """Process groups, data, model and run folder. `config.parallel` must be resolved."""
+    config = dataclasses.replace(config, algorithm=config.algorithm.resolved())
     runtime = runtimes.start(config.device)
     topology = topologies.start(config.parallel, config.seed)
     folder = _run_folder(config, runtime)

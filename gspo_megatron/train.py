@@ -29,7 +29,7 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
 def train(config: TrainConfig, layout: ParallelConfig) -> None:
     """Warm start, then RL. `layout` has every size filled in and has been checked (check.py)."""
-    run = runs.start(dataclasses.replace(config, parallel=layout, algorithm=config.algorithm.resolved()))
+    run = runs.start(dataclasses.replace(config, parallel=layout))
     warm_start(run)
     reinforce(run)
     checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")

@@ -57,7 +57,7 @@ class Rows:
 
 def learn(rank: int, world_size: int, folder: str) -> dict:
     """{algorithm: its metric rows} and the accuracy that all start from."""
-    config = dataclasses.replace(CONFIG, output_dir=Path(folder), algorithm=AlgorithmConfig().resolved())
+    config = dataclasses.replace(CONFIG, output_dir=Path(folder))
     run = runs.start(config)
     run.reporter.close()
     run.reporter = Rows()
