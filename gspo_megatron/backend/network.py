@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -104,3 +105,12 @@ class Network:
         self.optimizer.step()
         self.schedule.step(increment=1)
         return StepResult(grad_norm, rate, True)
+
+    def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
+        """[size] fp64 of the last stage, on every stage. Only where no schedule is running: inside one, a collective
+        could deadlock against its point-to-point traffic."""
+        topology, device = self.topology, next(self.models[0].parameters()).device
+        message = values if topology.is_last_stage else torch.empty(size, dtype=torch.float64, device=device)
+        if topology.pp_size > 1:
+            dist.broadcast(message, src=topology.stage_ranks[-1], group=topology.feedback_group)
+        return message

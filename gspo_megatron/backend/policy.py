@@ -17,6 +17,7 @@ from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.router_hooks import ExpertLoad
 from gspo_megatron.backend.runtime import Runtime
+from gspo_megatron.backend.targets import Targets
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
@@ -125,13 +126,8 @@ class Policy:
         return UpdateResult(value, table, step.grad_norm, step.learning_rate, step.stepped)
 
     def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
-        """[size] fp64 of the last stage, on every stage. Only where no schedule is running: inside one, a collective
-        could deadlock against its point-to-point traffic."""
-        topology = self.topology
-        message = values if topology.is_last_stage else torch.empty(size, dtype=torch.float64, device=self.device)
-        if topology.pp_size > 1:
-            dist.broadcast(message, src=topology.stage_ranks[-1], group=topology.feedback_group)
-        return message
+        """See Network.publish."""
+        return self.network.publish(values, size)
 
     @property
     def device(self) -> torch.device:
@@ -160,23 +156,11 @@ class Policy:
     def _target_log_probs(
         self, batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """logits [rows, V/TP] -> (logprobs [T], entropy [T], own [T] bool or None), indexed by the target token.
-
-        The row of token t predicts token t + 1 of the same sequence; the first token of a sequence has no row.
-        """
+        """logits [rows, V/TP] -> (logprobs [T], entropy [T], own [T] bool or None), see targets.py."""
+        targets = Targets.of(batch, plan)
         group = self.topology.tp_group if self.topology.tp_size > 1 else None
-        total = batch.num_tokens
-        rows = torch.arange(total, device=logits.device) if plan.rows is None else plan.rows
-        targets = (rows + 1).clamp(max=total - 1)
-        inside = (rows + 1 < total) & (batch.position_ids[targets] > 0)
-        logprobs, entropy = vocab_logprobs(logits, batch.tokens[targets], self.temperature, group)
-        zero = logprobs.new_zeros(total)
-        full = [zero.index_add(0, targets, torch.where(inside, x, 0.0)) for x in (logprobs, entropy)]
-        if plan.rows is None:
-            return *full, None
-        own = torch.zeros(total, dtype=torch.bool, device=logits.device)
-        own[targets[inside]] = True
-        return *full, own
+        logprobs, entropy = vocab_logprobs(logits, batch.tokens[targets.index], self.temperature, group)
+        return targets.scatter(logprobs), targets.scatter(entropy), targets.own
 
     def _publish(self, batches: Sequence[PackedBatch], outputs: dict[int, LossOutputs]) -> tuple[float, SequenceTable]:
         """The last stage's loss and table on every stage."""
