@@ -44,6 +44,16 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, normalize_b
     return centred
 
 
+def last_tokens(loss_mask: torch.Tensor, ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """[S] int64: where each sequence's last trained token is, -1 where it has none.
+
+    Args:
+        loss_mask: [T]. ids: [T] int64, the sequence of each token, S at padding.
+    """
+    place = torch.where(loss_mask > 0, torch.arange(ids.numel(), device=ids.device), -1)
+    return place.new_full((num_sequences + 1,), -1).scatter_reduce(0, ids, place, "amax")[:num_sequences]
+
+
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, num_sequences: int,
     gamma: float = 1.0, lam: float = 0.95,
