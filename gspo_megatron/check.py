@@ -63,6 +63,7 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
     _check_model(shape, layout)
     _check_batch(config, world_size // (_tensor(layout) * _pipeline(layout)))
     _check_lengths(config, shape)
+    _check_penalty(config)
     from gspo_megatron.tasks.mixture import TaskMixture
 
     TaskMixture(config.tasks, config.seed)
@@ -246,3 +247,11 @@ def _check_lengths(config: TrainConfig, shape: dict) -> None:
     room = config.max_tokens_per_microbatch
     require(longest <= room, "max_tokens_per_microbatch", room,
             f"{parts}, and a sequence is never split over microbatches", f"Give {longest} or more.")  # fmt: skip
+
+
+def _check_penalty(config: TrainConfig) -> None:
+    algorithm = config.algorithm.resolved()
+    in_reward = bool(algorithm.kl.coef) and algorithm.kl.place == "reward"
+    require(not in_reward or algorithm.old_logprobs != "first_minibatch", "algorithm.old_logprobs",
+            algorithm.old_logprobs, "leaves the first minibatch without old log-probs, which the KL penalty in the "
+            "reward needs", "Give recomputed, or algorithm.kl.place loss.")  # fmt: skip

@@ -160,6 +160,20 @@ def test_tasks_are_checked(tmp_path, tasks, part):
     assert part in refusal(1, str(tmp_path / "recipe.yaml"))
 
 
+def test_a_penalty_in_the_reward_needs_old_log_probs_of_all_minibatches():
+    """PPO's penalty is in the reward unless the recipe says otherwise."""
+    argv = ["--algorithm.name", "ppo", "--algorithm.old-logprobs", "first_minibatch"]
+    assert "KL penalty in the reward" in refusal(1, *argv)
+    for other in (["--algorithm.kl.place", "loss"], ["--algorithm.kl.coef", "0"]):
+        config = configured(*argv, *other)
+        check.check(config, check.resolve_layout(config, 1, has_cuda=False), 1)
+
+
+def test_ppo_needs_no_groups():
+    config = configured("--algorithm.name", "ppo", "--rollout.group-size", "1")
+    check.check(config, check.resolve_layout(config, 2, has_cuda=False), 2)
+
+
 def test_cuda_without_a_gpu():
     with pytest.raises(ConfigError, match="device = 'cuda': no GPU"):
         check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
