@@ -93,9 +93,8 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose last stage returns fp32 logits of this rank's vocabulary shard, and whose RoPE follows
-    position_ids token by token (packed and cached sequences start anywhere)."""
+class PackedModel(GPTModel):
+    """GPTModel whose RoPE follows position_ids token by token (packed and cached sequences start anywhere)."""
 
     _angles: torch.Tensor | None = None
     rotary_by_token = True  # off where Transformer Engine's packed attention wants Megatron's own angles
@@ -108,6 +107,10 @@ class PolicyModel(GPTModel):
                 self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
             out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
         return out
+
+
+class PolicyModel(PackedModel):
+    """Its last stage returns fp32 logits of this rank's vocabulary shard. (The critic's: value_head.py.)"""
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         """Logits are not rounded to the model's type: bf16 logits alone add 9e-4 rms to the sequence log-ratio,
@@ -221,13 +224,14 @@ def _te_attention_with_cache():
 
 def build(
     shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, seed: int,
-    use_distributed_optimizer: bool, dtype: torch.dtype | None = None,
+    use_distributed_optimizer: bool, dtype: torch.dtype | None = None, model_class: type[PackedModel] = PolicyModel,
 ) -> list[DistributedDataParallel]:  # fmt: skip
     """The model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
 
     Args:
         seed: of the initial weights, which are the same in every layout.
         dtype: overrides model.params_dtype (tests build the model in fp64).
+        model_class: what the last stage returns.
     """
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
     # Transformer Engine's packed attention has no fp32 kernel.
@@ -238,7 +242,7 @@ def build(
         vp_stage = chunk if topology.vp_size > 1 else None
         first = topology.is_first_stage and chunk == 0
         last = topology.is_last_stage and chunk == topology.vp_size - 1
-        gpt = PolicyModel(
+        gpt = model_class(
             config=config, transformer_layer_spec=layer_spec(config, use_te, vp_stage), vocab_size=shape.vocab_size,
             max_sequence_length=shape.hf["max_position_embeddings"], pre_process=first, post_process=last,
             parallel_output=True, share_embeddings_and_output_weights=shape.tied, position_embedding_type="rope",
@@ -262,8 +266,8 @@ def build(
     return chunks
 
 
-def unwrap(chunk: torch.nn.Module) -> PolicyModel:
-    """The PolicyModel inside DDP and Float16Module."""
-    while not isinstance(chunk, PolicyModel):
+def unwrap(chunk: torch.nn.Module) -> PackedModel:
+    """The model inside DDP and Float16Module."""
+    while not isinstance(chunk, PackedModel):
         chunk = chunk.module
     return chunk

@@ -58,7 +58,7 @@ class FullParameter:
 
 
 def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
-    """Every parameter of a PolicyModel chunk, in Megatron's order.
+    """Every parameter of an unwrapped chunk (policy or critic), in Megatron's order.
 
     A tied output layer on the last stage appears under the embedding's name: it is the same parameter.
     """
@@ -93,7 +93,7 @@ def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
 @torch.no_grad()
 def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
     """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
-    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases 0."""
+    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases and a value head 0."""
     layers = model.config.num_layers
     for parameter in named(model, topology):
         local = parameter.local
@@ -101,6 +101,9 @@ def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float
             # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
             # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
             local.allreduce = False
+        if parameter.name.startswith("value_head."):
+            local.zero_()  # a value of 0 is the best guess of an untrained critic: advantages are then rewards to go
+            continue
         if local.dim() == 1:
             local.fill_(0.0 if parameter.name.endswith("bias") else 1.0)
             continue
@@ -121,7 +124,7 @@ def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda 
     """Full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
 
     Args:
-        chunks: unwrapped PolicyModel chunks of this rank.
+        chunks: unwrapped chunks of this rank.
         value: what to gather of a local parameter, for example its main_grad.
     """
     mine = {}
