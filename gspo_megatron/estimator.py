@@ -64,12 +64,16 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
 
 def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
     """sum_t m_t KL_t of old against reference, [P * G] fp64 in the order of responses, on every stage."""
-    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     sums = None
     if policy.topology.is_last_stage:
-        sums = torch.cat([_kl_sums(batch, policy, estimator) for batch in batches])
-    rows = policy.publish(sums, sum(batch.num_sequences for batch in batches)).cpu()
+        sums = torch.cat([_kl_sums(batch, policy, estimator) for m in minibatches for batch in m.batches])
+    return by_response(sums, policy, minibatches)
+
+
+def by_response(rows: torch.Tensor | None, policy: Policy, minibatches: list[Minibatch]) -> torch.Tensor:
+    """[P * G] fp64 of the last stage in the order of packing -> in the order of responses, on every stage's CPU."""
     numbers = [number for minibatch in minibatches for _, numbers in minibatch.numbered() for number in numbers]
+    rows = policy.publish(rows, len(numbers)).cpu()
     return torch.empty_like(rows).index_copy(0, torch.tensor(numbers), rows)
 
 

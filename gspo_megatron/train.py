@@ -11,8 +11,11 @@ from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import checkpoint
 from gspo_megatron.backend.batches import global_counts
+from gspo_megatron.backend.critic import Critic
+from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.critic_advantages import CriticAdvantages
 from gspo_megatron.estimator import AdvantageEstimator, GroupAdvantages
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
@@ -45,7 +48,7 @@ def reinforce(run: Run) -> None:
     run.policy.start_optimizer()
     if config.algorithm.kl.coef:
         run.reference = FrozenReference(run.policy.models)
-    estimator = GroupAdvantages(config, run.policy)
+    estimator = make_estimator(run)
     run.reporter.phase("rl", config.steps)
     run.reporter.row({"phase": "rl", "step": 0} | held_out_accuracy(run))
     for step in range(1, config.steps + 1):
@@ -53,6 +56,17 @@ def reinforce(run: Run) -> None:
         if step % config.eval_interval == 0 or step == config.steps:
             row |= held_out_accuracy(run)
         run.reporter.row(row)
+
+
+def make_estimator(run: Run) -> AdvantageEstimator:
+    """PPO's advantages come from a critic, which starts from the policy as RL finds it; all others' from groups."""
+    if run.config.algorithm.name != "ppo":
+        return GroupAdvantages(run.config, run.policy)
+    shape = ModelShape.load(run.config.model.hf_config, len(run.tokenizer))
+    critic = Critic(run.config, shape, run.topology, run.runtime)
+    critic.start_from(run.policy)
+    critic.start_optimizer()
+    return CriticAdvantages(run.config, run.policy, critic)
 
 
 def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
