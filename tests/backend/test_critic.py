@@ -15,6 +15,7 @@ from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import AlgorithmConfig, ParallelConfig
 from gspo_megatron.config_algorithm import CriticConfig
+from gspo_megatron.errors import TrainingError
 from tests.backend.small import CONFIG_PATH, SINGLE, TP2_PP2_EP2, VOCAB, fixed_batches, in_layouts, small_policy
 from tests.backend.test_policy import gradient_error
 from tests.distributed import spawn
@@ -110,7 +111,7 @@ def one_rank(rank: int, world_size: int) -> dict:
 def four_ranks(rank: int, world_size: int, wanted: list, folder: Path) -> dict:
     """The step in each layout, what the first of them saved loaded in another, and a few steps of learning."""
     results = in_layouts(rank, world_size, CASES, step, wanted, None, folder)
-    results["losses"] = in_layouts(rank, world_size, {"x": CASES["PP2xDP2-tied"]}, learn)["x"]
+    results["learned"] = in_layouts(rank, world_size, {"x": CASES["PP2xDP2-tied"]}, learn)["x"]
     results["loaded"] = in_layouts(rank, world_size, {"x": CASES["PP2xVP2xDP2-EP2"]}, load, folder)["x"]
     return results
 
@@ -209,8 +210,9 @@ def test_fp64_step_equals_the_plain_formula(single):
     assert gradient_error(ours["gradient"], plain["gradient"]) < 1e-11
 
 
-def learn(case: tuple) -> list[float]:
-    """Value losses of steps on fixed returns; old values are taken anew before each, as rollouts do."""
+def learn(case: tuple) -> dict:
+    """Value losses of steps on fixed returns; old values are taken anew before each, as rollouts do. Then one of the
+    two replicas has a return that is not a number."""
     _, critic = small_critic(case[0])
     batches = fixed_batches()[critic.topology.dp_rank :: critic.topology.dp_size]
     for batch in batches:
@@ -219,12 +221,27 @@ def learn(case: tuple) -> list[float]:
     for _ in range(15):
         critic.fill_values(batches)
         losses.append(critic.update(batches, global_counts(batches, critic.topology)).loss)
-    return losses
+    before = [p.detach().clone() for model in critic.models for p in model.parameters()]
+    if critic.topology.dp_rank == 0:
+        batches[0].returns[5] = torch.nan
+    with pytest.raises(TrainingError) as caught:
+        critic.update(batches, global_counts(batches, critic.topology))
+    after = [p for model in critic.models for p in model.parameters()]
+    kept = all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    return {"losses": losses, "message": str(caught.value), "kept": kept}
 
 
 def test_the_critic_learns_fixed_returns(layouts):
     """15 steps bring the loss down to a fifth, though values move at most CLIP in each."""
-    losses = layouts[0]["losses"]
-    assert all(by_layout["losses"] == losses for by_layout in layouts)
+    losses = layouts[0]["learned"]["losses"]
+    assert all(by_layout["learned"]["losses"] == losses for by_layout in layouts)
     assert losses[0] > 0.3
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_return_that_is_not_a_number_stops_every_rank(layouts):
+    """Also the replica and the stage that do not see it; weights stay."""
+    for by_layout in layouts:
+        assert "the critic's gradient norm is nan" in by_layout["learned"]["message"]
+        assert "mean return nan" in by_layout["learned"]["message"]
+        assert by_layout["learned"]["kept"]
