@@ -26,9 +26,10 @@ def pack(
     must run the same number, see `microbatches_needed`); None: as few as fit. `unit`: so many neighbours in
     `sequences` stay neighbours in one microbatch (2 for preference pairs). Within a microbatch the sequences keep
     their order, and `source_index` tells where each came from. Raises RolloutError for a sequence that is empty, too
-    long or whose parts disagree, and for a number of microbatches that does not work.
+    long or whose parts disagree, for neighbours that are too long together, and for a number of microbatches that does
+    not work.
     """
-    _check(sequences, max_tokens)
+    _check(sequences, max_tokens, unit)
     if num_microbatches is None:
         num_microbatches = microbatches_needed(sequences, max_tokens, unit)
     bins = _fill(_unit_lengths(sequences, unit), max_tokens, num_microbatches)
@@ -40,7 +41,7 @@ def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int, uni
 
     All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
     """
-    _check(sequences, max_tokens)
+    _check(sequences, max_tokens, unit)
     return len(_fewest(_unit_lengths(sequences, unit), max_tokens))
 
 
@@ -53,8 +54,10 @@ def _lengths(sequences: Sequence[TrainSequence]) -> list[int]:
     return [len(sequence.token_ids) for sequence in sequences]
 
 
-def _check(sequences: Sequence[TrainSequence], max_tokens: int) -> None:
+def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int) -> None:
     """Refuse what no packing can hold, and records whose parts would be put at the wrong tokens."""
+    if len(sequences) % unit:
+        raise ValueError(f"{len(sequences)} sequences are no multiple of unit = {unit}")
     if not sequences:
         raise RolloutError(
             "there is no sequence to pack: each rank needs one a minibatch. Raise rollout.num_prompts or "
@@ -83,6 +86,12 @@ def _check(sequences: Sequence[TrainSequence], max_tokens: int) -> None:
             raise RolloutError(
                 f"sequence {i}: {len(logprobs)} rollout_logprobs for {sequence.response_length} response "
                 "tokens, must be one a token. Check the rollout engine."
+            )
+    for i, length in enumerate(_unit_lengths(sequences, unit)):
+        if length > max_tokens:  # where unit is 1, a sequence's own message above
+            raise RolloutError(
+                f"max_tokens_per_microbatch = {max_tokens}: sequences {i * unit} to {(i + 1) * unit - 1} have {length} "
+                f"tokens and stay in one microbatch. Give max_tokens_per_microbatch at least {length}."
             )
 
 

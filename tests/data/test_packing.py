@@ -62,6 +62,38 @@ def test_a_given_number_of_microbatches_is_made_even_where_fewer_would_do():
     assert microbatches_needed(sequences(4, 4, 4, 4), 100) == 1
 
 
+def test_neighbours_of_a_unit_stay_together_in_their_order():
+    """Pairs of 9 + 2, 3 + 8 and 2 + 2 tokens: the longest two (11 each) go apart, the third joins the first. By
+    single sequences the balance would be 9 + 3 and 8 + 2 + 2 + 2, which splits every pair."""
+    batches = pack(sequences(9, 2, 3, 8, 2, 2), max_tokens=16, pad_to_multiple=4, unit=2)
+    assert [batch.source_index for batch in batches] == [[0, 1, 4, 5], [2, 3]]
+    assert batches[0].cu_seqlens.tolist() == [0, 9, 11, 13, 15, 16] and batches[1].cu_seqlens.tolist() == [0, 3, 11, 12]
+    assert microbatches_needed(sequences(9, 2, 3, 8, 2, 2), 16, unit=2) == 2
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), more=st.integers(0, 3)
+)
+def test_any_pairs_are_packed_whole(lengths, more):
+    flat = sequences(*[length for pair in lengths for length in pair])
+    count = min(microbatches_needed(flat, 18, unit=2) + more, len(lengths))
+    batches = pack(flat, 18, 1, count, unit=2)
+    assert len(batches) == count and all(batch.num_tokens <= 18 for batch in batches)
+    for batch in batches:
+        assert [i for i in batch.source_index if i % 2 == 0] == [i - 1 for i in batch.source_index if i % 2]
+        assert batch.source_index == sorted(batch.source_index)
+    assert sorted(i for batch in batches for i in batch.source_index) == list(range(len(flat)))
+
+
+def test_a_pair_too_long_for_a_microbatch_is_refused():
+    """Each of 6 tokens fits in 10, the two together do not; they would have been packed over the limit."""
+    for work in (microbatches_needed, lambda s, limit, unit: pack(s, limit, 1, unit=unit)):
+        with pytest.raises(RolloutError, match="= 10: sequences 2 to 3 have 12 tokens .* Give .* at least 12"):
+            work(sequences(1, 1, 6, 6), 10, unit=2)
+    with pytest.raises(ValueError, match="3 sequences are no multiple of unit = 2"):
+        pack(sequences(1, 1, 1), 10, 1, unit=2)
+
+
 def test_first_fit_saves_a_microbatch_that_balancing_would_need():
     # Longest first into the emptier bin: 6+4+4 and 6+4. First fit: 6+6 and 4+4+4.
     hard = sequences(6, 6, 4, 4, 4)
