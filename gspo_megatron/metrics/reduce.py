@@ -20,6 +20,14 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return gathered
 
 
+def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:
+    """Mean over optimizer steps of the whole step's loss, of which each replica has its share. A collective."""
+    device = results[0].table.values.device
+    loss = torch.tensor([result.loss for result in results], dtype=torch.float64, device=device)
+    dist.all_reduce(loss, group=group)
+    return float(loss.mean())
+
+
 def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
     """Ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
 
@@ -28,11 +36,9 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         group: data-parallel ranks.
     """
     table = SequenceTable(gather_rows(torch.cat([r.table.values for r in results]), group))
-    loss = torch.tensor([r.loss for r in results], dtype=torch.float64, device=table.values.device)
-    dist.all_reduce(loss, group=group)  # each replica has its share of the mean over the global batch
     counted = SequenceTable(table.values[table.column("num_tokens") > 0])
     metrics = {
-        "loss": float(loss.mean()),
+        "loss": global_loss(results, group),
         "grad_norm": sum(r.grad_norm for r in results) / len(results),
         "lr": results[-1].learning_rate,
         "update/skipped": float(sum(not r.stepped for r in results)),
