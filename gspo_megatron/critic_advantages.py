@@ -40,7 +40,8 @@ class CriticAdvantages:
             if self.config.algorithm.critic.whiten_advantages:
                 whiten(batches, self.policy.topology.dp_group)
             means = torch.cat([_means(batch) for batch in batches])
-        return by_response(means, self.policy, minibatches)
+        rows = self.policy.publish(means, sum(batch.num_sequences for batch in batches))
+        return by_response(rows, minibatches)
 
     def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
         """One critic step; value/* of the minibatches since `fill`, so that the last ones are the whole batch's."""

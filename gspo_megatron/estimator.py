@@ -14,8 +14,7 @@ from gspo_megatron.algorithms.dapo import overlong_penalty
 from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import TrainConfig
-from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
-from gspo_megatron.types import Minibatch, PackedBatch, RolloutGroup
+from gspo_megatron.types import Minibatch, RolloutGroup
 
 
 class AdvantageEstimator(Protocol):
@@ -64,25 +63,16 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
 
 def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
     """sum_t m_t KL_t of old against reference, [P * G] fp64 in the order of responses, on every stage."""
-    sums = None
-    if policy.topology.is_last_stage:
-        sums = torch.cat([_kl_sums(batch, policy, estimator) for m in minibatches for batch in m.batches])
-    return by_response(sums, policy, minibatches)
+    estimate = KL_ESTIMATORS[estimator]
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+    rows = policy.sums_by_sequence(batches, lambda b: estimate(b.old_logprobs.double() - b.ref_logprobs.double()))
+    return by_response(rows, minibatches)
 
 
-def by_response(rows: torch.Tensor | None, policy: Policy, minibatches: list[Minibatch]) -> torch.Tensor:
-    """[P * G] fp64 of the last stage in the order of packing -> in the order of responses, on every stage's CPU."""
+def by_response(rows: torch.Tensor, minibatches: list[Minibatch]) -> torch.Tensor:
+    """[P * G] fp64 in the order of packing -> in the order of responses, on the CPU."""
     numbers = [number for minibatch in minibatches for _, numbers in minibatch.numbered() for number in numbers]
-    rows = policy.publish(rows, len(numbers)).cpu()
-    return torch.empty_like(rows).index_copy(0, torch.tensor(numbers), rows)
-
-
-def _kl_sums(batch: PackedBatch, policy: Policy, estimator: str) -> torch.Tensor:
-    """[S]. Under context parallelism both log-probs are 0 at tokens of other ranks, and so is every estimator."""
-    delta = torch.where(batch.loss_mask > 0, batch.old_logprobs.double() - batch.ref_logprobs.double(), 0.0)
-    ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
-    sums = delta.new_zeros(batch.num_sequences + 1).index_add(0, ids, KL_ESTIMATORS[estimator](delta))
-    return policy.reducer()(sums[:-1].unsqueeze(1)).squeeze(1)
+    return torch.empty_like(rows, device="cpu").index_copy(0, torch.tensor(numbers), rows.cpu())
 
 
 def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
 from gspo_megatron.errors import TrainingError
+from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
 from gspo_megatron.types import PackedBatch, SequenceTable
 
@@ -128,6 +129,26 @@ class Policy:
     def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
         """See Network.publish."""
         return self.network.publish(values, size)
+
+    def sums_by_sequence(
+        self, batches: Sequence[PackedBatch], by_token: Callable[[PackedBatch], torch.Tensor]
+    ) -> torch.Tensor:
+        """sum_t m_t x_t of every sequence, [sequences of all batches] fp64 on every stage; no gradient. A collective.
+
+        Args:
+            by_token: x [T] of a batch, asked on the last stage alone: only there are log-probs. Under context
+                parallelism it must be 0 at tokens of other ranks, as what is computed from their log-probs of 0 is.
+        """
+        sums = None
+        if self.topology.is_last_stage:
+            sums = torch.cat([self._sums(batch, by_token(batch)) for batch in batches])
+        return self.publish(sums, sum(batch.num_sequences for batch in batches))
+
+    def _sums(self, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
+        kept = torch.where(batch.loss_mask > 0, values.detach().double(), 0.0)
+        ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
+        sums = kept.new_zeros(batch.num_sequences + 1).index_add(0, ids, kept)[:-1]
+        return self.reducer()(sums.unsqueeze(1)).squeeze(1)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,19 @@ from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.types import Prompt, TaskItem
 
 
+def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Token ids of a question through the chat template, up to where the response begins."""
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    # The template has written the special tokens, so the tokenizer must not add its own.
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of a given response: its text and the end-of-text token."""
+    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+
+
 class PromptSource:
     """Endless prompts of one split, in an order that the mixture's seed fixes.
 
@@ -58,10 +71,7 @@ class PromptSource:
 
         Raises RolloutError for more than max_prompt_length tokens.
         """
-        messages = [{"role": "user", "content": item.question}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        # The template has written the special tokens, so the tokenizer must not add its own.
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
+        token_ids = question_tokens(self.tokenizer, item.question)
         if len(token_ids) > self.max_prompt_length:
             raise RolloutError(
                 f"data.max_prompt_length = {self.max_prompt_length}: a prompt of tasks.{item.task} has "
@@ -80,7 +90,7 @@ class PromptSource:
                 f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
                 "or take the task out of the recipe."
             )
-        return [*self.tokenizer.encode(item.answer, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return answer_tokens(self.tokenizer, item.answer)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is; the rest comes from the recipe."""
