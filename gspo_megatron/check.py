@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, ParallelConfig, TrainConfig, require
-from gspo_megatron.config_algorithm import SEQUENCE_RATIO
+from gspo_megatron.config_algorithm import SEQUENCE_RATIO, AlgorithmConfig
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.tasks.preferences import load_pairs
 
 # ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
 DEFAULT_LAYOUTS = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 2), 8: (2, 2, 2)}
@@ -61,7 +62,14 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
     shape = read_shape(config.model)
     _check_world(layout, world_size)
     _check_model(shape, layout)
-    _check_batch(config, world_size // (_tensor(layout) * _pipeline(layout)))
+    data = world_size // (_tensor(layout) * _pipeline(layout))
+    if config.algorithm.name == "dpo":
+        _check_preferences(config, layout, data)
+    else:
+        _check_batch(config, data)
+    warm_start = config.warm_start
+    require(warm_start.steps == 0 or warm_start.batch_size % data == 0, "warm_start.batch_size", warm_start.batch_size,
+            f"cannot be divided evenly {_over(data)}", f"Give a multiple of {data}.")  # fmt: skip
     _check_lengths(config, shape)
     _check_penalty(config)
     from gspo_megatron.tasks.mixture import TaskMixture
@@ -71,14 +79,31 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
 
 def warnings(config: TrainConfig) -> list[str]:
     """What works, but is hardly meant; one sentence or two each."""
-    found = _ratio_warnings(config)
+    found = _unused_by_dpo(config) if config.algorithm.name == "dpo" else _ratio_warnings(config)
     if config.model.moe_aux_loss_coeff > 0:
         found.append(
             f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff:g} adds a load-balancing gradient that is "
             "no part of the GSPO objective. Leave it at 0 unless that is wanted."
         )
-    if config.algorithm.shuffle_advantages:
+    if config.algorithm.shuffle_advantages and config.algorithm.name != "dpo":
         found.append("algorithm.shuffle_advantages makes this a control run: rewards are shuffled, so it cannot learn.")
+    return found
+
+
+def _unused_by_dpo(config: TrainConfig) -> list[str]:
+    """What is about rollouts and ratios, given in a recipe that has neither; and a temperature, which does count."""
+    given, found = config.algorithm.resolved(), []
+    plain = AlgorithmConfig(name="dpo", preference=given.preference).resolved()
+    unused = [field.name for field in dataclasses.fields(plain)
+              if getattr(given, field.name) != getattr(plain, field.name)]  # fmt: skip
+    if unused:
+        names = ", ".join(f"algorithm.{name}" for name in unused)
+        found.append(f"dpo samples no rollouts and clips no ratio, so it does not use {names}.")
+    if config.rollout.temperature != 1:
+        found.append(
+            f"rollout.temperature = {config.rollout.temperature:g} divides the logits in dpo's log-probs too, the "
+            "reference's and the policy's. The DPO paper's is 1."
+        )
     return found
 
 
@@ -93,7 +118,7 @@ def _ratio_warnings(config: TrainConfig) -> list[str]:
                 f"algorithm.{name} = {value:g} is a clip range for the token ratios of GRPO; sequence ratios stay "
                 "within about 1e-3 of 1, so nothing would be clipped. The GSPO paper uses 3e-4 and 4e-4."
             )
-        if not by_sequence and algorithm.name != "dpo" and value < GRPO_EPSILON:
+        if not by_sequence and value < GRPO_EPSILON:
             found.append(
                 f"algorithm.{name} = {value:g} is a clip range for the sequence ratios of GSPO; the token ratios of "
                 f"{algorithm.name} leave it at once, so most tokens would be clipped. 0.2 is common."
@@ -224,17 +249,28 @@ def _divides(field: str, value: int, parts: int, shape: dict, name: str, cut: st
 def _check_batch(config: TrainConfig, data: int) -> None:
     """Groups stay whole on one data-parallel rank, and every minibatch has as many responses on each of them."""
     rollout, minibatches = config.rollout, config.algorithm.num_minibatches
-    over = f"over {data} data-parallel ranks (ranks / tensor / pipeline)"
     require(rollout.num_prompts % data == 0, "rollout.num_prompts", rollout.num_prompts,
-            f"cannot be divided evenly {over}", f"Give a multiple of {data}.")  # fmt: skip
+            f"cannot be divided evenly {_over(data)}", f"Give a multiple of {data}.")  # fmt: skip
     local = rollout.num_prompts // data * rollout.group_size
     require(local % minibatches == 0, "algorithm.num_minibatches", minibatches,
             f"{rollout.num_prompts} prompts x {rollout.group_size} responses are {local} on each of {data} "
             f"data-parallel ranks, which cannot be divided evenly into {minibatches} minibatches",
             f"Give a divisor of {local}, or change rollout.num_prompts or rollout.group_size.")  # fmt: skip
-    warm_start = config.warm_start
-    require(warm_start.steps == 0 or warm_start.batch_size % data == 0, "warm_start.batch_size",
-            warm_start.batch_size, f"cannot be divided evenly {over}", f"Give a multiple of {data}.")  # fmt: skip
+
+
+def _check_preferences(config: TrainConfig, layout: ParallelConfig, data: int) -> None:
+    """DPO's pairs, all of them, and its batch. How many tokens they are is known once there is a tokenizer."""
+    preference = config.algorithm.preference
+    # With virtual stages the number of microbatches is a multiple of the stages', and each holds a pair or more.
+    stages = _pipeline(layout) if (layout.virtual_pipeline_model_parallel_size or 1) > 1 else 1
+    by = f" and {stages} pipeline stages, of which virtual stages want a multiple" if stages > 1 else ""
+    require(preference.batch_size % (data * stages) == 0, "algorithm.preference.batch_size", preference.batch_size,
+            f"cannot be divided evenly {_over(data)}{by}", f"Give a multiple of {data * stages}.")  # fmt: skip
+    load_pairs(preference)
+
+
+def _over(data: int) -> str:
+    return f"over {data} data-parallel ranks (ranks / tensor / pipeline)"
 
 
 def _check_lengths(config: TrainConfig, shape: dict) -> None:

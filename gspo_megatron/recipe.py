@@ -42,9 +42,11 @@ def load(argv: list[str], quiet: bool = False) -> TrainConfig:
     config = tyro.cli(
         TrainConfig, prog=PROGRAM, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
     )
-    hf_config = _find(config.model.hf_config, path)
-    model = dataclasses.replace(config.model, hf_config=hf_config)
-    return dataclasses.replace(config, model=model, algorithm=config.algorithm.resolved())
+    model = dataclasses.replace(config.model, hf_config=_find(config.model.hf_config, path, "config.json"))
+    preference = config.algorithm.preference
+    found = {name: _find(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
+    algorithm = dataclasses.replace(config.algorithm, preference=dataclasses.replace(preference, **found))
+    return dataclasses.replace(config, model=model, algorithm=algorithm.resolved())
 
 
 def save(config: TrainConfig, path: Path) -> None:
@@ -114,13 +116,17 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _find(path: Path, recipe: Path | None) -> Path:
-    """The model's config as an absolute path: a run must not depend on where it is started or resumed from."""
+def _find(path: Path, recipe: Path | None, inside: str = "") -> Path:
+    """A file of the recipe as an absolute path: a run must not depend on where it is started or resumed from.
+
+    Args:
+        inside: the file that is meant where `path` is a folder.
+    """
     folders = [Path.cwd(), *([recipe.resolve().parent] if recipe else []), REPOSITORY]
     for folder in folders:
         found = folder / path.expanduser()
         if found.is_dir():
-            found = found / "config.json"
+            found = found / inside
         if found.is_file():
             return found.resolve()
     return path  # as the user wrote it, for the error message in check.py
