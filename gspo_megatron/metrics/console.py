@@ -3,8 +3,8 @@
 In a terminal the bar stays at the bottom and everything printed by the process goes above it. Elsewhere (a log file,
 a Slurm job) there are no control codes: plain lines, each with an estimate of the time left.
 
-RL prints every step. Warm-start steps are short and many, so about LINES_OF_WARM_START of them are printed, and every
-one with an evaluation; the bar counts all. Left out: colours for good and bad values, which depend on the task.
+RL prints every step. The other phases' steps are short and many, so about LINES_OF_SHORT_STEPS of them are printed, and
+every one with an evaluation; the bar counts all. Left out: colours for good and bad values, which depend on the task.
 """
 
 import math
@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-LINES_OF_WARM_START = 20
+LINES_OF_SHORT_STEPS = 20
 LINES_A_PAGE = 30  # the column titles are repeated after this many lines
 
 
@@ -34,12 +34,14 @@ class Column:
     meaning: str  # for the legend; empty: explained with its neighbour
     percent: bool = False  # the metric is a share
     style: str = ""
+    is_rare: bool = False  # measured now and then: blank where absent, and a step that has it is always printed
 
 
 RL_COLUMNS = (
     Column("step", 5, "step", "d", ""),
     Column("reward", 7, "reward/mean", ".3f", "mean reward of the responses sampled in this step"),
-    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green"),
+    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green",
+           is_rare=True),
     Column("ratio-sd", 9, "ratio/std", ".1e", "standard deviation over responses of the sequence ratio s"),
     Column("clip<%", 7, "clip/seq_low", ".1f", "responses without gradient because s fell below 1 - eps_low", True),
     Column("clip>%", 7, "clip/seq_high", ".1f", "the same, s above 1 + eps_high", True),
@@ -52,13 +54,27 @@ RL_COLUMNS = (
 WARM_START_COLUMNS = (
     Column("step", 5, "step", "d", ""),
     Column("loss", 8, "loss", ".4f", "cross-entropy on the gold answers, nats a token"),
-    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green"),
+    Column("held-out", 9, "eval/accuracy", ".3f", "accuracy on held-out prompts, where measured", style="bold green",
+           is_rare=True),
     Column("lr", 9, "lr", ".1e", "learning rate"),
     Column("grad", 8, "grad_norm", ".2f", "norm of the gradient before clipping"),
     Column("sec", 7, "time/step", ".2f", "seconds the step took"),
 )  # fmt: skip
-COLUMNS = {"warm_start": WARM_START_COLUMNS, "rl": RL_COLUMNS}
-PHASE_TITLES = {"warm_start": "warm start", "rl": "RL"}
+DPO_COLUMNS = (
+    Column("step", 5, "step", "d", ""),
+    Column("loss", 8, "loss", ".4f", "of the step's pairs; the sigmoid loss starts at log 2 = 0.6931"),
+    Column("margin", 8, "dpo/margin", ".3f", "beta h, mean: how much more the policy prefers the chosen answer"),
+    Column("right%", 7, "dpo/accuracy", ".1f", "pairs whose margin is above 0", True),
+    Column("chosen", 8, "dpo/chosen", ".2f", "log-ratio of the chosen answer to the reference, mean"),
+    Column("rejected", 9, "dpo/rejected", ".2f", "the same of the rejected answer"),
+    Column("held-out", 9, "dpo/eval_margin", ".3f", "margin of held-out pairs, where measured, and how many are right",
+           style="bold green", is_rare=True),
+    Column("right%", 7, "dpo/eval_accuracy", ".1f", "", True, style="bold green", is_rare=True),
+    Column("grad", 8, "grad_norm", ".2f", "norm of the gradient before clipping"),
+    Column("sec", 7, "time/step", ".2f", "seconds the step took"),
+)  # fmt: skip
+COLUMNS = {"warm_start": WARM_START_COLUMNS, "rl": RL_COLUMNS, "dpo": DPO_COLUMNS}
+PHASE_TITLES = {"warm_start": "warm start", "rl": "RL", "dpo": "DPO"}
 
 
 @dataclass
@@ -92,7 +108,7 @@ class Console:
             self._print((f"{name:<{width}}  ", "dim"), (value, ""))
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        """Begin "warm_start" or "rl" of `total` steps, of which a resumed run has `done` behind it."""
+        """Begin one of COLUMNS' phases, of `total` steps, of which a resumed run has `done` behind it."""
         self._phase = _Phase(name, total, done, self._clock())
         self._legend(name, total)
         if self._rich is None:
@@ -103,13 +119,13 @@ class Console:
         self._phase.task = self._progress.add_task(f"{PHASE_TITLES[name]:<10}", total=total, completed=done)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One metric row of the phase begun last. A metric that is absent shows as "-", held-out accuracy as blank."""
+        """One metric row of the phase begun last. A metric that is absent shows as "-", a rare one as blank."""
         phase, step = self._phase, row["step"]
         if phase is None or phase.name != row["phase"]:
             raise ValueError(f"a row of phase {row['phase']!r}: call phase({row['phase']!r}, total) before its steps")
         if self._progress is not None:
             self._progress.update(phase.task, completed=step)
-        if phase.name == "warm_start" and not self._is_shown(row):
+        if phase.name != "rl" and not self._is_shown(row):
             return
         columns = COLUMNS[phase.name]
         if phase.lines % LINES_A_PAGE == 0:
@@ -147,9 +163,10 @@ class Console:
         self._print()
 
     def _is_shown(self, row: dict[str, Any]) -> bool:
-        every = max(1, self._phase.total // LINES_OF_WARM_START)
+        every = max(1, self._phase.total // LINES_OF_SHORT_STEPS)
         step = row["step"]
-        return step == 1 or step % every == 0 or step == self._phase.total or row.get("eval/accuracy") is not None
+        measured = any(row.get(column.key) is not None for column in COLUMNS[self._phase.name] if column.is_rare)
+        return step == 1 or step % every == 0 or step == self._phase.total or measured
 
     def _time_left(self, step: int) -> str:
         """From the pace since the phase began; nothing before the first step."""
@@ -170,7 +187,7 @@ class Console:
 def _cell(column: Column, row: dict[str, Any]) -> str:
     value = row.get(column.key)
     if value is None:
-        text = "" if column.key == "eval/accuracy" else "-"
+        text = "" if column.is_rare else "-"
     elif not math.isfinite(value):
         text = str(float(value))  # nan, inf
     else:

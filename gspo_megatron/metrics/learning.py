@@ -62,6 +62,8 @@ def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[fl
 def summarise(run_dir: Path) -> LearningReport:
     """Read one run. Raises MetricsError where it has no evaluation at RL step 0 or none after it."""
     record = load_record(run_dir)
+    if record.dpo:
+        raise MetricsError(f"{run_dir}: a DPO run, which has no RL steps to judge. See dpo/eval_accuracy in its rows.")
     steps, accuracies = series(record.rl, ACCURACY)
     if not steps or steps[0] != 0:
         raise MetricsError(f"{run_dir}: no {ACCURACY} at RL step 0, so there is no start to compare with.")

@@ -198,6 +198,28 @@ def warm_start_accuracy(ax: Axes, record: RunRecord) -> None:
     _share_limits(ax)
 
 
+def dpo_margin(ax: Axes, record: RunRecord) -> None:
+    """How much more than the reference the policy prefers the chosen answers."""
+    _trained_and_held_out(ax, record, "margin")
+    ax.axhline(0.0, color=GREY, linestyle="--", linewidth=1.2, label="reference")
+    _label(ax, "DPO: margin", "DPO step", "β h, mean over pairs (nats)")
+
+
+def dpo_accuracy(ax: Axes, record: RunRecord) -> None:
+    """Share of pairs whose margin is above 0; half of them by chance."""
+    _trained_and_held_out(ax, record, "accuracy")
+    ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1.2, label="chance")
+    _label(ax, "DPO: pairs told apart", "DPO step", "share of pairs")
+    ax.set_ylim(0, 1.02)
+
+
+def dpo_log_ratios(ax: Axes, record: RunRecord) -> None:
+    """Both answers' log-ratio to the reference. The margin may also grow while both fall."""
+    for name, colour in (("chosen", GREEN), ("rejected", RED)):  # always logged together
+        _smoothed(ax, *series(record.dpo, f"dpo/{name}"), colour, name)
+    _label(ax, "DPO: log-ratio to the reference", "DPO step", "nats an answer")
+
+
 PANELS: dict[str, Panel] = {
     "reward": Panel(reward, "rl", ("reward/mean", ACCURACY)),
     "clip_fraction": Panel(clip_fraction, "rl", ("clip/seq_low", "clip/seq_high", "clip/token")),
@@ -207,9 +229,20 @@ PANELS: dict[str, Panel] = {
     "step_time": Panel(step_time, "rl", tuple(key for key, _, _ in TIME_PARTS)),
     "load_imbalance": Panel(load_imbalance, "rl", ("route/load_imbalance", "route/load_imbalance_max")),
     "dead_experts": Panel(dead_experts, "rl", ("route/dead_experts",), height=0.45),
+    "dpo_margin": Panel(dpo_margin, "dpo", ("dpo/margin", "dpo/eval_margin")),
+    "dpo_accuracy": Panel(dpo_accuracy, "dpo", ("dpo/accuracy", "dpo/eval_accuracy")),
+    "dpo_log_ratios": Panel(dpo_log_ratios, "dpo", ("dpo/chosen", "dpo/rejected")),
     "warm_start_loss": Panel(warm_start_loss, "warm_start", ("loss",)),
     "warm_start_accuracy": Panel(warm_start_accuracy, "warm_start", (ACCURACY,)),
 }
+
+
+def _trained_and_held_out(ax: Axes, record: RunRecord, name: str) -> None:
+    trained, held_out = (series(record.dpo, f"dpo/{kind}{name}") for kind in ("", "eval_"))
+    if trained[0]:
+        _smoothed(ax, *trained, BLUE, "training pairs, smoothed")
+    if held_out[0]:
+        ax.plot(*held_out, color=ORANGE, marker="o", linewidth=1.2, label="held-out pairs", zorder=4)
 
 
 def _accuracy_points(ax: Axes, record: RunRecord, phase: str) -> None:

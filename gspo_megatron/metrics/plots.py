@@ -22,12 +22,13 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "ratio": ("ratio",),
     "response_length": ("response_length", "truncated"),
     "step_time": ("step_time",),
+    "preference": ("dpo_margin", "dpo_accuracy", "dpo_log_ratios"),
     "warm_start": ("warm_start_loss", "warm_start_accuracy"),
     "routing": ("load_imbalance", "dead_experts"),
 }
 # The first six that have data.
 OVERVIEW = ("reward", "ratio", "clip_fraction", "response_length", "step_time", "load_imbalance",
-            "warm_start_loss", "warm_start_accuracy")  # fmt: skip
+            "dpo_margin", "dpo_accuracy", "dpo_log_ratios", "warm_start_loss", "warm_start_accuracy")  # fmt: skip
 LOOK: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,
@@ -89,11 +90,14 @@ def run_title(record: RunRecord) -> str:
     """The run in one line, as far as config.yaml tells it: "moe_gspo: gspo, seed 1, 32 prompts × 8 responses ..."."""
     name = record.setting("name") or record.path.resolve().name
     prompts, group = record.setting("rollout.num_prompts"), record.setting("rollout.group_size")
+    batch = None if prompts is None or group is None else f"{prompts} prompts × {group} responses a step"
+    if record.setting("algorithm.name") == "dpo":
+        batch = f"{record.setting('algorithm.preference.batch_size')} pairs a step"
     parts = [
         record.setting("algorithm.name"),
         "shuffled advantages (control)" if record.setting("algorithm.shuffle_advantages") else None,
         None if record.setting("seed") is None else f"seed {record.setting('seed')}",
-        None if prompts is None or group is None else f"{prompts} prompts × {group} responses a step",
+        batch,
     ]
     told = ", ".join(part for part in parts if part)
     return f"{name}: {told}" if told else str(name)

@@ -3,13 +3,13 @@
 Left out: any judgement (learning.py) and any drawing (panels.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gspo_megatron.metrics.tracker import MetricsError, read_metrics
+from gspo_megatron.metrics.tracker import PHASES, MetricsError, read_metrics
 
 Row = dict[str, Any]
 
@@ -22,6 +22,7 @@ class RunRecord:
     config: dict[str, Any]  # config.yaml as written; empty where the folder has none
     warm_start: list[Row]  # by step, 1..n
     rl: list[Row]  # by step; row 0 holds only the evaluation before RL
+    dpo: list[Row] = field(default_factory=list)  # likewise, of a run that has DPO in place of RL
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """A value of config.yaml, for example setting("algorithm.clip_ratio_low")."""
@@ -33,8 +34,8 @@ class RunRecord:
         return value
 
     def rows(self, phase: str) -> list[Row]:
-        """The rows of "warm_start" or "rl"."""
-        return self.warm_start if phase == "warm_start" else self.rl
+        """The rows of one of tracker.PHASES."""
+        return {"warm_start": self.warm_start, "rl": self.rl, "dpo": self.dpo}[phase]
 
 
 def load_record(run_dir: Path) -> RunRecord:
@@ -44,12 +45,8 @@ def load_record(run_dir: Path) -> RunRecord:
     """
     by_step = {(row["phase"], row["step"]): row for row in read_metrics(run_dir)}
     ordered = [by_step[key] for key in sorted(by_step, key=lambda key: key[1])]
-    return RunRecord(
-        path=run_dir,
-        config=_read_config(run_dir / "config.yaml"),
-        warm_start=[row for row in ordered if row["phase"] == "warm_start"],
-        rl=[row for row in ordered if row["phase"] == "rl"],
-    )
+    by_phase = {phase: [row for row in ordered if row["phase"] == phase] for phase in PHASES}
+    return RunRecord(run_dir, _read_config(run_dir / "config.yaml"), **by_phase)
 
 
 def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:

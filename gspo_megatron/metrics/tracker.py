@@ -1,6 +1,6 @@
 """The run's metric rows: written to metrics.jsonl and TensorBoard, read back by everything that looks at a run.
 
-metrics.jsonl is the record, one JSON object a step: {"phase": "warm_start" | "rl", "step": int, <metric>: number or
+metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or
 null}. TensorBoard is a view of the same rows. samples.jsonl holds a few prompts and responses for the eye.
 
 Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files, hosted trackers.
@@ -17,7 +17,7 @@ from gspo_megatron.errors import GspoError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-PHASES = ("warm_start", "rl")
+PHASES = ("warm_start", "rl", "dpo")
 
 
 class MetricsError(GspoError):
