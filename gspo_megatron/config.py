@@ -189,7 +189,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: supervised warm start, then reinforcement learning on fresh prompts."""
+    """One training run: supervised warm start, then reinforcement learning on fresh prompts, or DPO on pairs."""
 
     __pydantic_config__ = STRICT
     name: str = "moe_gspo"
@@ -198,9 +198,9 @@ class TrainConfig:
     seed: int = 1
     """Of the initial weights, the prompts and the sampling. Layouts differ by rounding."""
     steps: int = 100
-    """RL steps: rollouts, rewards, then num_minibatches optimizer steps."""
+    """RL steps: rollouts, rewards, then num_minibatches optimizer steps. dpo: optimizer steps."""
     eval_interval: int = 25
-    """Steps between evaluations on held-out prompts; they also run before and after."""
+    """Steps between evaluations on held-out prompts (dpo: pairs); they also run before and after."""
     max_tokens_per_microbatch: int = 8192
     """Packing limit of one microbatch on one data-parallel rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

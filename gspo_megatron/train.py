@@ -21,6 +21,7 @@ from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
+from gspo_megatron.preferences import train_preferences
 from gspo_megatron.rollout import groups as rollouts
 from gspo_megatron.rollout.collect import collect
 from gspo_megatron.run import Run
@@ -31,10 +32,13 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
 
 def train(config: TrainConfig, layout: ParallelConfig) -> None:
-    """Warm start, then RL. `layout` has every size filled in and has been checked (check.py)."""
+    """Warm start, then RL or DPO. `layout` has every size filled in and has been checked (check.py)."""
     run = runs.start(dataclasses.replace(config, parallel=layout))
     warm_start(run)
-    reinforce(run)
+    if config.algorithm.name == "dpo":
+        train_preferences(run)
+    else:
+        reinforce(run)
     checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
     if run.runtime.is_main:
         pictures = draw(run.folder)
