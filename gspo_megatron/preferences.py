@@ -50,10 +50,10 @@ def train_preferences(run: Run) -> None:
     """All DPO steps, with evaluations before, between and after. Rows go to the metrics under phase "dpo"."""
     config = run.config
     data = load_pairs(config.algorithm.preference)
-    train, held_out = (_encode_all(pairs, run) for pairs in (data.train, data.held_out))
+    train, held_out = (encode_all(pairs, run) for pairs in (data.train, data.held_out))
     run.policy.start_optimizer()
     run.reference = FrozenReference(run.policy.models)
-    held = _pack_held_out(run, held_out)
+    held = pack_held_out(run, held_out)
     loss = policy_loss(config.algorithm)
     run.reporter.phase("dpo", config.steps)
     run.reporter.row({"phase": "dpo", "step": 0} | evaluate_pairs(run, held))
@@ -156,7 +156,8 @@ def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: 
         )
 
 
-def _encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
+def encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
+    """Every pair as token ids. Raises RolloutError, on every rank alike, for one that is too long."""
     encoded = [encode_pair(pair, run.tokenizer) for pair in pairs]
     positions = run.policy.models[0].max_sequence_length
     for pair, both in zip(pairs, encoded, strict=True):
@@ -164,9 +165,9 @@ def _encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
     return encoded
 
 
-def _pack_held_out(run: Run, pairs: list[EncodedPair]) -> HeldOut:
-    """Fillers at the end make it the same number on every replica, and with virtual stages one that their schedule can
-    cut into microbatches."""
+def pack_held_out(run: Run, pairs: list[EncodedPair]) -> HeldOut:
+    """This replica's share, packed, with the reference's log-probs: the weights as run.reference has them. Fillers at
+    the end make it the same number on every replica, and with virtual stages one that their schedule can cut."""
     topology = run.topology
     unit = topology.dp_size * (topology.pp_size if topology.vp_size > 1 else 1)
     filled = pairs + [pairs[-1]] * (-len(pairs) % unit)
