@@ -80,6 +80,27 @@ def test_warm_start_prints_a_twentieth_and_every_evaluation() -> None:
     assert shown == ["1", "10", "20", "30", "33", *[str(step) for step in range(40, 201, 10)]]
 
 
+def test_dpo_shows_held_out_pairs_where_they_were_measured() -> None:
+    """Of 100 steps every fifth is printed, and step 33 because it was evaluated; its neighbours leave those columns
+    blank."""
+    stream = io.StringIO()
+    console = Console(stream)
+    console.phase("dpo", 100)
+    legend = len(stream.getvalue())
+    for step in range(101):
+        row = {"phase": "dpo", "step": step, "loss": 0.5, "dpo/margin": 0.25, "dpo/accuracy": 0.75, "dpo/chosen": -1.5,
+               "dpo/rejected": -4.0, "grad_norm": 2.0, "time/step": 0.5}  # fmt: skip
+        console.step(row | ({"dpo/eval_margin": 0.125, "dpo/eval_accuracy": 0.625} if step == 33 else {}))
+    titles, *lines = stream.getvalue()[legend:].splitlines()
+    lines = [line for line in lines if "loss" not in line]
+    assert [int(line.split()[0]) for line in lines] == [0, 1, *range(5, 31, 5), 33, *range(35, 101, 5)]
+    assert len(titles) <= 80
+    usual = ["0.5000", "0.250", "75.0", "-1.50", "-4.00"]
+    by_step = {line.split()[0]: line.split()[1:] for line in lines}
+    assert by_step["33"][:9] == [*usual, "0.125", "62.5", "2.00", "0.50"]
+    assert by_step["35"][:7] == [*usual, "2.00", "0.50"]
+
+
 def test_a_log_file_has_no_control_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()

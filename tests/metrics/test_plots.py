@@ -38,8 +38,17 @@ def run_rows(steps: int = 30) -> list[dict]:
 
 
 def record_of(rows: list[dict], config: dict | None = None) -> RunRecord:
-    warm, rl = ([row for row in rows if row["phase"] == phase] for phase in ("warm_start", "rl"))
-    return RunRecord(Path("run"), config or {}, warm, rl)
+    by_phase = ([row for row in rows if row["phase"] == phase] for phase in ("warm_start", "rl", "dpo"))
+    return RunRecord(Path("run"), config or {}, *by_phase)
+
+
+def dpo_rows(steps: int = 20) -> list[dict]:
+    rows: list[dict] = [{"phase": "dpo", "step": 0, "dpo/eval_margin": 0.0, "dpo/eval_accuracy": 0.5}]
+    for step in range(1, steps + 1):
+        rows.append({"phase": "dpo", "step": step, "dpo/margin": 0.1 * step, "dpo/accuracy": 0.5 + 0.02 * step,
+                     "dpo/chosen": -0.5 * step, "dpo/rejected": -1.5 * step})  # fmt: skip
+    rows[-1] |= {"dpo/eval_margin": 1.5, "dpo/eval_accuracy": 0.875}
+    return rows
 
 
 def panel(name: str, record: RunRecord) -> Axes:
@@ -73,7 +82,7 @@ def test_what_is_missing_is_left_out() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_every_panel_draws_with_few_rows_and_with_any_one_of_its_metrics(steps: int) -> None:
-    rows = run_rows(steps)
+    rows = run_rows(steps) + dpo_rows(steps)
     for figure in figures(record_of(rows)).values():
         figure.draw_without_rendering()
     for name, wanted in PANELS.items():
@@ -134,6 +143,22 @@ def test_step_time_stacks_to_the_whole_step_and_leaves_gaps() -> None:
     assert tops["other"] == [8.75, 8.75, 0.0, 8.75]  # 4 + 0.5 + 1 + 3 + 0.25
 
 
+def test_dpo_panels_show_training_and_held_out_pairs() -> None:
+    record = record_of(dpo_rows())
+    for name, smoothed, held_out, level in (
+        ("margin", [0.1 * step for step in range(1, 21)], [0.0, 1.5], ("reference", 0.0)),
+        ("accuracy", [0.5 + 0.02 * step for step in range(1, 21)], [0.5, 0.875], ("chance", 0.5)),
+    ):
+        ax = panel(f"dpo_{name}", record)
+        steps, values = line(ax, "training pairs, smoothed")
+        assert steps == list(range(1, 21)) and values == pytest.approx(smoothed)
+        assert line(ax, "held-out pairs") == ([0, 20], held_out) and line(ax, level[0])[1] == [level[1]] * 2
+    ax = panel("dpo_log_ratios", record)
+    assert line(ax, "chosen")[1][-1] == pytest.approx(-10) and line(ax, "rejected")[1][-1] == pytest.approx(-30)
+    charts = figures(record)
+    assert list(charts) == ["preference", "overview"] and [len(c.axes) for c in charts.values()] == [3, 3]
+
+
 def test_smooth_by_hand() -> None:
     # Window 3, inside: means of (3, 0, 6) and (0, 6, 3). Ends: their slopes are 1.5, one step out from those means.
     assert smooth([3.0, 0.0, 6.0, 3.0], window=3) == pytest.approx([1.5, 3.0, 3.0, 4.5])
@@ -172,6 +197,8 @@ def test_legends_cover_nothing_and_axes_keep_their_width(chart: str) -> None:
 def test_title_tells_the_run() -> None:
     config = {"name": "demo", "seed": 0, "algorithm": {"name": "gspo"}, "rollout": {"num_prompts": 4, "group_size": 8}}
     assert run_title(record_of([], config)) == "demo: gspo, seed 0, 4 prompts × 8 responses a step"
+    config |= {"algorithm": {"name": "dpo", "preference": {"batch_size": 64}}}
+    assert run_title(record_of([], config)) == "demo: dpo, seed 0, 64 pairs a step"
     assert run_title(record_of([], {})) == "run"
 
 

@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,6 +16,7 @@ from gspo_megatron.config_algorithm import PreferenceConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct, split_of
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
+from gspo_megatron.types import TaskItem
 
 GOOD = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 SETTING = "algorithm.preference.path"
@@ -159,10 +162,16 @@ def test_reading_imports_neither_torch_nor_megatron():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_tool_writes_pairs_that_the_tasks_own_scorer_agrees_with(tmp_path, capsys):
-    place = importlib.util.spec_from_file_location("tool", recipe.REPOSITORY / "tools/make_preferences.py")
+def make_preferences() -> ModuleType:
+    """The tool, which is a script and in no package."""
+    place = importlib.util.spec_from_file_location("make_preferences", recipe.REPOSITORY / "tools/make_preferences.py")
     tool = importlib.util.module_from_spec(place)
     place.loader.exec_module(tool)
+    return tool
+
+
+def test_the_tool_writes_pairs_that_the_tasks_own_scorer_agrees_with(tmp_path, capsys):
+    tool = make_preferences()
     target, example = tmp_path / "a folder/pairs.jsonl", recipe.REPOSITORY / "examples/recipes/moe_dpo.yaml"
     assert tool.main(example, target, count=60) == 0
     assert capsys.readouterr().out == f"{target}: 60 pairs\n"
@@ -177,10 +186,19 @@ def test_the_tool_writes_pairs_that_the_tasks_own_scorer_agrees_with(tmp_path, c
     assert tool.main(example, target, count=60) == 0 and target.read_bytes() == before  # seeded
     assert tool.main(example, target, count=60, seed=2) == 0 and target.read_bytes() != before
     assert tool.main(example, target, split="eval") == 2 and capsys.readouterr().err.startswith("error: ")
-    (tmp_path / "few.yaml").write_text("tasks: {spell_backward: {options: {min_word_len: 14, max_word_len: 30}}}\n")
-    assert tool.main(tmp_path / "few.yaml", target, count=40) == 1  # a handful of words are that long
-    captured = capsys.readouterr()
-    assert (
-        captured.err.startswith("warning: 800 draws gave")
-        and captured.out == f"{target}: {len(read_pairs(target, SETTING))} pairs\n"
-    )
+
+
+class OneQuestion:
+    """A mixture whose tasks have run out; only the gold answer and what contains it score."""
+
+    def item(self, split: str, index: int) -> TaskItem:
+        return TaskItem("t", "Q", "ab", {})
+
+    def score(self, item: TaskItem, text: str) -> float:
+        return float("ab" in text)
+
+
+def test_the_tool_gives_fewer_pairs_rather_than_the_same_question_twice(capsys):
+    (row,) = make_preferences().pairs(OneQuestion(), "train", 3, random.Random(1))
+    assert (row["prompt"], row["chosen"]) == ("Q", "ab") and "ab" not in row["rejected"]
+    assert capsys.readouterr().err == "warning: 60 draws gave 1 questions of 3\n"
