@@ -59,9 +59,7 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
         layout: as `resolve_layout` returns it.
         world_size: ranks on all nodes together.
     """
-    shape = read_shape(config.model)
-    _check_world(layout, world_size)
-    _check_model(shape, layout)
+    shape = check_layout(config.model, layout, world_size)
     data = world_size // (_tensor(layout) * _pipeline(layout))
     if config.algorithm.name == "dpo":
         _check_preferences(config, layout, data)
@@ -75,6 +73,14 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
     from gspo_megatron.tasks.mixture import TaskMixture
 
     TaskMixture(config.tasks, config.seed)
+
+
+def check_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> dict:
+    """Raise ConfigError where the model or the world cannot be cut this way. Returns the model's config."""
+    shape = read_shape(model)
+    _check_world(layout, world_size)
+    _check_model(shape, layout)
+    return shape
 
 
 def warnings(config: TrainConfig) -> list[str]:

@@ -1,35 +1,52 @@
-"""The command `gspo-megatron`: reads and checks a recipe, starts the ranks, and hands over to the trainer in each.
+"""The command `gspo-megatron`: reads and checks a recipe, starts the ranks, and hands over to what each of them runs.
 
-Started without torchrun, `train` checks everything first and then starts torchrun on this machine with the same
-command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that is
-cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
+Started without torchrun, `train` and `doctor` check everything first and then start torchrun on this machine with the
+same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that
+is cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
 
 Left out: several machines (call torchrun or srun yourself; the ranks only need its environment variables), and the
-subcommands eval, convert, study, plan, doctor and report.
+subcommands eval, convert, study, plan and report.
 """
 
 import ctypes
 import importlib.metadata
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from gspo_megatron import process
 
+if TYPE_CHECKING:
+    from gspo_megatron.config import ParallelConfig, TrainConfig
+
 USAGE = """\
 usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
+       gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO; `gspo-megatron train --help` lists every override with its default
+doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
 
 CPU_RANKS = 4
+# A diagnosis that is bad is no failure of a rank: its exit status is passed on, without torchrun's account of it.
+QUIET_TORCHRUN = """
+import logging, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+try:
+    main()
+except ChildFailedError as error:
+    sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train}
+    commands = {"train": _train, "doctor": _doctor}
     if argv[:1] in (["-h"], ["--help"]):
         if process.rank() == 0:
             print(USAGE)
@@ -40,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             if process.rank() == 0:
                 print(f"error: {problem}\n{USAGE}", file=sys.stderr)
             raise SystemExit(process.BAD_INPUT)
-        commands[argv[0]](argv[1:])
-    return 0
+        return commands[argv[0]](argv[1:])
 
 
 def gpu_count() -> int:
@@ -62,14 +78,52 @@ def gpu_count() -> int:
     return min(count.value, len(named))
 
 
-def _train(argv: list[str]) -> None:
+def _train(argv: list[str]) -> int:
     from gspo_megatron import check, recipe
 
-    is_rank = "RANK" in os.environ
     config = recipe.load(argv, quiet=process.rank() != 0)
+    layout, world_size = _layout(config)
+    check.check(config, layout, world_size)
+    if "RANK" not in os.environ:
+        _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"])
+    if process.rank() == 0:
+        for sentence in check.warnings(config):
+            print(f"warning: {sentence}", file=sys.stderr)
+    _hide_gpus(config)
+    from gspo_megatron.train import train
+
+    train(config, layout)
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    """Exit status 1 where the recipe relies on something too noisy, on every rank."""
+    from gspo_megatron import check, doctor, recipe
+
+    options, rest = doctor.parse(argv, quiet=process.rank() != 0)
+    config = recipe.load(rest, quiet=process.rank() != 0, program=doctor.PROGRAM)
+    layout, world_size = _layout(config)
+    check.check(config, layout, world_size)
+    stages = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    doctor.check(options, config, world_size // stages)
+    if "RANK" not in os.environ:
+        _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN])
+    _hide_gpus(config)
+    from gspo_megatron.noise_floor import measure
+
+    diagnosis = doctor.diagnose(measure(config, layout, options.num_prompts, options.checkpoint), options, config)
+    if process.rank() == 0:
+        doctor.report(diagnosis, options)
+    return int(not diagnosis.is_healthy)
+
+
+def _layout(config: "TrainConfig") -> "tuple[ParallelConfig, int]":
+    """Every size of the layout filled in, and the number of ranks there are or will be."""
+    from gspo_megatron import check
+
     gpus = gpu_count()
     use_cuda = config.device != "cpu" and gpus > 0
-    if is_rank:
+    if "RANK" in os.environ:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     else:
         world_size = _ranks_to_start(gpus if use_cuda else CPU_RANKS)
@@ -78,17 +132,13 @@ def _train(argv: list[str]) -> None:
     check.require(not use_cuda or local_ranks <= gpus, "ranks on this machine", local_ranks,
                   f"there are {gpus} GPUs, and NCCL needs one for each rank",
                   f"Start {gpus} ranks, or give --device cpu.")  # fmt: skip
-    check.check(config, layout, world_size)
-    if not is_rank:
-        _start_ranks(world_size)
-    if process.rank() == 0:
-        for sentence in check.warnings(config):
-            print(f"warning: {sentence}", file=sys.stderr)
-    if config.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Megatron uses any GPU it can see
-    from gspo_megatron.train import train
+    return layout, world_size
 
-    train(config, layout)
+
+def _hide_gpus(config: "TrainConfig") -> None:
+    """Before torch is imported: Megatron uses any GPU it can see."""
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _ranks_to_start(default: int) -> int:
@@ -100,9 +150,8 @@ def _ranks_to_start(default: int) -> int:
     return int(given)
 
 
-def _start_ranks(count: int) -> None:
+def _start_ranks(count: int, torchrun: list[str]) -> None:
     """Become torchrun, which runs this same command line once a rank. Does not return."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-    os.execv(sys.executable, [*torchrun, *sys.argv])
+    os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *sys.argv])

@@ -26,12 +26,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAM = "gspo-megatron train [RECIPE.yaml]"
 
 
-def load(argv: list[str], quiet: bool = False) -> TrainConfig:
+def load(argv: list[str], quiet: bool = False, program: str = PROGRAM) -> TrainConfig:
     """Read `[RECIPE.yaml] --some.override value ...`.
 
     Args:
         argv: the command line after the subcommand; its first word is the recipe unless it is an option.
         quiet: print neither --help nor complaints about options (for every rank but one).
+        program: the command's name in what is printed.
 
     Raises:
         ConfigError: the recipe cannot be read, or a value cannot work.
@@ -40,7 +41,7 @@ def load(argv: list[str], quiet: bool = False) -> TrainConfig:
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     config = _read(path) if path else TrainConfig()
     config = tyro.cli(
-        TrainConfig, prog=PROGRAM, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
+        TrainConfig, prog=program, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
     )
     model = dataclasses.replace(config.model, hf_config=_find(config.model.hf_config, path, "config.json"))
     preference = config.algorithm.preference

@@ -18,7 +18,7 @@ from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import AlgorithmConfig, TrainConfig
+from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.metrics.console import Console
@@ -56,6 +56,10 @@ class Reporter:
         if self.console:
             self.console.note(text)
 
+    def warn(self, text: str) -> None:
+        if self.console:
+            self.console.warn(text)
+
     def close(self) -> None:
         if self.console:
             self.console.close()
@@ -86,8 +90,13 @@ class Run:
 
     def sampling_params(self) -> SamplingParams:
         """How rollouts and evaluations sample."""
-        rollout, stop = self.config.rollout, (self.tokenizer.eos_token_id,)
-        return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
+        return sampling_params(self.config.rollout, self.tokenizer)
+
+
+def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """A recipe's sampling; the tokenizer's end-of-text token stops a response."""
+    stop = (tokenizer.eos_token_id,)
+    return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
 
 
 def start(config: TrainConfig) -> Run:
@@ -97,7 +106,7 @@ def start(config: TrainConfig) -> Run:
     topology = topologies.start(config.parallel, config.seed)
     folder = _run_folder(config, runtime)
     mixture = TaskMixture(config.tasks, config.seed)
-    tokenizer = _tokenizer(config, mixture)
+    tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
     shape = ModelShape.load(config.model.hf_config, len(tokenizer))
     policy = Policy(config, shape, topology, runtime)
@@ -136,7 +145,7 @@ def _run_folder(config: TrainConfig, runtime: Runtime) -> Path:
     return Path(chosen[0])
 
 
-def _tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
+def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
     """Trained on warm-start questions and answers, in every rank alike: that is cheaper than to wait for one."""
     count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
     items = [mixture.item("warm_start", index) for index in range(count)]
