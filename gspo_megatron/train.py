@@ -7,6 +7,7 @@ preferences.py. Left out: resuming a run.
 
 import dataclasses
 
+from gspo_megatron import health
 from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import checkpoint
@@ -86,6 +87,9 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
 
     with clock.part("old_logprobs"):
         fill_log_probs(run, minibatches)
+    if step == 1:
+        for sentence in health.findings(policy, minibatches, sequences):
+            run.reporter.warn(sentence)
     advantages = estimator.fill(groups, minibatches, seed)
     with clock.part("update"):
         loss, results = policy_loss(config.algorithm, config.rollout.max_response_length), []
