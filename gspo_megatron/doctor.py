@@ -20,6 +20,7 @@ from rich.table import Table
 
 from gspo_megatron.check import check_layout
 from gspo_megatron.config import ParallelConfig, TrainConfig, require
+from gspo_megatron.config_algorithm import SEQUENCE_RATIO
 from gspo_megatron.errors import ConfigError
 
 PROGRAM = "gspo-megatron doctor --noise-floor [RECIPE.yaml]"
@@ -244,6 +245,8 @@ def report(diagnosis: Diagnosis, options: Options, console: Console | None = Non
         f"Weights: {diagnosis.weights}. Type: {diagnosis.params_dtype}. {measured.device}, {measured.layout}.\n"
         f"Recipe: {diagnosis.algorithm}, old_logprobs = {diagnosis.old_logprobs}."
     )
+    if diagnosis.algorithm not in SEQUENCE_RATIO:
+        console.print("Its ratio is by token: rows are means over a response, and one token's spread is larger.")
     if not options.checkpoint:
         console.print("Random weights spread their probability evenly; give --checkpoint for those of a trained model.")
     console.print(_table(diagnosis))
