@@ -1,14 +1,17 @@
 """Log-probability and entropy of target tokens from vocabulary-parallel logits, without gathering the vocabulary.
 
-Each tensor-parallel rank holds logits of V/TP consecutive tokens. One all-gather of four numbers a token (max, sum of
-exponentials, target logit, entropy term) replaces the three all-reduces of Megatron's cross-entropy; the combination
-is in rank order, so that every rank gets the same bits.
+Each tensor-parallel rank holds logits of V/TP consecutive tokens. One all-gather of four numbers a token (`stats`: max,
+sum of exponentials, target logit, entropy term) replaces the three all-reduces of Megatron's cross-entropy; the
+combination is in rank order, so that every rank gets the same bits. linear_logprobs.py combines its blocks of the
+vocabulary by the same functions.
 
-Left out: the entropy's gradient, and the form that starts from hidden states and never holds [T, V].
+Left out: the form that starts from hidden states and never holds [T, V] (linear_logprobs.py), second derivatives, and
+a check that targets lie in the vocabulary (on a GPU it would wait for the device).
 """
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def vocab_logprobs(
@@ -23,61 +26,103 @@ def vocab_logprobs(
         tp_group: ranks that hold the vocabulary in group-rank order; None: the vocabulary is whole.
 
     Returns:
-        (logprobs [T], entropy [T]) in the logits' type; the entropy carries no gradient.
+        (logprobs [T], entropy [T]) in the logits' type, both differentiable. The entropy's gradient costs time only
+        where one arrives.
+
+    Raises:
+        TypeError: logits in another type.
     """
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits are {logits.dtype}; log-probs of GSPO need fp32 or fp64 logits")
     return _VocabLogprobs.apply(logits, targets, temperature, tp_group)
 
 
+def local_stats(
+    scaled: torch.Tensor, local: torch.Tensor, inside: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four numbers a token over n consecutive tokens of the vocabulary.
+
+    Args:
+        scaled: [T, n] logits / temperature; overwritten.
+        local: [T] int64, the target's place among the n, anything in range where it is not there.
+        inside: [T] bool, the target is one of the n.
+        out: [T, n] that takes the exponentials; None: a new tensor.
+
+    Returns:
+        (stats [4, T]: max, sum of exp(x - max), target's x or 0, sum of exp(x - max) (x - max);
+        exponentials exp(x - max) [T, n]).
+    """
+    target = torch.where(inside, scaled.gather(-1, local.unsqueeze(-1)).squeeze(-1), 0.0)
+    top = scaled.amax(dim=-1)  # [T]
+    shifted = scaled.sub_(top.unsqueeze(-1))
+    exponentials = torch.exp(shifted, out=out)
+    return torch.stack([top, exponentials.sum(-1), target, torch.linalg.vecdot(exponentials, shifted)]), exponentials
+
+
+def combine(parts: torch.Tensor) -> torch.Tensor:
+    """Stats of consecutive parts of the vocabulary [parts, 4, T], in order -> stats of them together [4, T]."""
+    tops, totals, targets, weights = parts.unbind(1)  # each [parts, T]
+    top = tops.amax(0)
+    rescale = (tops - top).exp()
+    # sum of exp(x - top) (x - top): each part's term is shifted by its own maximum first.
+    weighted = ((weights + totals * (tops - top)) * rescale).sum(0)
+    return torch.stack([top, (totals * rescale).sum(0), targets.sum(0), weighted])
+
+
+def gather_and_combine(
+    stats: torch.Tensor, tp_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's stats [4, T] -> (logprobs, entropy, max, sum of exp(x - max)) of the whole vocabulary, each [T].
+
+    One all-gather over tp_group; none where it is None or has one rank.
+    """
+    size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    gathered = stats.unsqueeze(0)
+    if size > 1:
+        gathered = stats.new_empty(size * 4, stats.size(1))
+        dist.all_gather_into_tensor(gathered, stats, group=tp_group)
+        gathered = gathered.view(size, 4, -1)
+    top, total, target, weighted = combine(gathered)
+    log_total = total.log()
+    return target - top - log_total, log_total - weighted / total, top, total
+
+
+def place_in_shard(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(place [T] int64 among the `size` token ids from `first` on, clamped; [T] bool, whether it is one of them)."""
+    local = targets - first
+    return local.clamp(0, size - 1), (local >= 0) & (local < size)
+
+
 class _VocabLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, tp_group):
-        size = 1 if tp_group is None else dist.get_world_size(tp_group)
-        rank = 0 if size == 1 else dist.get_rank(tp_group)
+        rank = 0 if tp_group is None else dist.get_rank(tp_group)
         shard = logits.size(-1)
-        scaled = logits / temperature  # [T, V/TP]
-        local = targets - rank * shard
-        inside = (local >= 0) & (local < shard)
-        local = local.clamp(0, shard - 1)
-
-        top = scaled.max(dim=-1).values  # [T]
-        shifted = scaled - top.unsqueeze(-1)
-        exponentials = shifted.exp()
-        total = exponentials.sum(-1)
-        weighted = torch.linalg.vecdot(exponentials, shifted)  # sum of exp(x - top) (x - top)
-        target = torch.where(inside, scaled.gather(-1, local.unsqueeze(-1)).squeeze(-1), 0.0)
-
-        stats = torch.stack([top, total, target, weighted])  # [4, T]
-        if size > 1:
-            gathered = stats.new_empty(size * 4, stats.size(1))
-            dist.all_gather_into_tensor(gathered, stats, group=tp_group)
-            gathered = gathered.view(size, 4, -1)
-        else:
-            gathered = stats.unsqueeze(0)
-        tops, totals, target, weights = gathered[:, 0], gathered[:, 1], gathered[:, 2].sum(0), gathered[:, 3]
-        global_top = tops.max(0).values  # [T]
-        rescale = (tops - global_top).exp()  # [TP, T]
-        global_total = (totals * rescale).sum(0)
-        # sum of p (x - global_top) over the whole vocabulary: each shard's term is shifted by its own maximum first.
-        mean_shifted = ((weights + totals * (tops - global_top)) * rescale).sum(0) / global_total
-        log_total = global_total.log()
-        logprobs = target - global_top - log_total
-        entropy = log_total - mean_shifted
-
-        softmax = exponentials.mul_((top - global_top).exp().div_(global_total).unsqueeze(-1))
-        ctx.save_for_backward(softmax, local, inside)
+        local, inside = place_in_shard(targets, rank * shard, shard)
+        stats, exponentials = local_stats(logits / temperature, local, inside)  # [4, T], [T, V/TP]
+        own_top = stats[0]
+        logprobs, entropy, top, total = gather_and_combine(stats, tp_group)
+        softmax = exponentials.mul_((own_top - top).exp().div_(total).unsqueeze(-1))
+        ctx.save_for_backward(softmax, local, inside, entropy)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # None instead of zeros: whether the entropy's gradient is needed
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        # d logp / d logit_j = (1[j = target] - softmax_j) / temperature
-        softmax, local, inside = ctx.saved_tensors
-        scale = (grad_logprobs / ctx.temperature).unsqueeze(-1)
-        grad = softmax * -scale
-        grad.scatter_add_(
-            -1, local.unsqueeze(-1), torch.where(inside, grad_logprobs / ctx.temperature, 0.0).unsqueeze(-1)
-        )
+        softmax, local, inside, entropy = ctx.saved_tensors
+        grad = None
+        if grad_logprobs is not None:
+            # d logp / d logit_j = (1[j = target] - softmax_j) / temperature
+            scale = (grad_logprobs / ctx.temperature).unsqueeze(-1)
+            grad = softmax * -scale
+            grad.scatter_add_(
+                -1, local.unsqueeze(-1), torch.where(inside, grad_logprobs / ctx.temperature, 0.0).unsqueeze(-1)
+            )
+        if grad_entropy is not None:
+            # d H / d logit_j = -p_j (log p_j + H) / temperature; entr(p) = -p log p, 0 at p = 0
+            term = torch.special.entr(softmax).addcmul_(softmax, entropy.unsqueeze(-1), value=-1)
+            term.mul_((grad_entropy / ctx.temperature).unsqueeze(-1))
+            grad = term if grad is None else grad.add_(term)
         return grad, None, None, None

@@ -34,9 +34,10 @@ def reference(logits, targets, temperature):
     return full.gather(1, targets.unsqueeze(1)).squeeze(1), -(full.exp() * full).sum(-1)
 
 
-def reference_gradient(logits, targets, weights, temperature):
+def reference_gradient(logits, targets, weights, temperature, output=0):
+    """Of sum(weights * log-probs), or * entropy for output 1."""
     leaf = logits.clone().requires_grad_()
-    return torch.autograd.grad((reference(leaf, targets, temperature)[0] * weights).sum(), leaf)[0]
+    return torch.autograd.grad((reference(leaf, targets, temperature)[output] * weights).sum(), leaf)[0]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
@@ -74,18 +75,54 @@ def test_values_and_gradient_against_log_softmax(temperature):
     want, want_entropy = reference(logits, targets, temperature)
     torch.testing.assert_close(logprobs, want, rtol=1e-13, atol=1e-13)
     close(entropy, want_entropy, 1e-12)
-    assert not entropy.requires_grad and torch.equal(leaf, logits)
-    total = (logprobs * weights).sum()
-    want_gradient = reference_gradient(logits, targets, weights, temperature)
-    for _ in range(2):  # a second backward over the same graph finds what was saved unharmed
-        close(torch.autograd.grad(total, leaf, retain_graph=True)[0], want_gradient, 1e-13)
+    assert torch.equal(leaf, logits)
+    for output, value in enumerate((logprobs, entropy)):
+        want_gradient = reference_gradient(logits, targets, weights, temperature, output)
+        for _ in range(2):  # a second backward over the same graph finds what was saved unharmed
+            (grad,) = torch.autograd.grad((value * weights).sum(), leaf, retain_graph=True)
+            close(grad, want_gradient, 1e-13)
 
 
 def test_gradient_against_finite_differences():
     generator = torch.Generator().manual_seed(6)
     logits = torch.randn(4, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, 3, 3])
-    assert torch.autograd.gradcheck(lambda x: vocab_logprobs(x, targets, TEMPERATURE)[0], (logits,))
+    assert torch.autograd.gradcheck(lambda x: vocab_logprobs(x, targets, TEMPERATURE), (logits,))
+    assert torch.autograd.gradcheck(lambda x: vocab_logprobs(x, targets, TEMPERATURE)[1], (logits,))
+
+
+def test_entropy_gradient_by_hand():
+    """p = (1/4, 3/4) at temperature 2: H = ln 4 - 3/4 ln 3, log p + H = (-3/4 ln 3, 1/4 ln 3), so
+    dH/dx = -p (log p + H) / 2 = (3/32 ln 3, -3/32 ln 3). A uniform p is the entropy's maximum: gradient 0."""
+    logits = torch.tensor([[0.0, math.log(9)], [5.0, 5.0]], dtype=torch.float64, requires_grad=True)
+    _, entropy = vocab_logprobs(logits, torch.tensor([0, 1]), 2.0)
+    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+    part = 3 / 32 * math.log(3)
+    close(grad, torch.tensor([[part, -part], [0, 0]], dtype=torch.float64), 1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_an_entropy_gradient_the_backward_is_the_plain_one(dtype):
+    """The same bits as (1[j = target] - softmax_j) g / temperature written down here; and a zero gradient of the
+    entropy, which is not the same as none, changes no value."""
+    logits, targets, weights = (x.to(dtype) if x.is_floating_point() else x for x in batch())
+    leaf = logits.clone().requires_grad_()
+    logprobs, entropy = vocab_logprobs(leaf, targets, TEMPERATURE)
+    (grad,) = torch.autograd.grad(logprobs, leaf, weights, retain_graph=True)
+    shifted = logits / TEMPERATURE
+    exponentials = (shifted - shifted.amax(-1, keepdim=True)).exp()
+    scale = (weights / TEMPERATURE).unsqueeze(-1)
+    plain = exponentials * (1 / exponentials.sum(-1, keepdim=True)) * -scale
+    plain.scatter_add_(-1, targets.unsqueeze(-1), scale)
+    assert torch.equal(grad, plain)
+    (with_zeros,) = torch.autograd.grad([logprobs, entropy], leaf, [weights, torch.zeros_like(entropy)])
+    assert torch.equal(with_zeros, grad)
+
+
+def test_entropy_gradient_is_finite_where_probabilities_underflow():
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    logprobs, entropy = vocab_logprobs(logits, torch.tensor([1]))
+    assert torch.autograd.grad(entropy.sum(), logits)[0].tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -142,7 +179,8 @@ class Count:
 
 
 def sharded(rank, world_size):
-    """{tp: (log-probs, entropy, this shard's gradient, collectives of forward, of backward)} for TP 2 and TP 4."""
+    """{tp: (log-probs, entropy, this shard's gradient, collectives of forward, of backward, the entropy's gradient)}
+    for TP 2 and TP 4."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]  # in the second, a rank's place differs from its number
     logits, targets, weights = batch()
     results, count = {}, Count()
@@ -151,8 +189,9 @@ def sharded(rank, world_size):
         shard = logits.chunk(size, dim=1)[place].clone().requires_grad_()
         logprobs, entropy = vocab_logprobs(shard, targets, TEMPERATURE, group)
         forward = count.take()
-        (grad,) = torch.autograd.grad((logprobs * weights).sum(), shard)
-        results[size] = (logprobs.detach(), entropy, grad, forward, count.take())
+        (grad,) = torch.autograd.grad((logprobs * weights).sum(), shard, retain_graph=True)
+        (entropy_grad,) = torch.autograd.grad((entropy * weights).sum(), shard)
+        results[size] = (logprobs.detach(), entropy.detach(), grad, forward, count.take(), entropy_grad)
     return results
 
 
@@ -173,9 +212,10 @@ def test_shards_give_the_values_of_the_whole(ranks, size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_each_shard_gets_its_slice_of_the_gradient(ranks, size):
     logits, targets, weights = batch()
-    slices = reference_gradient(logits, targets, weights, TEMPERATURE).chunk(size, dim=1)
-    for number, rank in enumerate(ranks):
-        close(rank[size][2], slices[number % size])
+    for output, place in enumerate((2, 5)):
+        slices = reference_gradient(logits, targets, weights, TEMPERATURE, output).chunk(size, dim=1)
+        for number, rank in enumerate(ranks):
+            close(rank[size][place], slices[number % size])
 
 
 @pytest.mark.parametrize("size", [2, 4])
