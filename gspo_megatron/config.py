@@ -28,6 +28,9 @@ class ModelConfig:
     """Type of the weights in forward and backward; the optimizer keeps fp32 master weights."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass (Megatron's recompute_granularity full)."""
+    logprob_chunk_tokens: int = 0
+    """Tokens whose logits are held at once when log-probs are computed; 0: those of a whole microbatch. A large
+    vocabulary needs it: fp32 logits of 8192 tokens and 150,000 words are 5 GB. The backward makes them again."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Type of the router's matrix product and softmax."""
     moe_aux_loss_coeff: float = 0.0
@@ -53,6 +56,8 @@ class ModelConfig:
             require(
                 value == neutral, f"model.{name}", value, f"GSPO needs {neutral}: {why}", "Remove it from the recipe."
             )
+        require(self.logprob_chunk_tokens >= 0, "model.logprob_chunk_tokens", self.logprob_chunk_tokens,
+                "must be 0 or more", "Give 0 to hold all logits of a microbatch, or 1024.")  # fmt: skip
         require(self.moe_aux_loss_coeff >= 0, "model.moe_aux_loss_coeff", self.moe_aux_loss_coeff,
                 "must be 0 or more", "Leave it at 0 unless you want a load-balancing loss.")  # fmt: skip
 

@@ -112,6 +112,13 @@ class PackedModel(GPTModel):
 class PolicyModel(PackedModel):
     """Its last stage returns fp32 logits of this rank's vocabulary shard. (The critic's: value_head.py.)"""
 
+    returns_hidden = False  # the last stage leaves the head to ops/linear_logprobs.py, see Policy
+
+    def head_weight(self) -> torch.Tensor:
+        """[V / TP, H], this rank's rows of the LM head (of the embedding, where they are tied)."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
     def _postprocess(self, hidden_states, *args, **kwargs):
         """Logits are not rounded to the model's type: bf16 logits alone add 9e-4 rms to the sequence log-ratio,
         more than the clip range."""
@@ -121,10 +128,10 @@ class PolicyModel(PackedModel):
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(hidden_states)
         else:
             hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if self.returns_hidden:
+            return hidden_states.squeeze(1)  # [T, H]
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        return F.linear(hidden_states.squeeze(1).to(dtype), weight.to(dtype))  # [T, V / TP]
+        return F.linear(hidden_states.squeeze(1).to(dtype), self.head_weight().to(dtype))  # [T, V / TP]
 
 
 def transformer_config(shape: ModelShape, model: ModelConfig, topology: Topology, use_te: bool,

@@ -3,7 +3,8 @@
 Left out: generation (rollout/megatron_engine.py), checkpoints, the critic (critic.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
 from gspo_megatron.errors import TrainingError
+from gspo_megatron.ops.linear_logprobs import linear_logprobs
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
 from gspo_megatron.types import PackedBatch, SequenceTable
@@ -88,11 +90,12 @@ class Policy:
 
     @torch.no_grad()
     def _fill(self, name: str, batches: Sequence[PackedBatch]) -> None:
-        def keep(batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor, non_loss_data: bool = False) -> None:
-            logprobs, _, _ = self._target_log_probs(batch, plan, logits)
+        def keep(batch: PackedBatch, plan: PackedPlan, output: torch.Tensor, non_loss_data: bool = False) -> None:
+            logprobs, _, _ = self._target_log_probs(batch, plan, output)
             setattr(batch, name, logprobs.float() if logprobs.dtype is not torch.float64 else logprobs)
 
-        self.network.run(batches, keep, forward_only=True)
+        with self._hidden_states():
+            self.network.run(batches, keep, forward_only=True)
 
     def update(self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts) -> UpdateResult:
         """One optimizer step over the microbatches of this replica. A collective over all ranks.
@@ -111,8 +114,8 @@ class Policy:
         seen: dict[int, torch.Tensor] = {}
         order = {id(batch): index for index, batch in enumerate(batches)}
 
-        def share(batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor) -> torch.Tensor:
-            logprobs, entropy, own = self._target_log_probs(batch, plan, logits)
+        def share(batch: PackedBatch, plan: PackedPlan, output: torch.Tensor) -> torch.Tensor:
+            logprobs, entropy, own = self._target_log_probs(batch, plan, output)
             out = loss(self._loss_inputs(batch, logprobs, entropy, own, counts))
             outputs[order[id(batch)]] = LossOutputs(out.loss.detach(), out.table, out.value)
             seen[order[id(batch)]] = logprobs.detach()
@@ -120,7 +123,8 @@ class Policy:
             finite = torch.isfinite(out.table.values).all()
             return out.loss * torch.where(finite, 1.0, torch.nan)
 
-        step = self.network.step(batches, share)
+        with self._hidden_states():
+            step = self.network.step(batches, share)
         if not step.stepped and step.grad_norm != 0.0:
             self._explain(batches, seen, step.grad_norm, step.learning_rate)
         value, table = self._publish(batches, outputs)
@@ -174,13 +178,29 @@ class Policy:
             rollout_logprobs=batch.rollout_logprobs, reduce=self.reducer(),
         )  # fmt: skip
 
+    @contextmanager
+    def _hidden_states(self) -> Iterator[None]:
+        """Inside, the last stage returns hidden states where the recipe wants log-probs made from them in chunks."""
+        last = self.models[-1]
+        last.returns_hidden = bool(self.config.model.logprob_chunk_tokens)
+        try:
+            yield
+        finally:
+            last.returns_hidden = False
+
     def _target_log_probs(
-        self, batch: PackedBatch, plan: PackedPlan, logits: torch.Tensor
+        self, batch: PackedBatch, plan: PackedPlan, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """logits [rows, V/TP] -> (logprobs [T], entropy [T], own [T] bool or None), see targets.py."""
+        """output [rows, V/TP] logits, or [rows, H] hidden states -> (logprobs [T], entropy [T], own [T] bool or None),
+        see targets.py."""
         targets = Targets.of(batch, plan)
         group = self.topology.tp_group if self.topology.tp_size > 1 else None
-        logprobs, entropy = vocab_logprobs(logits, batch.tokens[targets.index], self.temperature, group)
+        tokens, chunk = batch.tokens[targets.index], self.config.model.logprob_chunk_tokens
+        if chunk:
+            weight = self.models[-1].head_weight()
+            logprobs, entropy = linear_logprobs(output, weight, tokens, self.temperature, group, chunk)
+        else:
+            logprobs, entropy = vocab_logprobs(output, tokens, self.temperature, group)
         return targets.scatter(logprobs), targets.scatter(entropy), targets.own
 
     def _publish(self, batches: Sequence[PackedBatch], outputs: dict[int, LossOutputs]) -> tuple[float, SequenceTable]:

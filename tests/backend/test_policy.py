@@ -14,9 +14,11 @@ from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, 
 from tests.distributed import spawn
 
 PLAIN, RECOMPUTE = ModelConfig(), ModelConfig(recompute=True)
+CHUNKED = ModelConfig(logprob_chunk_tokens=7)  # of microbatches of 24 to 38 tokens
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": (TP2_PP2_EP2, PLAIN),
     "TP2xPP2-EP2-recompute": (TP2_PP2_EP2, RECOMPUTE),
+    "TP2xPP2-EP2-logits-in-chunks": (TP2_PP2_EP2, CHUNKED),
     "TP2xDP2-experts-replicated": (ParallelConfig(2, 1, None, 1, 1), PLAIN),
     "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
     "DP4-EP4": (ParallelConfig(1, 1, None, 4, 1), PLAIN),
