@@ -59,6 +59,7 @@ class TrainSequence:
     group_id: int = -1
     truncated: bool = False
     rollout_logprobs: list[float] | None = None  # one a response token
+    loss_mask: list[int] | None = None  # 0 or 1 a response token (turns of others are 0); None: 1 at all of them
 
     @property
     def response_length(self) -> int:
@@ -67,10 +68,11 @@ class TrainSequence:
 
 @dataclass
 class PackedBatch:
-    """One microbatch, packed without padding between sequences (Megatron's THD layout).
+    """One microbatch, sequence after sequence (Megatron's THD layout).
 
-    Tokens past cu_seqlens[S] do not exist; padding needed for sequence parallelism is added as one more
-    segment by the packer and is not counted in S (`num_sequences`).
+    Padding of a sequence (to a multiple of 2 CP under context parallelism, to one length in a padded batch) lies at its
+    end, inside its bounds, with mask 0. Padding needed for sequence parallelism is one more segment, added by the
+    packer and not counted in S (`num_sequences`).
     """
 
     tokens: torch.Tensor  # [T] int64

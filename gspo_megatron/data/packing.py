@@ -2,8 +2,11 @@
 
 A sequence stays whole because its ratio is a mean over all its tokens and is needed before its first backward. Balance
 counts tokens, not attention's squares: responses of one rollout are of similar length, and the linear layers dominate.
-Left out: the split of a microbatch over context-parallel ranks, and moving sequences between ranks (every rank knows
-all sequences and keeps its own).
+Every sequence can be filled up at its end to a multiple of some length: of 2 CP tokens, so that context-parallel ranks
+get equal chunks of it (backend/attention.py cuts them; each rank keeps the whole microbatch), or of the longest length,
+which makes an ordinary padded batch.
+
+Left out: moving sequences between ranks (every rank knows all sequences and keeps its own).
 """
 
 import heapq
@@ -17,44 +20,56 @@ from gspo_megatron.types import PackedBatch, TrainSequence
 
 def pack(
     sequences: Sequence[TrainSequence], max_tokens: int, pad_to_multiple: int, num_microbatches: int | None = None,
-    unit: int = 1,
+    unit: int = 1, sequence_multiple: int = 1,
 ) -> list[PackedBatch]:  # fmt: skip
     """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
 
-    `pad_to_multiple`: every microbatch is filled up to a multiple of this many tokens by a segment of its own, which
-    is not counted in max_tokens nor in num_sequences. `num_microbatches`: exactly that many (all data-parallel ranks
-    must run the same number, see `microbatches_needed`); None: as few as fit. `unit`: so many neighbours in
-    `sequences` stay neighbours in one microbatch (2 for preference pairs). Within a microbatch the sequences keep
-    their order, and `source_index` tells where each came from. Raises RolloutError for a sequence that is empty, too
-    long or whose parts disagree, for neighbours that are too long together, and for a number of microbatches that does
-    not work.
+    Args:
+        max_tokens: of one microbatch, each sequence with its own padding.
+        pad_to_multiple: every microbatch is filled up to a multiple of this many tokens by a segment of its own, which
+            is not counted in max_tokens nor in num_sequences. Where it is a multiple of sequence_multiple
+            (Topology.microbatch_multiple), that segment's length is one too.
+        num_microbatches: exactly that many (all data-parallel ranks must run the same number, see
+            `microbatches_needed`); None: as few as fit.
+        unit: so many neighbours in `sequences` stay neighbours in one microbatch (2 for preference pairs).
+        sequence_multiple: every sequence is filled up to a multiple of this many tokens (token 0, mask 0).
+
+    Returns:
+        Within a microbatch the sequences keep their order, and `source_index` tells where each came from.
+
+    Raises:
+        RolloutError: a sequence is empty, too long or its parts disagree, neighbours are too long together, or the
+            number of microbatches does not work.
     """
-    _check(sequences, max_tokens, unit)
+    _check(sequences, max_tokens, unit, sequence_multiple)
     if num_microbatches is None:
-        num_microbatches = microbatches_needed(sequences, max_tokens, unit)
-    bins = _fill(_unit_lengths(sequences, unit), max_tokens, num_microbatches)
-    return [_join(sequences, [i * unit + k for i in units for k in range(unit)], pad_to_multiple) for units in bins]
+        num_microbatches = microbatches_needed(sequences, max_tokens, unit, sequence_multiple)
+    bins = _fill(_unit_lengths(sequences, unit, sequence_multiple), max_tokens, num_microbatches)
+    places = [[i * unit + k for i in units for k in range(unit)] for units in bins]
+    return [_join(sequences, indices, pad_to_multiple, sequence_multiple) for indices in places]
 
 
-def microbatches_needed(sequences: Sequence[TrainSequence], max_tokens: int, unit: int = 1) -> int:
+def microbatches_needed(
+    sequences: Sequence[TrainSequence], max_tokens: int, unit: int = 1, sequence_multiple: int = 1
+) -> int:
     """A number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
 
     All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
     """
-    _check(sequences, max_tokens, unit)
-    return len(_fewest(_unit_lengths(sequences, unit), max_tokens))
+    _check(sequences, max_tokens, unit, sequence_multiple)
+    return len(_fewest(_unit_lengths(sequences, unit, sequence_multiple), max_tokens))
 
 
-def _unit_lengths(sequences: Sequence[TrainSequence], unit: int) -> list[int]:
-    lengths = _lengths(sequences)
+def _unit_lengths(sequences: Sequence[TrainSequence], unit: int, multiple: int) -> list[int]:
+    lengths = _padded_lengths(sequences, multiple)
     return [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
 
 
-def _lengths(sequences: Sequence[TrainSequence]) -> list[int]:
-    return [len(sequence.token_ids) for sequence in sequences]
+def _padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
+    return [-(-len(sequence.token_ids) // multiple) * multiple for sequence in sequences]
 
 
-def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int) -> None:
+def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int, multiple: int) -> None:
     """Refuse what no packing can hold, and records whose parts would be put at the wrong tokens."""
     if len(sequences) % unit:
         raise ValueError(f"{len(sequences)} sequences are no multiple of unit = {unit}")
@@ -63,12 +78,14 @@ def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int) -> No
             "there is no sequence to pack: each rank needs one a minibatch. Raise rollout.num_prompts or "
             "lower algorithm.num_minibatches."
         )
+    padded = _padded_lengths(sequences, multiple)
     for i, sequence in enumerate(sequences):
         length, logprobs = len(sequence.token_ids), sequence.rollout_logprobs
-        if length > max_tokens:
+        if padded[i] > max_tokens:
+            filled = f" ({padded[i]} with padding to a multiple of {multiple})" if multiple > 1 else ""
             raise RolloutError(
-                f"max_tokens_per_microbatch = {max_tokens}: sequence {i} has {length} tokens and is never "
-                f"split. Give max_tokens_per_microbatch at least {length}, or lower "
+                f"max_tokens_per_microbatch = {max_tokens}: sequence {i} has {length} tokens{filled} and is never "
+                f"split. Give max_tokens_per_microbatch at least {padded[i]}, or lower "
                 "rollout.max_response_length."
             )
         if not 1 <= sequence.prompt_length <= length:
@@ -87,12 +104,30 @@ def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int) -> No
                 f"sequence {i}: {len(logprobs)} rollout_logprobs for {sequence.response_length} response "
                 "tokens, must be one a token. Check the rollout engine."
             )
-    for i, length in enumerate(_unit_lengths(sequences, unit)):
+        _check_mask(i, sequence)
+    for i, length in enumerate(_unit_lengths(sequences, unit, multiple)):
         if length > max_tokens:  # where unit is 1, a sequence's own message above
             raise RolloutError(
                 f"max_tokens_per_microbatch = {max_tokens}: sequences {i * unit} to {(i + 1) * unit - 1} have {length} "
                 f"tokens and stay in one microbatch. Give max_tokens_per_microbatch at least {length}."
             )
+
+
+def _check_mask(i: int, sequence: TrainSequence) -> None:
+    mask = sequence.loss_mask
+    if mask is None:
+        return
+    if len(mask) != sequence.response_length:
+        raise RolloutError(
+            f"sequence {i}: {len(mask)} numbers in loss_mask for {sequence.response_length} response tokens, must be "
+            "one a token. Check the rollout engine."
+        )
+    bad = next((k for k, value in enumerate(mask) if value not in (0, 1)), None)
+    if bad is not None:
+        raise RolloutError(
+            f"sequence {i}: loss_mask[{bad}] = {mask[bad]!r} must be 0 or 1. Check the rollout engine; weights of "
+            "tokens belong in the advantages."
+        )
 
 
 def _fill(lengths: list[int], max_tokens: int, count: int) -> list[list[int]]:
@@ -162,17 +197,21 @@ def _fits(bins: list[list[int]], lengths: list[int], max_tokens: int) -> bool:
     return all(sum(lengths[i] for i in indices) <= max_tokens for indices in bins)
 
 
-def _join(sequences: Sequence[TrainSequence], indices: list[int], pad_to_multiple: int) -> PackedBatch:
+def _join(
+    sequences: Sequence[TrainSequence], indices: list[int], pad_to_multiple: int, sequence_multiple: int
+) -> PackedBatch:
     """One microbatch of the named sequences, see PackedBatch for the shapes."""
     chosen = [sequences[i] for i in indices]
-    lengths = _lengths(chosen)
+    lengths = _padded_lengths(chosen, sequence_multiple)
     padding = -sum(lengths) % pad_to_multiple
     segments = [*lengths, padding] if padding else lengths
     tokens, mask, rollout = [], [], []
-    for sequence in chosen:
-        tokens += sequence.token_ids
-        mask += [0.0] * sequence.prompt_length + [1.0] * sequence.response_length
-        rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or [])
+    for sequence, length in zip(chosen, lengths, strict=True):
+        fill = [0] * (length - len(sequence.token_ids))
+        trained = [1] * sequence.response_length if sequence.loss_mask is None else sequence.loss_mask
+        tokens += sequence.token_ids + fill
+        mask += [0] * sequence.prompt_length + trained + fill
+        rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or []) + fill
     has_rollout = chosen[0].rollout_logprobs is not None
     fill = [0] * padding
     return PackedBatch(

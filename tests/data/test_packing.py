@@ -43,6 +43,33 @@ def test_padding_positions_restart_and_no_segment_is_added_without_need():
     assert batch.cu_seqlens.tolist() == [0, 8]
 
 
+def test_each_sequence_is_filled_up_to_its_multiple():
+    """Two context-parallel ranks and two tensor ranks: sequences of 4 and 8 tokens, T / 2 even, and the padding segment
+    a multiple of 4 as well."""
+    first = sequence(3, 2, 10, rollout_logprobs=[-0.1])
+    second = sequence(5, 1, 20, rollout_logprobs=[-0.2, -0.3, -0.4, -0.5], loss_mask=[1, 0, 0, 1])
+    (batch,) = pack([first, second], max_tokens=12, pad_to_multiple=8, sequence_multiple=4)
+    assert batch.tokens.tolist() == [10, 11, 12, 0, 20, 21, 22, 23, 24, 0, 0, 0, 0, 0, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, *range(8), *range(4)]
+    assert batch.cu_seqlens.tolist() == [0, 4, 12, 16] and batch.num_sequences == 2
+    assert batch.loss_mask.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    rollout = [0, 0, -0.1, 0, 0, -0.2, -0.3, -0.4, -0.5, 0, 0, 0, 0, 0, 0, 0]
+    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor(rollout))
+    assert batch.loss_mask.dtype == torch.float32
+
+
+def test_one_length_for_all_is_a_padded_batch():
+    (batch,) = pack(sequences(3, 5, 1), max_tokens=15, pad_to_multiple=1, sequence_multiple=5)
+    assert batch.tokens.view(3, 5)[:, 0].tolist() == [1000, 2000, 3000]
+    assert batch.position_ids.view(3, 5).tolist() == [[0, 1, 2, 3, 4]] * 3 and batch.num_sequences == 3
+
+
+def test_max_tokens_counts_the_padding_of_sequences():
+    assert microbatches_needed(sequences(5, 5), 10) == 1
+    assert microbatches_needed(sequences(5, 5), 10, sequence_multiple=4) == 2
+    assert [b.num_tokens for b in pack(sequences(5, 5), 10, 1, sequence_multiple=4)] == [8, 8]
+
+
 def test_an_empty_response_is_kept_with_no_trained_token():
     empty, full = sequence(3, 3, rollout_logprobs=[]), sequence(3, 2, rollout_logprobs=[-1.0])
     (batch,) = pack([empty, full], max_tokens=6, pad_to_multiple=1)
@@ -130,6 +157,11 @@ def test_one_microbatch_more_works_where_its_balance_would_overflow():
         (dict(sequences=[sequence(2, 3)], max_tokens=8), "sequence 0: prompt_length = 3"),
         (dict(sequences=[sequence(3, 1, rollout_logprobs=[0.0])], max_tokens=8), "1 rollout_logprobs for 2 response"),
         (dict(sequences=[sequence(2), sequence(2, rollout_logprobs=[0.0])], max_tokens=8), "1: rollout_logprobs"),
+        (dict(sequences=[sequence(9)], max_tokens=9, sequence_multiple=4),
+         "9 tokens .12 with padding to a multiple of 4"),
+        (dict(sequences=[sequence(4, 1, loss_mask=[1, 1])], max_tokens=8), "2 numbers in loss_mask for 3 response"),
+        (dict(sequences=sequences(2) + [sequence(4, 1, loss_mask=[1, 0.5, 2])], max_tokens=8),
+         r"sequence 1: loss_mask\[1\] = 0.5 must be 0 or 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed_is_told(arguments, told):
@@ -141,21 +173,28 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
 @settings(max_examples=80, deadline=None)
-@given(lengths=LENGTHS, max_tokens=st.integers(30, 90), multiple=st.sampled_from([1, 2, 8]), more=st.integers(0, 40))
-def test_any_batch(lengths, max_tokens, multiple, more):
+@given(
+    lengths=LENGTHS, max_tokens=st.integers(32, 90), multiple=st.sampled_from([1, 2, 8]), more=st.integers(0, 40),
+    fill=st.sampled_from([1, 1, 4]),
+)  # fmt: skip
+def test_any_batch(lengths, max_tokens, multiple, more, fill):
+    """`fill`: each sequence is filled up to a multiple of so many tokens."""
     given_sequences = sequences(*lengths)
-    needed = microbatches_needed(given_sequences, max_tokens)
+    needed = microbatches_needed(given_sequences, max_tokens, sequence_multiple=fill)
     count = min(needed + more, len(lengths))
-    batches = pack(given_sequences, max_tokens, multiple, num_microbatches=count)
+    batches = pack(given_sequences, max_tokens, multiple * fill, num_microbatches=count, sequence_multiple=fill)
     assert len(batches) == count
     assert sorted(i for batch in batches for i in batch.source_index) == list(range(len(lengths)))
     for batch in batches:
         ends = batch.cu_seqlens.tolist()
         assert 0 < ends[batch.num_sequences] <= max_tokens
-        assert batch.num_tokens % multiple == 0 and ends[-1] == batch.num_tokens
+        assert batch.num_tokens % (multiple * fill) == 0 and ends[-1] == batch.num_tokens
+        assert all(end % fill == 0 for end in ends)
         assert len(ends) - 1 - batch.num_sequences == (batch.num_tokens != ends[batch.num_sequences])
         for k, i in enumerate(batch.source_index):
-            assert batch.tokens[ends[k] : ends[k + 1]].tolist() == given_sequences[i].token_ids
+            tokens = batch.tokens[ends[k] : ends[k + 1]].tolist()
+            assert tokens[: lengths[i]] == given_sequences[i].token_ids and not any(tokens[lengths[i] :])
+            assert len(tokens) - lengths[i] < fill
             assert batch.group_id[k] == given_sequences[i].group_id
         assert batch.source_index == sorted(batch.source_index)
     totals = [batch.cu_seqlens[batch.num_sequences].item() for batch in batches]
