@@ -3,8 +3,7 @@
 `resolve_layout` fills in the sizes that the recipe leaves open; `check` refuses what Megatron-Core or the trainer
 would refuse later, or would train wrongly. Nothing here imports torch.
 
-Left out: memory (whether the model fits), the number of ranks a node has, and the layouts of context parallelism,
-which the recipe does not offer yet.
+Left out: memory (whether the model fits), and the number of ranks a node has.
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ from gspo_megatron.errors import ConfigError
 from gspo_megatron.tasks.preferences import load_pairs
 
 # ranks -> (tensor, pipeline, expert): every kind of parallelism that a world of this size can hold. On GPUs too.
+# Context parallelism is never chosen here: it pays for long sequences only.
 DEFAULT_LAYOUTS = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 2), 8: (2, 2, 2)}
 SUPPORTED_MODELS = ("qwen3_moe",)
 SIZES = (
@@ -41,13 +41,15 @@ def resolve_layout(config: TrainConfig, world_size: int, has_cuda: bool) -> Para
     sizes = (given.tensor_model_parallel_size, given.pipeline_model_parallel_size, given.expert_model_parallel_size)
     virtual = given.virtual_pipeline_model_parallel_size
     virtual = None if virtual == 1 else virtual  # Megatron takes 1 for an interleaved schedule
+    context = given.context_parallel_size
     defaults = (1, 1, 1)
-    if sizes == (None, None, None) and virtual is None and given.expert_tensor_parallel_size == 1:
+    if {*sizes, virtual, context} == {None} and given.expert_tensor_parallel_size == 1:
         defaults = DEFAULT_LAYOUTS.get(world_size, defaults)
     tensor, pipeline, expert = (size or default for size, default in zip(sizes, defaults, strict=True))
     return dataclasses.replace(
         given, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=expert, virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context or 1,
     )  # fmt: skip
 
 
@@ -60,15 +62,16 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
         world_size: ranks on all nodes together.
     """
     shape = check_layout(config.model, layout, world_size)
-    data = world_size // (_tensor(layout) * _pipeline(layout))
+    context = _context(layout)
+    data = world_size // (_tensor(layout) * context * _pipeline(layout))
     if config.algorithm.name == "dpo":
         _check_preferences(config, layout, data)
     else:
-        _check_batch(config, data)
+        _check_batch(config, data, context)
     warm_start = config.warm_start
     require(warm_start.steps == 0 or warm_start.batch_size % data == 0, "warm_start.batch_size", warm_start.batch_size,
-            f"cannot be divided evenly {_over(data)}", f"Give a multiple of {data}.")  # fmt: skip
-    _check_lengths(config, shape)
+            f"cannot be divided evenly {_over(data, context)}", f"Give a multiple of {data}.")  # fmt: skip
+    _check_lengths(config, shape, context)
     _check_penalty(config)
     from gspo_megatron.tasks.mixture import TaskMixture
 
@@ -209,12 +212,19 @@ def _pipeline(layout: ParallelConfig) -> int:
     return layout.pipeline_model_parallel_size or 1
 
 
+def _context(layout: ParallelConfig) -> int:
+    return layout.context_parallel_size or 1
+
+
 def _check_world(layout: ParallelConfig, world_size: int) -> None:
-    tensor, pipeline = _tensor(layout), _pipeline(layout)
-    copy = tensor * pipeline
-    require(world_size % copy == 0, "parallel.tensor_model_parallel_size", tensor,
-            f"tensor {tensor} x pipeline {pipeline} = {copy} does not divide {world_size} ranks",
-            f"Start a multiple of {copy} ranks, or lower one of the two.")  # fmt: skip
+    tensor, pipeline, context = _tensor(layout), _pipeline(layout), _context(layout)
+    copy = tensor * context * pipeline
+    field, value = ("context", context) if context > 1 else ("tensor_model", tensor)
+    named = f"tensor {tensor} x " + (f"context {context} x " if context > 1 else "")
+    require(world_size % copy == 0, f"parallel.{field}_parallel_size", value,
+            f"{named}pipeline {pipeline} = {copy} does not divide {world_size} ranks",
+            f"Start a multiple of {copy} ranks, or lower one of them.")  # fmt: skip
+    # Megatron cuts the ranks of a stage anew for the experts: tensor, context and data parallelism together.
     expert, expert_tensor = layout.expert_model_parallel_size or 1, layout.expert_tensor_parallel_size
     copy = expert * expert_tensor * pipeline
     require(world_size % copy == 0, "parallel.expert_model_parallel_size", expert,
@@ -252,11 +262,16 @@ def _divides(field: str, value: int, parts: int, shape: dict, name: str, cut: st
             f"Numbers of parts that fit: {', '.join(fitting)}.")  # fmt: skip
 
 
-def _check_batch(config: TrainConfig, data: int) -> None:
-    """Groups stay whole on one data-parallel rank, and every minibatch has as many responses on each of them."""
+def _check_batch(config: TrainConfig, data: int, context: int) -> None:
+    """Groups stay whole on one replica, and every minibatch has as many responses on each data-parallel rank.
+
+    In generation a replica is a data-parallel and context-parallel rank; in training it is a data-parallel one.
+    """
     rollout, minibatches = config.rollout, config.algorithm.num_minibatches
-    require(rollout.num_prompts % data == 0, "rollout.num_prompts", rollout.num_prompts,
-            f"cannot be divided evenly {_over(data)}", f"Give a multiple of {data}.")  # fmt: skip
+    replicas = data * context
+    require(rollout.num_prompts % replicas == 0, "rollout.num_prompts", rollout.num_prompts,
+            f"cannot be divided evenly {_over(data, context)}" + (f" x context {context}" if context > 1 else ""),
+            f"Give a multiple of {replicas}.")  # fmt: skip
     local = rollout.num_prompts // data * rollout.group_size
     require(local % minibatches == 0, "algorithm.num_minibatches", minibatches,
             f"{rollout.num_prompts} prompts x {rollout.group_size} responses are {local} on each of {data} "
@@ -275,14 +290,18 @@ def _check_preferences(config: TrainConfig, layout: ParallelConfig, data: int) -
     load_pairs(preference)
 
 
-def _over(data: int) -> str:
-    return f"over {data} data-parallel ranks (ranks / tensor / pipeline)"
+def _over(data: int, context: int = 1) -> str:
+    sizes = "tensor / context / pipeline" if context > 1 else "tensor / pipeline"
+    return f"over {data} data-parallel ranks (ranks / {sizes})"
 
 
-def _check_lengths(config: TrainConfig, shape: dict) -> None:
+def _check_lengths(config: TrainConfig, shape: dict, context: int) -> None:
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
     longest, limit = prompt + response, shape["max_position_embeddings"]
     parts = f"data.max_prompt_length {prompt} + rollout.max_response_length {response} = {longest}"
+    if longest % (2 * context) and context > 1:
+        longest += -longest % (2 * context)
+        parts += f", {longest} with padding to a multiple of {2 * context} (twice parallel.context_parallel_size),"
     require(longest <= limit, "rollout.max_response_length", response,
             f"{parts} exceeds the model's max_position_embeddings {limit}",
             f"Lower one of the two so that they add up to {limit} or less.")  # fmt: skip

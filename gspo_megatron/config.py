@@ -75,11 +75,16 @@ class ParallelConfig:
     expert_model_parallel_size: int | None = None
     expert_tensor_parallel_size: int = 1
     use_distributed_optimizer: bool = False
-    """Shard the optimizer state over data-parallel ranks (ZeRO-1)."""
+    """Shard the optimizer state over data-parallel ranks (ZeRO-1); over context-parallel ones too."""
+    context_parallel_size: int | None = None
+    """Ranks that share the tokens of every sequence in training. Each sequence is padded to a multiple of twice this
+    size and cut into that many chunks; a rank computes one from the front and its mirror image from the back, so that
+    causal attention costs all the same. Rollouts use these ranks as further data-parallel ones. None: 1, off."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                     "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"):  # fmt: skip
+                     "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size",
+                     "context_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             require(
                 value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off."
@@ -151,7 +156,7 @@ class RolloutConfig:
 
     __pydantic_config__ = STRICT
     num_prompts: int = 32
-    """Prompts a step, over all data-parallel ranks."""
+    """Prompts a step, over all data-parallel (and context-parallel) ranks."""
     group_size: int = 8
     """G: responses a prompt."""
     max_response_length: int = 32

@@ -21,15 +21,14 @@ def configured(*argv: str) -> TrainConfig:
 def sizes(layout: ParallelConfig) -> tuple:
     return (
         layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
-        layout.virtual_pipeline_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size,
     )  # fmt: skip
 
 
 def refusal(world_size: int, *argv: str) -> str:
-    config = configured(*argv)
-    layout = check.resolve_layout(config, world_size, has_cuda=False)
     with pytest.raises(ConfigError) as error:
-        check.check(config, layout, world_size)
+        config = configured(*argv)
+        check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
     return str(error.value)
 
 
@@ -45,17 +44,18 @@ def model_file(folder, **changes) -> str:
     [(1, (1, 1, 1)), (2, (1, 2, 1)), (3, (1, 1, 1)), (4, (2, 2, 2)), (8, (2, 2, 2)), (16, (1, 1, 1))],
 )
 def test_defaults_by_world_size(world_size, expected, has_cuda):
-    assert sizes(check.resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None)
+    assert sizes(check.resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None, 1)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"tensor_model_parallel_size": 2}, (2, 1, 1, None)),
-        ({"expert_model_parallel_size": 4}, (1, 1, 4, None)),
-        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, (1, 2, 1, 2)),
-        ({"virtual_pipeline_model_parallel_size": 1}, (2, 2, 2, None)),
-        ({"expert_tensor_parallel_size": 2}, (1, 1, 1, None)),
+        ({"tensor_model_parallel_size": 2}, (2, 1, 1, None, 1)),
+        ({"expert_model_parallel_size": 4}, (1, 1, 4, None, 1)),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, (1, 2, 1, 2, 1)),
+        ({"virtual_pipeline_model_parallel_size": 1}, (2, 2, 2, None, 1)),
+        ({"expert_tensor_parallel_size": 2}, (1, 1, 1, None, 1)),
+        ({"context_parallel_size": 2}, (1, 1, 1, None, 2)),
     ],
 )
 def test_one_given_size_sets_the_others_to_1(given, expected):
@@ -97,6 +97,19 @@ def test_the_example_recipe_passes_at_its_world_sizes(world_size):
         (16, ["--warm-start.batch-size", "100"], ["warm_start.batch_size = 100", "16 data-parallel ranks"]),
         (1, ["--rollout.max-response-length", "200"],
          ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"]),
+        (4, ["--parallel.context-parallel-size", "3"],
+         ["parallel.context_parallel_size = 3", "tensor 1 x context 3 x pipeline 1 = 3 does not divide 4 ranks"]),
+        (4, ["--parallel.context-parallel-size", "0"], ["parallel.context_parallel_size = 0", "at least 1"]),
+        (4, ["--parallel.context-parallel-size", "2", "--parallel.expert-model-parallel-size", "8"],
+         ["expert 8 x expert tensor 1 x pipeline 1 = 8 does not divide 4 ranks"]),
+        (4, ["--parallel.context-parallel-size", "2", "--rollout.num-prompts", "6"],
+         ["rollout.num_prompts = 6", "2 data-parallel ranks (ranks / tensor / context / pipeline) x context 2",
+          "multiple of 4"]),
+        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "29",
+             "--max-tokens-per-microbatch", "127"],
+         ["= 125, 128 with padding to a multiple of 8 (twice parallel.context_parallel_size)", "Give 128 or more"]),
+        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "161"],
+         ["= 257, 264 with padding", "exceeds the model's max_position_embeddings 256"]),
         (1, ["--max-tokens-per-microbatch", "100"], ["max_tokens_per_microbatch = 100", "96 + ", "= 128", "Give 128"]),
     ],
 )  # fmt: skip
@@ -104,6 +117,13 @@ def test_what_cannot_work_is_refused(world_size, argv, parts):
     message = refusal(world_size, *argv)
     for part in parts:
         assert part in message
+
+
+def test_context_parallel_ranks_train_on_the_same_sequences():
+    """4 prompts suffice for 4 replicas in generation, and a warm-start batch of 2 for the 2 of training."""
+    config = configured("--parallel.context-parallel-size", "2", "--rollout.num-prompts", "4",
+                        "--warm-start.batch-size", "2", "--parallel.expert-model-parallel-size", "4")  # fmt: skip
+    check.check(config, check.resolve_layout(config, 4, has_cuda=False), 4)
 
 
 def test_a_warm_start_that_is_off_is_not_checked():

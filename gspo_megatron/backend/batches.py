@@ -1,6 +1,8 @@
 """From a replica's training sequences to microbatches on its device, and the counts of the whole step.
 
-All replicas run as many microbatches, and an error that one replica finds in its data is raised on all.
+All replicas run as many microbatches, and an error that one replica finds in its data is raised on all. Each
+context-parallel rank of a replica packs the same sequences into the same batches, whole; which tokens it feeds through
+the model is decided there (attention.py), so collectives over data parallelism alone count everything once.
 """
 
 from collections.abc import Sequence
@@ -26,9 +28,9 @@ def microbatches(
         max_tokens: of one microbatch.
         unit: so many neighbours stay in one microbatch (2 for pairs).
     """
-    error, needed = None, 0
+    error, needed, multiple = None, 0, topology.sequence_multiple
     try:
-        needed = microbatches_needed(sequences, max_tokens, unit)
+        needed = microbatches_needed(sequences, max_tokens, unit, multiple)
     except GspoError as problem:
         error = problem
     agreed = torch.tensor([needed, error is not None], device=device)
@@ -38,7 +40,7 @@ def microbatches(
         if topology.vp_size > 1:
             count = -(-count // topology.pp_size) * topology.pp_size  # the interleaved schedule wants a multiple
         try:
-            batches = pack(sequences, max_tokens, topology.tp_size, count, unit=unit)
+            batches = pack(sequences, max_tokens, topology.microbatch_multiple, count, unit, multiple)
             for batch in batches:
                 check_batch(batch)
         except GspoError as problem:

@@ -1,8 +1,11 @@
 """The one reader of megatron.core.parallel_state: who am I in each parallel dimension, and which groups exist.
 
-Everything else takes a `Topology`. Context parallelism has its group here (size 1 today).
+Everything else takes a `Topology`. Data-parallel sizes, ranks and groups are without context parallelism, as Megatron's
+are by default: the context-parallel ranks of a data-parallel replica train on the same sequences. In generation each of
+them is a replica of its own; those are numbered by `dp_cp_rank`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -30,10 +33,12 @@ class Topology:
     dp_size: int
     dp_rank: int
     cp_size: int
+    cp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup  # data x context; its rank is dp_rank * cp_size + cp_rank
     model_parallel_group: dist.ProcessGroup  # the ranks that hold one copy of the model (TP x PP)
     feedback_group: dist.ProcessGroup  # same ranks as pp_group; for all that goes from the last stage to earlier ones
     groups: ProcessGroupCollection
@@ -52,8 +57,33 @@ class Topology:
         return dist.get_process_group_ranks(self.pp_group)
 
     @property
-    def experts_span_data_parallel(self) -> bool:
-        """Experts are dispatched to ranks that hold other sequences, so those must step together."""
+    def replicas(self) -> int:
+        """Copies of the model that generate each on their own prompts: data x context parallel ranks."""
+        return self.dp_size * self.cp_size
+
+    @property
+    def dp_cp_rank(self) -> int:
+        """Number of this replica in generation; those of one data-parallel rank are neighbours."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Sequences are padded to a multiple of this, so that they can be cut into 2 CP equal chunks."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """Microbatches are padded to a multiple of this: a context-parallel rank's tokens are cut over tensor ranks,
+        and the padding is a multiple of sequence_multiple itself."""
+        return self.cp_size * math.lcm(self.tp_size, 2) if self.cp_size > 1 else self.tp_size
+
+    @property
+    def experts_span_replicas(self) -> bool:
+        """In generation, experts are dispatched to ranks that hold other sequences, so those must step together.
+
+        An expert group is ep * etp neighbours among the tensor, context and data ranks of a stage, in that order, and a
+        replica in generation is tp neighbours.
+        """
         return self.tp_size % (self.ep_size * self.etp_size) != 0
 
     def describe(self) -> str:
@@ -61,7 +91,8 @@ class Topology:
         tensor = f"tensor {self.tp_size}" + (" (sequence parallel)" if self.tp_size > 1 else "")
         pipeline = f"pipeline {self.pp_size}" + (f" x {self.vp_size} virtual" if self.vp_size > 1 else "")
         experts = f"experts over {self.ep_size}" + (f" x tensor {self.etp_size}" if self.etp_size > 1 else "")
-        return f"{tensor} x {pipeline} x data {self.dp_size}, {experts}"
+        context = f" x context {self.cp_size}" if self.cp_size > 1 else ""
+        return f"{tensor}{context} x {pipeline} x data {self.dp_size}, {experts}"
 
 
 def start(layout: ParallelConfig, seed: int) -> Topology:
@@ -75,6 +106,7 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size or 1,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
@@ -95,10 +127,12 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=pp_group,
         dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_parallel_group=parallel_state.get_model_parallel_group(),
         feedback_group=_group_like(pp_group),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
