@@ -2,18 +2,22 @@
 
 Megatron hands core attention the query, key and value (already rotated) and whatever object came in as
 `packed_seq_params`. Ours are `PackedPlan` (training: block-diagonal causal) and `CachePlan` (generation: write keys
-and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls.
+and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls. Training
+under context parallelism adds a `ContextSplit` (context_parallel.py) to its plan; generation never does.
 
-Left out: context parallelism, sliding windows, attention sinks. On CUDA with Transformer Engine, training uses
-its kernels and only generation comes here (model.py).
+Left out: sliding windows, attention sinks. On CUDA with Transformer Engine, training uses its kernels and only
+generation comes here (model.py).
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+
+from gspo_megatron.backend.context_parallel import ContextSplit
 
 
 @dataclass
@@ -23,23 +27,43 @@ class PackedPlan(PackedSeqParams):
     num_sequences: int = 0
     max_len: int = 0
     padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
-    rows: torch.Tensor | None = None
+    split: ContextSplit | None = None  # None: this rank feeds all tokens
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group=None) -> "PackedPlan":
-        """Plan for cu_seqlens [S+1] int32. `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own."""
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group: dist.ProcessGroup | None = None
+    ) -> "PackedPlan":
+        """Plan for cu_seqlens [S+1] int32.
+
+        Args:
+            cu_seqlens: bounds of the sequences with their padding; multiples of 2 CP under context parallelism.
+            qkv_format: `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own.
+            cp_group: ranks that share the tokens; None: no context parallelism.
+        """
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
         max_len = int(lengths.max())
         sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
         position = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].long()[sequence]
+        # Transformer Engine takes the bounds with padding as those of the padded layout too: padding is attended to
+        # by itself alone, being last, so it need not be told apart. (Its packed context parallelism: not run by us.)
+        padded = cu_seqlens if cp_group is not None else None
         return cls(
             qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded,
             max_seqlen_q=max_len, max_seqlen_kv=max_len, num_sequences=lengths.numel(), max_len=max_len,
             padded_index=sequence * max_len + position,
+            split=ContextSplit.zig_zag(cu_seqlens, cp_group) if cp_group is not None else None,
         )  # fmt: skip
 
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """[T/CP] int64: places of the tokens that this rank feeds through the model; None: all of them."""
+        return None if self.split is None else self.split.rows
+
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
-        """query [T, n, d], key and value [T, g, d] -> [T, n, d]."""
+        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
+        if self.split is not None:
+            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), scale)
         padded = [self._pad(x) for x in (query, key, value)]  # each [S, heads, L, d]
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
         out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True)
@@ -47,6 +71,7 @@ class PackedPlan(PackedSeqParams):
         return out[self.padded_index]
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, heads, d] -> [S, heads, L, d]."""
         padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
         padded = padded.index_copy(0, self.padded_index, x)
         return padded.view(self.num_sequences, self.max_len, *x.shape[1:]).transpose(1, 2)

@@ -94,7 +94,8 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedModel(GPTModel):
-    """GPTModel whose RoPE follows position_ids token by token (packed and cached sequences start anywhere)."""
+    """GPTModel whose RoPE follows position_ids token by token: packed and cached sequences start anywhere, and
+    context-parallel ranks have chunks."""
 
     _angles: torch.Tensor | None = None
     rotary_by_token = True  # off where Transformer Engine's packed attention wants Megatron's own angles
@@ -174,6 +175,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, topology: Topology
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
         sequence_parallel=topology.tp_size > 1,
+        context_parallel_size=topology.cp_size,
+        cp_comm_type="p2p" if topology.cp_size > 1 else None,  # Transformer Engine's ring; our own attention ignores it
         pipeline_model_parallel_size=topology.pp_size,
         virtual_pipeline_model_parallel_size=topology.vp_size if interleaved else None,
         expert_model_parallel_size=topology.ep_size,
@@ -256,6 +259,9 @@ def build(
             rotary_base=shape.rope_theta, vp_stage=vp_stage,
         )  # fmt: skip
         gpt.rotary_by_token = not use_te
+        # Megatron would cut its angles over context-parallel ranks by the length of this rank's tokens. Angles by token
+        # need no cut, and Transformer Engine's packed path cuts where it applies them.
+        gpt.rotary_pos_emb.cp_group = None
         gpt.to(runtime.device)
         parameters.initialize(gpt, topology, seed, shape.hf.get("initializer_range", 0.02))
         wrapped = Float16Module(config, gpt) if config.bf16 else gpt
@@ -265,7 +271,7 @@ def build(
             use_distributed_optimizer=use_distributed_optimizer,
         )
         chunks.append(DistributedDataParallel(config, ddp_config, wrapped))
-    if topology.dp_size > 1:
+    if topology.replicas > 1:
         for chunk in chunks:
             chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads

@@ -1,12 +1,13 @@
 """Generation on the training model itself: same shards, same ranks, a key/value cache in each stage.
 
-The responses of this data-parallel replica are cut into `pipeline size` waves. Every stage walks through
-(iteration, virtual stage, wave) in the same order, so while one wave is in the last stage the next is in the first. The
-last stage samples and sends the tokens back to all stages; each drops finished responses from its cache by itself, so
-a finished response costs nothing. Hidden states and tokens are all that travels: no rank ever holds another's weights.
+Context-parallel ranks are replicas like data-parallel ones: each has prompts of its own, whole sequences and no shared
+attention. The responses of a replica are cut into `pipeline size` waves. Every stage walks through (iteration, virtual
+stage, wave) in the same order, so while one wave is in the last stage the next is in the first. The last stage samples
+and sends the tokens back to all stages; each drops finished responses from its cache by itself, so a finished response
+costs nothing. Hidden states and tokens are all that travels: no rank ever holds another's weights.
 
-Where experts span data-parallel replicas, a replica that has finished goes on with one padding row, because its experts
-are needed by the others.
+Where experts span replicas, a replica that has finished goes on with one padding row, because its experts are needed by
+the others.
 
 Left out: servers (vLLM), continuous batching over steps, prefix caching beyond the responses of one prompt.
 """
@@ -165,8 +166,8 @@ class MegatronEngine:
         wave.logprobs[rows, iteration] = logprobs
         wave.append(tokens, iteration, params)
         remaining = torch.tensor([wave.active.numel()], device=self.device)
-        if self.topology.experts_span_data_parallel:
-            dist.all_reduce(remaining, op=dist.ReduceOp.MAX, group=self.topology.dp_group)
+        if self.topology.experts_span_replicas:
+            dist.all_reduce(remaining, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
         wave.finished = int(remaining) == 0
         message = torch.cat([tokens, remaining])
         for rank in self.topology.stage_ranks[:-1]:
