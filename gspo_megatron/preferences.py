@@ -94,9 +94,7 @@ def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
     policy = run.policy
     policy.fill_old_log_probs(held.batches)
     sums = policy.sums_by_sequence(held.batches, lambda b: b.old_logprobs.double() - b.ref_logprobs.double())
-    order = torch.tensor([i for batch in held.batches for i in batch.source_index], device=sums.device)
-    log_ratios = torch.empty_like(sums).index_copy(0, order, sums).view(-1, 2)
-    log_ratios = gather_rows(log_ratios, run.topology.dp_group)[: held.num_pairs]
+    log_ratios = gather_rows(unpacked(sums, held.batches).view(-1, 2), run.topology.dp_group)[: held.num_pairs]
     metrics = pair_metrics(log_ratios, run.config.algorithm.preference)
     row = {f"dpo/eval_{name}": value for name, value in metrics.items()} | {"dpo/eval_num": held.num_pairs}
     return row | load_metrics(policy.expert_load.take()) | {"time/eval": clock.read()["time/step"]}
@@ -116,6 +114,12 @@ def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict
     metrics = {"margin": preference.beta * h, "accuracy": (h.sign() + 1) / 2, "chosen": chosen, "rejected": rejected,
                "loss": loss}  # fmt: skip
     return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def unpacked(sums: torch.Tensor, batches: list[PackedBatch]) -> torch.Tensor:
+    """Numbers of the batches' sequences, [S of all batches], in the order in which the sequences were given."""
+    order = torch.tensor([i for batch in batches for i in batch.source_index], device=sums.device)
+    return torch.empty_like(sums).index_copy(0, order, sums)
 
 
 def flat(pairs: list[EncodedPair]) -> list[TrainSequence]:

@@ -6,17 +6,19 @@ import math
 import random
 import string
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gspo_megatron import preferences
+from gspo_megatron import preferences, train
 from gspo_megatron import run as runs
 from gspo_megatron.backend import topology
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig, WarmStartConfig
 from gspo_megatron.config_algorithm import AlgorithmConfig, PreferenceConfig
 from gspo_megatron.data.epochs import share_of
+from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import GspoError, RolloutError
 from gspo_megatron.metrics.learning import summarise
 from gspo_megatron.metrics.plots import draw
@@ -27,7 +29,7 @@ from tests.backend.small import CONFIG_PATH
 from tests.distributed import spawn
 
 LAYOUTS = {"DP2": ParallelConfig(1, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1)}
-PAIRS, HELD_OUT, STEPS = 77, 7, 12  # the last tenth; odd, so that two replicas need a filler
+PAIRS, HELD_OUT, STEPS = 77, 7, 11  # the last tenth; odd, so that two replicas need a filler
 
 
 def write_pairs(folder: Path) -> Path:
@@ -78,17 +80,17 @@ def packed(run: runs.Run) -> dict:
     return {"dp_rank": run.topology.dp_rank, "named": named}
 
 
-def evaluation_at_moved_weights(run: runs.Run) -> dict:
-    """The held-out metrics after every weight has grown by 5%, and the experts' load with them."""
+def evaluation_at_moved_weights(run: runs.Run) -> list[dict]:
+    """Held-out metrics after every weight has grown by 5%: of all seven pairs, of the first six, of the last twice."""
     data = preferences.load_pairs(run.config.algorithm.preference)
     encoded = preferences.encode_all(data.held_out, run)
     run.reference = FrozenReference(run.policy.models)
-    held = preferences.pack_held_out(run, encoded)
+    sets = [preferences.pack_held_out(run, pairs) for pairs in (encoded, encoded[:-1], encoded[-1:] * 2)]
     with torch.no_grad():
         for model in run.policy.models:
             for parameter in model.parameters():
                 parameter.mul_(1.05)
-    metrics = preferences.evaluate_pairs(run, held)
+    metrics = [preferences.evaluate_pairs(run, held) for held in sets]
     with torch.no_grad():
         for model in run.policy.models:
             for parameter in model.parameters():
@@ -145,14 +147,39 @@ def test_layouts_learn_the_same(results):
     assert second[3]["dpo/margin"] == pytest.approx(first[3]["dpo/margin"], rel=5e-3)
 
 
-def test_an_evaluation_counts_each_held_out_pair_once(results):
-    """Seven pairs on two replicas take a filler, in one pipeline with virtual stages another: none may count."""
-    first, second = (results[0][layout]["moved"] for layout in LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_evaluation_counts_each_held_out_pair_once(results, layout):
+    """Seven pairs need a filler, on two replicas as with virtual stages; the sum over seven is that over six and one.
+    The last pair is the filler: counted twice it would show."""
+    seven, six, last = results[0][layout]["moved"]
     for name in ("margin", "accuracy", "chosen", "rejected", "loss"):
-        assert second[f"dpo/eval_{name}"] == pytest.approx(first[f"dpo/eval_{name}"], rel=1e-4)
-    assert abs(first["dpo/eval_margin"]) > 1e-3 and first["dpo/eval_num"] == HELD_OUT
-    assert results[1]["DP2"]["moved"]["dpo/eval_margin"] == first["dpo/eval_margin"]  # on every rank
-    assert first["route/load_imbalance"] > 1
+        key = f"dpo/eval_{name}"
+        assert 7 * seven[key] == pytest.approx(6 * six[key] + last[key], rel=1e-4)
+        assert seven[key] == pytest.approx(results[0]["DP2"]["moved"][0][key], rel=1e-4)
+        assert results[1][layout]["moved"][0][key] == seven[key]  # on every rank
+    assert abs(seven["dpo/eval_margin"] - last["dpo/eval_margin"]) > 1e-3 and seven["dpo/eval_num"] == HELD_OUT
+    assert seven["route/load_imbalance"] > 1
+
+
+def test_numbers_come_back_in_the_order_of_the_pairs():
+    """Pairs of 11, 11 and 4 tokens: the third joins the first, so sequences 4 and 5 come before 2 and 3."""
+    sequences = [TrainSequence([1] * length, 1) for length in (9, 2, 3, 8, 2, 2)]
+    batches = pack(sequences, max_tokens=16, pad_to_multiple=1, unit=2)
+    assert preferences.unpacked(torch.tensor([0.0, 1.0, 4.0, 5.0, 2.0, 3.0]), batches).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
+    calls: list[str] = []
+    for owner, name in ((train, "warm_start"), (train, "train_preferences"), (train, "reinforce"), (runs, "stop")):
+        monkeypatch.setattr(owner, name, lambda run, name=name: calls.append(name))
+    stand_in = SimpleNamespace(policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False))
+    monkeypatch.setattr(runs, "start", lambda config: stand_in)
+    monkeypatch.setattr(train.checkpoint, "save", lambda policy, path: calls.append(path.name))
+    layout = LAYOUTS["DP2"]
+    train.train(configured(tmp_path / "pairs.jsonl", layout), layout)
+    train.train(TrainConfig(), layout)
+    assert calls == ["warm_start", "train_preferences", "step_000011", "stop",
+                     "warm_start", "reinforce", "step_000100", "stop"]  # fmt: skip
 
 
 def test_a_run_is_drawn_but_not_judged_as_rl(results):
