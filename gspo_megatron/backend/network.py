@@ -47,14 +47,19 @@ class Network:
         """The chunks without their wrappers."""
         return [model_builder.unwrap(chunk) for chunk in self.chunks]
 
+    def plan(self, batch: PackedBatch) -> PackedPlan:
+        """How attention and context parallelism see the batch."""
+        thd = "sbhd" if self.models[0].rotary_by_token else "thd"
+        return PackedPlan.from_cu_seqlens(
+            batch.cu_seqlens, thd, self.topology.cp_group if self.topology.cp_size > 1 else None
+        )
+
     def run(self, batches: Sequence[PackedBatch], on_output: Callable, forward_only: bool) -> None:
         """One pass of Megatron's schedule; on_output(batch, plan, output) is called on the last stage.
 
         The output has one row a token that this rank feeds: all tokens, or `plan.rows` under context parallelism.
         """
-        thd = "sbhd" if self.models[0].rotary_by_token else "thd"
-        group = self.topology.cp_group if self.topology.cp_size > 1 else None
-        work = [(batch, PackedPlan.from_cu_seqlens(batch.cu_seqlens, thd, group)) for batch in batches]
+        work = [(batch, self.plan(batch)) for batch in batches]
 
         def forward_step(iterator: Iterator, model: torch.nn.Module):
             batch, plan = next(iterator)

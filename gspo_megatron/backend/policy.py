@@ -141,7 +141,7 @@ class Policy:
 
         Args:
             by_token: x [T] of a batch, asked on the last stage alone: only there are log-probs. Under context
-                parallelism it must be 0 at tokens of other ranks, as what is computed from their log-probs of 0 is.
+                parallelism each rank's own targets are taken from it.
         """
         sums = None
         if self.topology.is_last_stage:
@@ -149,7 +149,8 @@ class Policy:
         return self.publish(sums, sum(batch.num_sequences for batch in batches))
 
     def _sums(self, batch: PackedBatch, values: torch.Tensor) -> torch.Tensor:
-        kept = torch.where(batch.loss_mask > 0, values.detach().double(), 0.0)
+        own = Targets.of(batch, self.network.plan(batch)).own if self.topology.cp_size > 1 else True
+        kept = torch.where((batch.loss_mask > 0) & own, values.detach().double(), 0.0)
         ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
         sums = kept.new_zeros(batch.num_sequences + 1).index_add(0, ids, kept)[:-1]
         return self.reducer()(sums.unsqueeze(1)).squeeze(1)
