@@ -65,3 +65,18 @@ def fixed_batches(advantage_seed: int = 7) -> list[PackedBatch]:
             )
         )
     return batches
+
+
+def padded(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """The same batch with every sequence filled up at its end to a multiple of so many tokens."""
+    starts, lengths = batch.cu_seqlens[:-1].long(), torch.diff(batch.cu_seqlens).long()
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), (-(-lengths // multiple) * multiple).cumsum(0)])
+    shift = (bounds[:-1] - starts).repeat_interleave(lengths)
+    places = torch.arange(batch.num_tokens) + shift
+    fields = {
+        name: value.new_zeros(int(bounds[-1])).index_copy(0, places, value)
+        for name in ("tokens", "loss_mask", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+        if (value := getattr(batch, name)) is not None
+    }
+    positions = torch.cat([torch.arange(n) for n in torch.diff(bounds)])
+    return replace(batch, **fields, position_ids=positions, cu_seqlens=bounds.int())

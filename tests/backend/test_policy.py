@@ -10,7 +10,7 @@ from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig
 from gspo_megatron.types import PackedBatch
-from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, small_policy
+from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, padded, small_policy
 from tests.distributed import spawn
 
 PLAIN, RECOMPUTE = ModelConfig(), ModelConfig(recompute=True)
@@ -24,7 +24,15 @@ CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "DP4-EP4": (ParallelConfig(1, 1, None, 4, 1), PLAIN),
     "TP2xPP2-ETP2": (ParallelConfig(2, 2, None, 1, 2), PLAIN),
     "DP4-EP2-distributed-optimizer": (ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True), PLAIN),
+    "CP2xTP2-EP2": (ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2), PLAIN),
+    "CP2xPP2xVP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1, context_parallel_size=2), RECOMPUTE),
+    "CP4-EP4": (ParallelConfig(1, 1, None, 4, 1, context_parallel_size=4), PLAIN),
+    "CP2xDP2-distributed-optimizer": (
+        ParallelConfig(1, 1, None, 1, 1, use_distributed_optimizer=True, context_parallel_size=2),
+        PLAIN,
+    ),
 }
+FP64_CASES = {"CP2xTP2-EP2": CASES["CP2xTP2-EP2"]}
 ONE = {"one": (SINGLE, PLAIN)}
 
 
@@ -38,6 +46,12 @@ def one_rank(rank: int, world_size: int) -> dict:
         "fp64": in_layouts(rank, world_size, ONE, step, old, "gspo", True)["one"],
         "plain": in_layouts(rank, world_size, ONE, plain_step, old)["one"],
     }
+
+
+def four_ranks(rank: int, world_size: int, old: list) -> dict:
+    """The step in every layout, and by some in fp64."""
+    exact = in_layouts(rank, world_size, FP64_CASES, step, old, "gspo", True)
+    return {"fp32": in_layouts(rank, world_size, CASES, step, old, "gspo", False), "fp64": exact}
 
 
 def perturbation(batch: PackedBatch, generator: torch.Generator) -> torch.Tensor:
@@ -62,6 +76,7 @@ def step(case: tuple, old: list | None, algorithm: str, fp64: bool) -> dict:
         old = [b.old_logprobs + perturbation(b, generator) for b in batches]
     for batch, logprobs in zip(batches, old[cut.dp_rank :: cut.dp_size], strict=True):
         batch.old_logprobs = logprobs
+    batches = [padded(batch, cut.sequence_multiple) for batch in batches]
     counts = global_counts(batches, policy.topology)
     for part in policy.optimizer.chained_optimizers:
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips
@@ -92,7 +107,7 @@ def reference(single) -> dict:
 @pytest.fixture(scope="module")
 def layouts(reference) -> list[dict]:
     """By rank: the step's result in each layout."""
-    return spawn(in_layouts, 4, CASES, step, reference["old"], "gspo", False, timeout=240)
+    return spawn(four_ranks, 4, reference["old"], timeout=240)
 
 
 def gradient_error(ours: dict, reference: dict) -> float:
@@ -144,7 +159,7 @@ def test_reference_is_not_trivial(reference):
 @pytest.mark.parametrize("name", CASES)
 def test_layout_equals_one_rank(reference, layouts, name):
     """Loss to 1e-6 of mean |A|, ratios and gradient to 1e-5: the limits that fp32 leaves room for."""
-    results = [by_layout[name] for by_layout in layouts]
+    results = [by_layout["fp32"][name] for by_layout in layouts]
     advantages = torch.cat([b.advantages for b in fixed_batches()])
     assert results[0]["counts"] == reference["counts"]
     assert abs(results[0]["loss"] - reference["loss"]) < 1e-6 * float(advantages.abs().mean())
@@ -197,6 +212,16 @@ def test_fp64_step_equals_the_plain_formula(single):
     ours, plain = single["fp64"], single["plain"]
     assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-11)
     assert gradient_error(ours["gradient"], plain["gradient"]) < 1e-11
+
+
+@pytest.mark.parametrize("name", FP64_CASES)
+def test_layout_equals_one_rank_in_fp64(single, layouts, name):
+    """Where rounding hides nothing: loss, ratios and gradient to 1e-11."""
+    results, reference = [by_rank["fp64"][name] for by_rank in layouts], single["fp64"]
+    assert results[0]["loss"] == pytest.approx(reference["loss"], abs=1e-11)
+    assert gradient_error(results[0]["gradient"], reference["gradient"]) < 1e-11
+    ratio = rows_by_batch(results, "ratio", len({r["dp_rank"] for r in results}))
+    assert float((ratio - reference["ratio"]).abs().max()) < 1e-11
 
 
 def ratio_without_noise(dtype: str) -> float:
