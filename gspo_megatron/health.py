@@ -63,7 +63,7 @@ def mask_findings(minibatches: Sequence[Minibatch], sequences: Sequence[TrainSeq
             )  # fmt: skip
             for number, count in zip(numbers, trained[:-1].tolist(), strict=True):
                 # A sequence with a mask of its own (several turns) may leave tokens out.
-                has_own_mask = getattr(sequences[number], "loss_mask", None) is not None
+                has_own_mask = sequences[number].loss_mask is not None
                 length = sequences[number].response_length
                 if count != length and not has_own_mask:
                     return [

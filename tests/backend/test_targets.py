@@ -1,8 +1,9 @@
 """Rows of an output become vectors by target token."""
 
+from types import SimpleNamespace
+
 import torch
 
-from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.targets import Targets
 from gspo_megatron.types import PackedBatch
 
@@ -16,10 +17,9 @@ def batch() -> PackedBatch:
     )  # fmt: skip
 
 
-def plan(rows: list[int] | None) -> PackedPlan:
-    made = PackedPlan.from_cu_seqlens(batch().cu_seqlens)
-    made.rows = None if rows is None else torch.tensor(rows)
-    return made
+def plan(rows: list[int] | None) -> SimpleNamespace:
+    """A PackedPlan as Targets sees it."""
+    return SimpleNamespace(rows=None if rows is None else torch.tensor(rows))
 
 
 def test_a_row_speaks_about_the_next_token_of_its_sequence():
