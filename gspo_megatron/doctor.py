@@ -38,7 +38,7 @@ class Options:
     noise_floor: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Measure the noise floor of the sequence ratio (the one examination there is; it must be asked for)."""
     num_prompts: int = 32
-    """Prompts of the recipe to sample responses to, rollout.group_size each, over all data-parallel ranks."""
+    """Prompts of the recipe to sample responses to, rollout.group_size each, over all replicas."""
     checkpoint: Path | None = None
     """Folder of a checkpoint (runs/NAME/checkpoints/step_NNNNNN). None: the recipe's initial weights, random."""
     json: Path | None = None
@@ -181,12 +181,13 @@ def check(options: Options, config: TrainConfig, data: int) -> None:
     """Raise ConfigError where there is nothing to measure.
 
     Args:
-        data: data-parallel ranks of the resolved layout.
+        data: data x context parallel ranks of the resolved layout: replicas that sample on their own.
     """
     require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "has no ratio of old and new log-probs",
             "There is nothing to measure; give the recipe of another algorithm.")  # fmt: skip
     require(options.num_prompts % data == 0, "--num-prompts", options.num_prompts,
-            f"cannot be divided evenly over {data} data-parallel ranks", f"Give a multiple of {data}.")  # fmt: skip
+            f"cannot be divided evenly over {data} replicas (ranks / tensor / pipeline)",
+            f"Give a multiple of {data}.")  # fmt: skip
 
 
 def relied_on(config: TrainConfig) -> tuple[str, ...]:

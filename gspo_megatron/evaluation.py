@@ -36,7 +36,7 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
     """(correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
     topology, device = run.topology, run.runtime.device
     # Every replica must get as many prompts; the fillers are not counted.
-    filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.dp_size)
+    filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
     groups = rollouts.generate(run.engine, filled, samples, params, SEED, run.tokenizer)
     rollouts.score(groups, run.mixture, topology, device)
     tasks = run.mixture.names
@@ -44,5 +44,5 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
         (is_correct(reward), tasks.index(group.prompt.item.task), len(completion.token_ids))
         for group in groups for reward, completion in zip(group.rewards, group.completions, strict=True)
     ]  # fmt: skip
-    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_group)
+    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
     return rows[: len(run.held_out) * samples].unbind(1)

@@ -23,6 +23,7 @@ from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.config import AlgorithmConfig, ParallelConfig, TrainConfig
+from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.doctor import NoiseFloor, Row
 from gspo_megatron.errors import TrainingError
@@ -67,7 +68,7 @@ def measure(config: TrainConfig, layout: ParallelConfig, num_prompts: int, check
 
     Args:
         config: resolved (recipe.load), `layout` too (check.resolve_layout).
-        num_prompts: over all data-parallel ranks, a multiple of their number.
+        num_prompts: over all replicas, a multiple of their number (data x context parallel ranks).
         checkpoint: weights to load; None: the recipe's initial ones.
     """
     # The load-balancing loss is no part of a log-prob, but its gradient would make the update below change weights.
@@ -108,8 +109,8 @@ def _of_all_replicas(groups: list, policy: Policy) -> list[TrainSequence]:
     """Small: token ids and log-probs of some hundred responses."""
     for group in groups:
         group.rewards = [0.0] * len(group.completions)
-    everyone: list = [None] * policy.topology.dp_size
-    dist.all_gather_object(everyone, rollouts.train_sequences(groups), group=policy.topology.dp_group)
+    everyone: list = [None] * policy.topology.replicas
+    dist.all_gather_object(everyone, rollouts.train_sequences(groups), group=policy.topology.dp_cp_group)
     return [sequence for mine in everyone for sequence in mine]
 
 
@@ -124,10 +125,10 @@ def _same_layout(bench: _Bench, policy: Policy) -> tuple[list[Row], torch.Tensor
     order = torch.randperm(bench.size, generator=torch.Generator().manual_seed(SEED)).tolist()
     other = _means(bench, policy, order=order)
 
-    tokens = max(sum(len(bench.sequences[i].token_ids) for i in range(r, bench.size, policy.topology.dp_size))
-                 for r in range(policy.topology.dp_size))  # fmt: skip
-    longest = max(len(sequence.token_ids) for sequence in bench.sequences)
-    tighter = max(longest, -(-tokens // (2 * len(batches))))
+    replicas = policy.topology.dp_size  # in training
+    lengths = padded_lengths(bench.sequences, policy.topology.sequence_multiple)
+    tokens = max(sum(lengths[replica::replicas]) for replica in range(replicas))
+    tighter = max(*lengths, -(-tokens // (2 * len(batches))))
     split = bench.packed(policy, mine, tighter)
     more = Row("c", f"microbatches a replica: {len(batches)}, and the responses cannot be cut into more")
     if len(split) > len(batches):

@@ -21,6 +21,7 @@ from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config_algorithm import PreferenceConfig
 from gspo_megatron.data.epochs import epoch_batch, share_of
+from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import answer_tokens, question_tokens
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.metrics.clock import StepClock
@@ -141,7 +142,9 @@ def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: 
         where: its file and line.
         positions: the model's max_position_embeddings.
     """
-    lengths = [len(pair.chosen.token_ids), len(pair.rejected.token_ids)]
+    context = config.parallel.context_parallel_size or 1
+    lengths = padded_lengths([pair.chosen, pair.rejected], 2 * context if context > 1 else 1)
+    padded = f" with padding to multiples of {2 * context}" if context > 1 else ""
     prompt, limit, room = pair.chosen.prompt_length, config.data.max_prompt_length, config.max_tokens_per_microbatch
     if prompt > limit:
         raise RolloutError(
@@ -150,13 +153,13 @@ def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: 
         )
     if max(lengths) > positions:
         raise RolloutError(
-            f"{where}: prompt and answer have {max(lengths)} tokens, more than the model's max_position_embeddings "
-            f"{positions}. Shorten or remove the pair."
+            f"{where}: prompt and answer have {max(lengths)} tokens{padded}, more than the model's "
+            f"max_position_embeddings {positions}. Shorten or remove the pair."
         )
     if sum(lengths) > room:
         raise RolloutError(
-            f"max_tokens_per_microbatch = {room}: the pair of {where}, has {lengths[0]} + {lengths[1]} tokens and "
-            f"stays in one microbatch. Give max_tokens_per_microbatch at least {sum(lengths)}, or remove the pair."
+            f"max_tokens_per_microbatch = {room}: the pair of {where}, has {lengths[0]} + {lengths[1]} tokens{padded} "
+            f"and stays in one microbatch. Give max_tokens_per_microbatch at least {sum(lengths)}, or remove the pair."
         )
 
 

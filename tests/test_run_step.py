@@ -27,6 +27,7 @@ from gspo_megatron.warm_start import warm_start
 from tests.distributed import spawn
 
 ONE, PP2, DP2 = (ParallelConfig(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
+CP2 = ParallelConfig(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
 CONFIG = TrainConfig(
     warm_start=WarmStartConfig(steps=30, num_examples=256, batch_size=32, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=8, eval_samples=1),
@@ -129,11 +130,11 @@ def test_groups_without_signal_are_sampled_anew(alone):
     assert first["advantage/zero_groups"] < alone["grpo"][0]["advantage/zero_groups"]
 
 
-@pytest.mark.parametrize("layout", ["PP2", "DP2"])
+@pytest.mark.parametrize("layout", ["PP2", "DP2", "CP2"])
 def test_two_ranks_repeat_the_steps_of_one(alone, layout, tmp_path):
     """Same prompts, samples, minibatches and advantages whatever the number of replicas; the rest is rounding."""
     names = ["gspo", "shuffled", "kl in the reward"] if layout == "DP2" else ["gspo", "kl in the reward"]
-    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2}[layout], names, str(tmp_path), timeout=200)
+    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2, "CP2": CP2}[layout], names, str(tmp_path), timeout=200)
     for name in names:
         for step in (0, 1):
             ours, other = learning(both[0][name][step]), learning(both[1][name][step])

@@ -60,13 +60,14 @@ def microbatches_needed(
     return len(_fewest(_unit_lengths(sequences, unit, sequence_multiple), max_tokens))
 
 
-def _unit_lengths(sequences: Sequence[TrainSequence], unit: int, multiple: int) -> list[int]:
-    lengths = _padded_lengths(sequences, multiple)
-    return [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
-
-
-def _padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
+def padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
+    """Tokens of each sequence as `pack` lays it out."""
     return [-(-len(sequence.token_ids) // multiple) * multiple for sequence in sequences]
+
+
+def _unit_lengths(sequences: Sequence[TrainSequence], unit: int, multiple: int) -> list[int]:
+    lengths = padded_lengths(sequences, multiple)
+    return [sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit)]
 
 
 def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int, multiple: int) -> None:
@@ -78,7 +79,7 @@ def _check(sequences: Sequence[TrainSequence], max_tokens: int, unit: int, multi
             "there is no sequence to pack: each rank needs one a minibatch. Raise rollout.num_prompts or "
             "lower algorithm.num_minibatches."
         )
-    padded = _padded_lengths(sequences, multiple)
+    padded = padded_lengths(sequences, multiple)
     for i, sequence in enumerate(sequences):
         length, logprobs = len(sequence.token_ids), sequence.rollout_logprobs
         if padded[i] > max_tokens:
@@ -202,7 +203,7 @@ def _join(
 ) -> PackedBatch:
     """One microbatch of the named sequences, see PackedBatch for the shapes."""
     chosen = [sequences[i] for i in indices]
-    lengths = _padded_lengths(chosen, sequence_multiple)
+    lengths = padded_lengths(chosen, sequence_multiple)
     padding = -sum(lengths) % pad_to_multiple
     segments = [*lengths, padding] if padding else lengths
     tokens, mask, rollout = [], [], []

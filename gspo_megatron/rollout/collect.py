@@ -45,7 +45,7 @@ def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
         groups = rollouts.generate(run.engine, prompts, config.group_size, run.sampling_params(), seed, run.tokenizer)
     with clock.part("reward"):
         rollouts.score(groups, run.mixture, run.topology, run.runtime.device)
-    return groups
+    return rollouts.join_context(groups, run.topology)
 
 
 def _has_signal(group: RolloutGroup) -> bool:

@@ -1,7 +1,8 @@
 """From prompts to rewarded groups, and from groups to training sequences: the data of one RL step.
 
-Every rank of a data-parallel replica holds the replica's groups; the first of them scores, so that a scorer that is
-slow or not deterministic runs once.
+Every rank of a replica in generation (a data-parallel and context-parallel rank) holds the replica's groups; the first
+of them scores, so that a scorer that is slow or not deterministic runs once. Training wants the groups of all
+context-parallel ranks together, because those share each sequence: `join_context` brings them there.
 """
 
 import math
@@ -23,11 +24,11 @@ from gspo_megatron.types import Prompt, RolloutGroup, TrainSequence
 
 def generate(engine: MegatronEngine, prompts: list[Prompt], group_size: int, params: SamplingParams, seed: int,
              tokenizer: PreTrainedTokenizerBase) -> list[RolloutGroup]:  # fmt: skip
-    """Sample this replica's share of `prompts` (all of the step's, the same on every rank; a multiple of the
-    data-parallel size). `seed` fixes the samples whatever the layout."""
+    """Sample this replica's share of `prompts` (all of the step's, the same on every rank; a multiple of
+    Topology.replicas). `seed` fixes the samples whatever the layout."""
     topology = engine.topology
-    share = len(prompts) // topology.dp_size
-    mine = slice(topology.dp_rank * share, (topology.dp_rank + 1) * share)
+    share = len(prompts) // topology.replicas
+    mine = slice(topology.dp_cp_rank * share, (topology.dp_cp_rank + 1) * share)
     rows = slice(mine.start * group_size, mine.stop * group_size)
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
     completions = engine.generate(prompts[mine], group_size, params, uniform)
@@ -64,6 +65,19 @@ def score(groups: list[RolloutGroup], mixture: TaskMixture, topology: Topology, 
     flat = rewards.tolist()
     for index, group in enumerate(groups):
         group.rewards = flat[index * len(group.completions) : (index + 1) * len(group.completions)]
+
+
+def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:
+    """The scored groups of all context-parallel ranks, in the order of the prompts. A collective over them.
+
+    They travel as objects: a step's token ids and log-probs are kilobytes to a few megabytes, once a step, against the
+    seconds that sampling them took; packing them into tensors would save nothing that can be measured.
+    """
+    if topology.cp_size == 1:
+        return groups
+    everyone: list = [None] * topology.cp_size
+    dist.all_gather_object(everyone, groups, group=topology.cp_group)
+    return [group for part in everyone for group in part]
 
 
 def _score(group: RolloutGroup, index: int, mixture: TaskMixture) -> float:

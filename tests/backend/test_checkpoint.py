@@ -31,8 +31,14 @@ def load(layout: ParallelConfig, folder: Path) -> dict:
 def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
     saved = save(TP2_PP2_EP2, folder)
     topology.stop()
-    layouts = {"PP2xVP2": ParallelConfig(1, 2, 2, 1, 1), "DP4": SINGLE}
+    shared = ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2)
+    layouts = {"PP2xVP2": ParallelConfig(1, 2, 2, 1, 1), "DP4": SINGLE, "CP2xTP2-EP2": shared}
     loaded = in_layouts(rank, world_size, layouts, load, folder)
+    save(shared, folder.parents[1] / "context" / "step_000001")
+    topology.stop()
+    again = load(SINGLE, folder.parents[1] / "context" / "step_000001")
+    topology.stop()
+    loaded["saved at CP2xTP2-EP2"] = again
     missing = small_policy(SINGLE)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(missing, folder.with_name("step_000009"))
@@ -40,8 +46,8 @@ def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
 
 
 def test_weights_load_under_another_layout(tmp_path):
-    """Saved at TP2 x PP2 with experts over 2 ranks; bit for bit the same at PP2 x VP2 and whole on each of four ranks.
-    A folder that is not there is named."""
+    """Saved at TP2 x PP2 with experts over 2 ranks; bit for bit the same at PP2 x VP2, at CP2 x TP2 (and saved
+    there), and whole on each of four ranks. A folder that is not there is named."""
     folder = tmp_path / "checkpoints" / "step_000001"
     result = spawn(save_and_load, 4, folder)[0]
     assert [p.name for p in folder.parent.iterdir()] == ["step_000001"]  # nothing half-written beside it

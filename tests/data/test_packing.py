@@ -98,6 +98,7 @@ def test_neighbours_of_a_unit_stay_together_in_their_order():
     assert microbatches_needed(sequences(9, 2, 3, 8, 2, 2), 16, unit=2) == 2
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), more=st.integers(0, 3)
 )

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gspo_megatron.config import ParallelConfig
 from gspo_megatron.data.packing import pack
+from gspo_megatron.rollout.groups import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
-from gspo_megatron.types import Prompt, TrainSequence
+from gspo_megatron.types import Prompt, RolloutGroup, TrainSequence
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
 from tests.distributed import spawn
 
@@ -30,25 +32,29 @@ def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
         lambda module, args, kwargs: rows.append(kwargs["packed_seq_params"].num_tokens), with_kwargs=True
     )
     everything = prompts()
-    share = len(everything) // cut.dp_size
-    mine = everything[cut.dp_rank * share : (cut.dp_rank + 1) * share]
+    share, place = len(everything) // cut.replicas, cut.dp_cp_rank
+    mine = everything[place * share : (place + 1) * share]
     uniform = uniforms(len(everything) * GROUP, params.max_tokens, seed=11)
-    uniform = uniform[cut.dp_rank * share * GROUP : (cut.dp_rank + 1) * share * GROUP]
+    uniform = uniform[place * share * GROUP : (place + 1) * share * GROUP]
     answers = engine.generate(mine, GROUP, params, uniform)
     hook.remove()
+    # Training shares each sequence among the context-parallel ranks, so all of them need all of their groups.
+    groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
     sequences = [
-        TrainSequence(p.token_ids + c.token_ids, len(p.token_ids), rollout_logprobs=c.logprobs)
-        for p, group in zip(mine, answers, strict=True) for c in group
+        TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
+        for g in groups for c in g.completions
     ]  # fmt: skip
-    batches = pack(sequences, 4096, cut.tp_size, cut.pp_size if cut.vp_size > 1 else 1)
+    count = cut.pp_size if cut.vp_size > 1 else 1
+    batches = pack(sequences, 4096, cut.microbatch_multiple, count, sequence_multiple=cut.sequence_multiple)
     policy.fill_old_log_probs(batches)
-    errors = [
-        float(((b.old_logprobs - b.rollout_logprobs) * b.loss_mask).abs().max())
-        for b in batches if b.old_logprobs is not None
-    ]  # fmt: skip
+    errors = []
+    for batch in [batch for batch in batches if batch.old_logprobs is not None]:
+        dist.all_reduce(batch.old_logprobs, group=cut.cp_group)  # each rank has its own tokens', and 0 elsewhere
+        errors.append(float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
     return {
         "answers": [[(c.token_ids, c.truncated) for c in group] for group in answers],
-        "dp_rank": cut.dp_rank, "errors": errors, "rows": rows, "last": cut.is_last_stage,
+        "replica": place, "joined": [g.prompt.uid for g in groups], "dp_rank": cut.dp_rank, "errors": errors,
+        "rows": rows, "last": cut.is_last_stage,
     }  # fmt: skip
 
 
@@ -101,6 +107,8 @@ LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": TP2_PP2_EP2,
     "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
     "TP2xDP2-EP4": ParallelConfig(2, 1, None, 4, 1),
+    "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2),
+    "CP2xPP2": ParallelConfig(1, 2, None, 1, 1, context_parallel_size=2),
 }
 
 
@@ -112,12 +120,16 @@ def layouts() -> list[dict]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_same_samples_in_every_layout(reference, layouts, name):
     """Every rank of a replica returns the replica's completions, equal to the one-rank run's token by token. With
-    experts over two replicas, the one that ends first must keep serving the other's tokens."""
+    experts over two replicas, the one that ends first must keep serving the other's tokens. Context-parallel ranks are
+    replicas here, and join their groups for training."""
     results = [by_layout[name] for by_layout in layouts]
-    by_replica = {r["dp_rank"]: r["answers"] for r in results}
-    assert all(r["answers"] == by_replica[r["dp_rank"]] for r in results)
+    by_replica = {r["replica"]: r["answers"] for r in results}
+    assert all(r["answers"] == by_replica[r["replica"]] for r in results)
     assert [group for rank in sorted(by_replica) for group in by_replica[rank]] == reference["answers"]
     assert max(e for r in results for e in r["errors"]) < 2e-5
+    joined = {r["dp_rank"]: r["joined"] for r in results}
+    assert all(r["joined"] == joined[r["dp_rank"]] for r in results)
+    assert [uid for rank in sorted(joined) for uid in joined[rank]] == list(range(len(prompts())))
 
 
 def test_greedy_ignores_the_uniforms(single):
