@@ -224,10 +224,10 @@ def test_a_ratio_other_than_the_papers_is_warned_about(argv, text):
 
 def test_refusing_imports_neither_torch_nor_megatron():
     code = (
-        "import sys; from gspo_megatron import check, cli, recipe\n"
+        "import sys; from gspo_megatron import check, cli, errors, recipe\n"
         "c = recipe.load(['--data.max_prompt_length', '400'])\n"
         "try: check.check(c, check.resolve_layout(c, 1, False), 1)\n"
-        "except check.ConfigError: pass\n"
+        "except errors.ConfigError: pass\n"
         "else: raise SystemExit('not refused')\n"
         "sys.exit(str({'torch', 'megatron', 'transformers'} & set(sys.modules) or '') or 0)"
     )
