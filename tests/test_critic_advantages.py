@@ -20,7 +20,10 @@ from tests.backend.small import SINGLE, in_layouts
 from tests.backend.test_critic import small_critic
 from tests.distributed import spawn
 
-LAYOUTS = {"PP2": ParallelConfig(1, 2, None, 1, 1), "DP2": SINGLE}
+LAYOUTS = {
+    "PP2": ParallelConfig(1, 2, None, 1, 1), "DP2": SINGLE,
+    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+}  # fmt: skip
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.1
 ALGORITHM = AlgorithmConfig(
     name="ppo", num_minibatches=2, overlong_buffer=3, kl=KlConfig(coef=KL, estimator="k3", place="reward"),
@@ -57,13 +60,17 @@ def estimate(layout: ParallelConfig, whitened: bool) -> dict:
     policy.fill_old_log_probs(batches)
     for batch in batches:
         if cut.is_last_stage:
-            batch.ref_logprobs = batch.old_logprobs + 0.3 * torch.sin(batch.tokens.float())
+            # Both are 0 at other context-parallel ranks' tokens.
+            shift = 0.3 * torch.sin(batch.tokens.float()) * (batch.old_logprobs != 0)
+            batch.ref_logprobs = batch.old_logprobs + shift
     estimator = CriticAdvantages(config, policy, critic)
     means = estimator.fill(mine, minibatches, 0)
     rows = {}
     names = ("values", "old_logprobs", "ref_logprobs", "advantages", "returns", "loss_mask")
     for part, minibatch in enumerate(minibatches if cut.is_last_stage else []):
         for batch, numbers in minibatch.numbered():
+            for own in (batch.old_logprobs, batch.ref_logprobs):
+                dist.all_reduce(own, group=cut.cp_group)
             for place, number in enumerate(numbers):
                 span = slice(*batch.cu_seqlens[place : place + 2].tolist())
                 found = {name: getattr(batch, name)[span].tolist() for name in names}
@@ -124,7 +131,7 @@ def test_advantages_and_returns(results, kind, layout):
         means.append(sum(expected) / len(expected))
     for by_rank in results:  # in the order of responses, on every stage
         found = by_rank[kind][layout]
-        mine = means if layout == "PP2" else means[2 * found["dp_rank"] : 2 * found["dp_rank"] + 2]
+        mine = means if layout != "DP2" else means[2 * found["dp_rank"] : 2 * found["dp_rank"] + 2]
         assert found["means"] == pytest.approx(mine, abs=1e-5)
 
 
