@@ -89,7 +89,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo_token": _GROUP | {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
     "grpo": _TOKEN | {"kl.coef": 0.04},  # arXiv 2402.03300, section 4.2
     "dr_grpo": _TOKEN | {"aggregation": "constant_length", "normalize_advantage_by_std": False},  # arXiv 2503.20783
-    "dapo": _TOKEN | {"clip_ratio_high": 0.28, "aggregation": "token_mean", "resampling_rounds": 3},  # arXiv 2503.14476
+    "dapo": _TOKEN | {"clip_ratio_high": 0.28, "aggregation": "token_mean", "resampling_rounds": 3,
+                      "overlong_buffer": None},  # arXiv 2503.14476
     "ppo": _TOKEN | {"aggregation": "token_mean", "entropy_coef": 0.001, "kl.coef": 0.01, "kl.estimator": "k1",
                      "kl.place": "reward"},
     "dpo": _TOKEN,  # of these, DPO uses none
@@ -126,7 +127,8 @@ class AlgorithmConfig:
     resampling_rounds: int | None = None
     """Most further rounds of fresh prompts in place of groups without signal (DAPO's dynamic sampling). 0: off."""
     overlong_buffer: int | None = None
-    """Tokens below max_response_length in which the reward falls by up to overlong_penalty. 0: off."""
+    """Tokens below max_response_length in which the reward falls by up to overlong_penalty. 0: off. None: 0, but for
+    dapo a fifth of max_response_length, as in its paper."""
     overlong_penalty: float = 1.0
     shuffle_advantages: bool = False
     """Control run: advantages are permuted within each group, so nothing can be learned from them."""

@@ -120,7 +120,7 @@ def test_what_only_some_of_them_do(results):
 
 
 def test_the_critic_learns_the_returns(results):
-    """Its value starts at 0, so its loss starts at half the mean squared return; it falls by a third at least. (In twelve
-    steps that is the returns' mean; telling good responses from bad ones takes longer.)"""
+    """Its value starts at 0, so its loss starts at half the mean squared return; it falls by a third at least. (In
+    twelve steps that is the returns' mean; telling good responses from bad ones takes longer.)"""
     losses = [row["value/loss"] for row in results["ppo"][1:]]
     assert fmean(losses[-3:]) < 0.67 * losses[0]
