@@ -28,7 +28,10 @@ from gspo_megatron.types import TrainSequence
 from tests.backend.small import CONFIG_PATH
 from tests.distributed import spawn
 
-LAYOUTS = {"DP2": ParallelConfig(1, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1)}
+LAYOUTS = {
+    "DP2": ParallelConfig(1, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
+    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+}  # fmt: skip
 PAIRS, HELD_OUT, STEPS = 77, 7, 11  # the last tenth; odd, so that two replicas need a filler
 
 
@@ -58,7 +61,7 @@ def configured(path: Path, layout: ParallelConfig) -> TrainConfig:
     )  # fmt: skip
 
 
-def in_two_layouts(rank: int, world_size: int, path: Path) -> dict:
+def in_layouts(rank: int, world_size: int, path: Path) -> dict:
     found = {}
     for name, layout in LAYOUTS.items():
         run = runs.start(configured(path, layout))
@@ -102,7 +105,7 @@ def evaluation_at_moved_weights(run: runs.Run) -> list[dict]:
 def results(tmp_path_factory) -> list[dict]:
     """By rank: what happened in each layout."""
     folder = tmp_path_factory.mktemp("dpo")
-    return spawn(in_two_layouts, 2, write_pairs(folder), timeout=200)
+    return spawn(in_layouts, 2, write_pairs(folder), timeout=200)
 
 
 def rows_of(results: list[dict], layout: str) -> list[dict]:
@@ -120,7 +123,7 @@ def test_pairs_stay_whole_and_each_is_packed_once(results, layout):
         assert batch[1::2] == [(a, a + 1) for a, b in batch[::2]]  # followed by the rejected of the same p
     assert sorted(a for batch in microbatches for a, _ in batch[::2]) == [2 * p for p in range(16)]
     sizes = {len(batches) for batches in by_replica.values()}
-    assert len(sizes) == 1 and (layout == "DP2" or sizes.pop() % 2 == 0)
+    assert len(sizes) == 1 and (layout != "PP2xVP2" or sizes.pop() % 2 == 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,21 +144,23 @@ def test_margin_and_held_out_accuracy_rise(results, layout):
 
 def test_layouts_learn_the_same(results):
     """Until rounding has grown by Adam's first steps: half a percent of the margin after 3 steps."""
-    first, second = (rows_of(results, layout) for layout in LAYOUTS)
-    assert second[1]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
+    first, *others = (rows_of(results, layout) for layout in LAYOUTS)
     assert first[3]["dpo/margin"] > 0.005
-    assert second[3]["dpo/margin"] == pytest.approx(first[3]["dpo/margin"], rel=5e-3)
+    for rows in others:
+        assert rows[1]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
+        assert rows[3]["dpo/margin"] == pytest.approx(first[3]["dpo/margin"], rel=5e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_evaluation_counts_each_held_out_pair_once(results, layout):
     """Seven pairs need a filler, on two replicas as with virtual stages; the sum over seven is that over six and one.
-    The last pair is the filler: counted twice it would show."""
+    The last pair is the filler: counted twice it would show. (Sums of log-probs over a sequence round by 4e-6 in fp32.)
+    """
     seven, six, last = results[0][layout]["moved"]
     for name in ("margin", "accuracy", "chosen", "rejected", "loss"):
         key = f"dpo/eval_{name}"
-        assert 7 * seven[key] == pytest.approx(6 * six[key] + last[key], rel=1e-4)
-        assert seven[key] == pytest.approx(results[0]["DP2"]["moved"][0][key], rel=1e-4)
+        assert 7 * seven[key] == pytest.approx(6 * six[key] + last[key], rel=1e-4, abs=2e-5)
+        assert seven[key] == pytest.approx(results[0]["DP2"]["moved"][0][key], rel=1e-4, abs=2e-5)
         assert results[1][layout]["moved"][0][key] == seven[key]  # on every rank
     assert abs(seven["dpo/eval_margin"] - last["dpo/eval_margin"]) > 1e-3 and seven["dpo/eval_num"] == HELD_OUT
     assert seven["route/load_imbalance"] > 1

@@ -224,10 +224,11 @@ def test_layout_equals_one_rank_in_fp64(single, layouts, name):
     assert float((ratio - reference["ratio"]).abs().max()) < 1e-11
 
 
-def ratio_without_noise(dtype: str) -> float:
+def ratio_without_noise(case: tuple[ParallelConfig, str]) -> float:
     """Largest |log-ratio| of any token in an update that follows old log-probs at the same weights."""
-    policy = small_policy(TP2_PP2_EP2, model=ModelConfig(params_dtype=dtype))
-    batches = fixed_batches()
+    layout, dtype = case
+    policy = small_policy(layout, model=ModelConfig(params_dtype=dtype))
+    batches = [padded(batch, policy.topology.sequence_multiple) for batch in fixed_batches()]
     policy.fill_old_log_probs(batches)
     counts = global_counts(batches, policy.topology)
     result = policy.update(batches, policy_loss(AlgorithmConfig()), counts)
@@ -237,5 +238,7 @@ def ratio_without_noise(dtype: str) -> float:
 def test_ratio_is_exactly_1_at_unchanged_weights():
     """Old and new log-probs come from the same packing, kernels and routes, so not even the last bit differs, in fp32
     and in bf16 alike; anything else would be noise beside a clip range of 3e-4."""
-    noise = spawn(in_layouts, 4, {"fp32": "fp32", "bf16": "bf16"}, ratio_without_noise)[0]
-    assert noise == {"fp32": 0.0, "bf16": 0.0}
+    shared = CASES["CP2xTP2-EP2"][0]
+    cases = {"fp32": (TP2_PP2_EP2, "fp32"), "bf16": (TP2_PP2_EP2, "bf16"), "bf16-CP2": (shared, "bf16")}
+    noise = spawn(in_layouts, 4, cases, ratio_without_noise)[0]
+    assert noise == {"fp32": 0.0, "bf16": 0.0, "bf16-CP2": 0.0}
