@@ -140,7 +140,12 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
 
 
 def stop() -> None:
+    """Leave all process groups but the default one. Megatron only forgets its own, and Gloo keeps threads for each group
+    until it is destroyed: a process that goes through many layouts would drown in them."""
     parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):  # in the order of creation, the same on every rank
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
