@@ -140,8 +140,8 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
 
 
 def stop() -> None:
-    """Leave all process groups but the default one. Megatron only forgets its own, and Gloo keeps threads for each until
-    it is destroyed: a process that goes through many layouts would drown in them."""
+    """Leave all process groups but the default one. Megatron only forgets its own, and Gloo keeps threads for each
+    until it is destroyed: a process that goes through many layouts would drown in them."""
     parallel_state.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):  # in the order of creation, the same on every rank
         if group is not dist.group.WORLD:
