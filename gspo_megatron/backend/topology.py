@@ -5,6 +5,7 @@ are by default: the context-parallel ranks of a data-parallel replica train on t
 them is a replica of its own; those are numbered by `dp_cp_rank`.
 """
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -102,6 +103,7 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         layout: every size filled in (check.resolve_layout).
         seed: of Megatron's trackers; our own initial weights do not use them (parameters.py).
     """
+    gc.collect()  # models of an earlier layout hang in reference cycles and hold their groups, with all their threads
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
