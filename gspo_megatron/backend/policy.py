@@ -199,7 +199,9 @@ class Policy:
         tokens, chunk = batch.tokens[targets.index], self.config.model.logprob_chunk_tokens
         if chunk:
             weight = self.models[-1].head_weight()
-            logprobs, entropy = linear_logprobs(output, weight, tokens, self.temperature, group, chunk)
+            # Megatron's Float16Module gives the last stage's bf16 output as fp32; going back is exact.
+            hidden = output.to(weight.dtype)
+            logprobs, entropy = linear_logprobs(hidden, weight, tokens, self.temperature, group, chunk)
         else:
             logprobs, entropy = vocab_logprobs(output, tokens, self.temperature, group)
         return targets.scatter(logprobs), targets.scatter(entropy), targets.own

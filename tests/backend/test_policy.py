@@ -224,10 +224,10 @@ def test_layout_equals_one_rank_in_fp64(single, layouts, name):
     assert float((ratio - reference["ratio"]).abs().max()) < 1e-11
 
 
-def ratio_without_noise(case: tuple[ParallelConfig, str]) -> float:
+def ratio_without_noise(case: tuple[ParallelConfig, ModelConfig]) -> float:
     """Largest |log-ratio| of any token in an update that follows old log-probs at the same weights."""
-    layout, dtype = case
-    policy = small_policy(layout, model=ModelConfig(params_dtype=dtype))
+    layout, model = case
+    policy = small_policy(layout, model=model)
     batches = [padded(batch, policy.topology.sequence_multiple) for batch in fixed_batches()]
     policy.fill_old_log_probs(batches)
     counts = global_counts(batches, policy.topology)
@@ -239,6 +239,8 @@ def test_ratio_is_exactly_1_at_unchanged_weights():
     """Old and new log-probs come from the same packing, kernels and routes, so not even the last bit differs, in fp32
     and in bf16 alike; anything else would be noise beside a clip range of 3e-4."""
     shared = CASES["CP2xTP2-EP2"][0]
-    cases = {"fp32": (TP2_PP2_EP2, "fp32"), "bf16": (TP2_PP2_EP2, "bf16"), "bf16-CP2": (shared, "bf16")}
+    bf16, chunked = ModelConfig(params_dtype="bf16"), ModelConfig(params_dtype="bf16", logprob_chunk_tokens=7)
+    cases = {"fp32": (TP2_PP2_EP2, PLAIN), "bf16": (TP2_PP2_EP2, bf16), "bf16-CP2": (shared, bf16),
+             "bf16-logits-in-chunks": (TP2_PP2_EP2, chunked)}  # fmt: skip
     noise = spawn(in_layouts, 4, cases, ratio_without_noise)[0]
-    assert noise == {"fp32": 0.0, "bf16": 0.0, "bf16-CP2": 0.0}
+    assert noise == dict.fromkeys(cases, 0.0)
