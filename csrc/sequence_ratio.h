@@ -120,8 +120,9 @@ struct SequenceResult {
   double slope_negative;    // the same where A_t < 0
 };
 
-// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so a sequence's tokens enter by the sum
-// of their positive and of their negative advantages alone. Comparisons let a ratio that is not a number through.
+// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so a sequence's
+// tokens enter by the sum of their positive and of their negative advantages alone. Comparisons let a ratio that is not a
+// number through.
 template <bool kByToken>
 GSPO_INLINE SequenceResult sequence_result(const double* partials, double advantage, ClipBounds clip) {
   SequenceResult out = {1.0, 0.0, 0.0, 0.0, 0.0, 0.0};

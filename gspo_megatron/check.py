@@ -88,7 +88,10 @@ def warnings(config: TrainConfig) -> list[str]:
             "no part of the GSPO objective. Leave it at 0 unless that is wanted."
         )
     if config.algorithm.shuffle_advantages and config.algorithm.name != "dpo":
-        found.append("algorithm.shuffle_advantages makes this a control run: rewards are shuffled, so it cannot learn.")
+        found.append(
+            "algorithm.shuffle_advantages makes this a control run: advantages are permuted within groups, so it "
+            "cannot learn."
+        )
     return found
 
 
@@ -140,6 +143,16 @@ def _ratio_warnings(config: TrainConfig) -> list[str]:
                 "algorithm.old_logprobs = 'rollout' with model.params_dtype = 'bf16': old log-probs of bf16 accuracy "
                 "alone put an error of about 1.5e-4 on the ratio of 64 tokens. Use recomputed: it keeps them in fp32."
             )
+    if algorithm.kl.coef and algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1":
+        found.append(
+            "algorithm.kl.estimator = 'k1' in the loss has a gradient whose mean is 0, so it adds noise and no pull to "
+            "the reference. Use k3 or k2 there, or put the KL into the reward (algorithm.kl.place)."
+        )
+    if algorithm.mismatch.correction.startswith("sequence") and algorithm.mismatch.threshold > 1.1:
+        found.append(
+            f"algorithm.mismatch.threshold = {algorithm.mismatch.threshold:g} bounds the mean log-ratio of a sequence, "
+            "which hardly leaves 1 by a hundredth: the correction will not be active. 1.001 is a threshold of its size."
+        )
     if config.rollout.top_k or config.rollout.top_p < 1:
         found.append(
             "rollout.top_k and top_p cut the distribution that is sampled from, but log-probs are those of the whole "
@@ -260,3 +273,7 @@ def _check_penalty(config: TrainConfig) -> None:
     require(not in_reward or algorithm.old_logprobs != "first_minibatch", "algorithm.old_logprobs",
             algorithm.old_logprobs, "leaves the first minibatch without old log-probs, which the KL penalty in the "
             "reward needs", "Give recomputed, or algorithm.kl.place loss.")  # fmt: skip
+    limit = config.rollout.max_response_length
+    require((algorithm.overlong_buffer or 0) <= limit, "algorithm.overlong_buffer", algorithm.overlong_buffer,
+            f"must be at most rollout.max_response_length {limit}, below which it is counted",
+            "A fifth of that limit is common.")  # fmt: skip

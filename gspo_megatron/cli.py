@@ -24,7 +24,7 @@ usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
-train   train a MoE model with GSPO; `gspo-megatron train --help` lists every override with its default
+train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
 doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""

@@ -15,7 +15,8 @@ class KlConfig:
     coef: float | None = None
     """None: the algorithm's own."""
     estimator: Literal["k1", "k2", "k3"] | None = None
-    """k1: logp - ref; k2: half its square; k3: exp(ref - logp) - 1 + logp - ref (Schulman, 2020)."""
+    """k1: logp - ref; k2: half its square; k3: exp(ref - logp) - 1 + logp - ref (Schulman, 2020). None: k1 in the
+    reward, k3 in the loss, where k1's gradient has mean 0."""
     place: Literal["loss", "reward"] | None = None
     """loss: a term of the loss. reward: taken off the reward, by token for ppo, by sequence for the others."""
 
@@ -49,7 +50,7 @@ class CriticConfig:
     """Discount by token."""
     gae_lambda: float = 0.95
     clip_value: float = 0.2
-    """Values move at most this far from those at collection, in one rollout batch."""
+    """A value that has moved further than this from the one at collection gets no gradient in that direction."""
     whiten_advantages: bool = True
     """Mean 0 and standard deviation 1 over the trained tokens of the whole batch."""
 
@@ -82,7 +83,7 @@ class PreferenceConfig:
 
 # What a recipe need not give, by algorithm: AlgorithmConfig.resolved() fills these in where it says None.
 _GROUP = {"aggregation": "sequence_mean", "normalize_advantage_by_std": True, "entropy_coef": 0.0, "kl.coef": 0.0,
-          "kl.estimator": "k3", "kl.place": "loss", "resampling_rounds": 0, "overlong_buffer": 0}  # fmt: skip
+          "kl.place": "loss", "resampling_rounds": 0, "overlong_buffer": 0}  # fmt: skip
 _TOKEN = _GROUP | {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo": _GROUP | {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},  # arXiv 2507.18071, section 5.1
@@ -91,8 +92,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dr_grpo": _TOKEN | {"aggregation": "constant_length", "normalize_advantage_by_std": False},  # arXiv 2503.20783
     "dapo": _TOKEN | {"clip_ratio_high": 0.28, "aggregation": "token_mean", "resampling_rounds": 3,
                       "overlong_buffer": None},  # arXiv 2503.14476
-    "ppo": _TOKEN | {"aggregation": "token_mean", "entropy_coef": 0.001, "kl.coef": 0.01, "kl.estimator": "k1",
-                     "kl.place": "reward"},
+    "ppo": _TOKEN | {"aggregation": "token_mean", "entropy_coef": 0.001, "kl.coef": 0.01, "kl.place": "reward"},
     "dpo": _TOKEN,  # of these, DPO uses none
 }  # fmt: skip
 SEQUENCE_RATIO = ("gspo", "gspo_token")
@@ -151,6 +151,12 @@ class AlgorithmConfig:
         for name in ("resampling_rounds", "overlong_buffer", "overlong_penalty", "entropy_coef"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"algorithm.{name}", value, "must be 0 or more", "Give 0 for none.")
+        require(not self.shuffle_advantages or self.name in GROUP_NORMALISED, "algorithm.shuffle_advantages", True,
+                f"permutes within groups, and {self.name} does not compare within groups",
+                "Leave it out, or choose a group-normalised algorithm.")  # fmt: skip
+        require(not self.resampling_rounds or self.name in GROUP_NORMALISED, "algorithm.resampling_rounds",
+                self.resampling_rounds, f"is for groups without signal, and {self.name} does not compare within groups",
+                "Give 0.")  # fmt: skip
         require(self.old_logprobs != "rollout" or self.mismatch.correction == "none", "algorithm.mismatch.correction",
                 self.mismatch.correction, "has nothing to correct where old_logprobs is rollout",
                 "Give old_logprobs recomputed, or correction none.")  # fmt: skip
@@ -164,4 +170,7 @@ class AlgorithmConfig:
             owner, target = (self.kl, kl) if part else (self, changes)
             if getattr(owner, field_name) is None:
                 target[field_name] = value
+        place = kl.get("place", self.kl.place)
+        if self.kl.estimator is None:
+            kl["estimator"] = "k1" if place == "reward" else "k3"
         return replace(self, kl=replace(self.kl, **kl), **changes)

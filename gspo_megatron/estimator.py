@@ -58,7 +58,7 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
     rewards = torch.tensor([r for group in groups for r in group.rewards], dtype=torch.float64)
     lengths = torch.tensor([len(c.token_ids) for group in groups for c in group.completions])
     limit = config.rollout.max_response_length
-    buffer = limit // 5 if algorithm.overlong_buffer is None else algorithm.overlong_buffer
+    buffer = max(limit // 5, 1) if algorithm.overlong_buffer is None else algorithm.overlong_buffer
     return rewards + overlong_penalty(lengths, limit, buffer, algorithm.overlong_penalty)
 
 

@@ -47,11 +47,16 @@ class HeldOut:
     num_pairs: int  # of all replicas, without the fillers that give each replica as many
 
 
-def train_preferences(run: Run) -> None:
+def encode_pairs(run: Run) -> tuple[list[EncodedPair], list[EncodedPair]]:
+    """(training pairs, held-out pairs) as tokens. Raises RolloutError, on every rank, for one that is too long."""
+    data = load_pairs(run.config.algorithm.preference)
+    return encode_all(data.train, run), encode_all(data.held_out, run)
+
+
+def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair]]) -> None:
     """All DPO steps, with evaluations before, between and after. Rows go to the metrics under phase "dpo"."""
     config = run.config
-    data = load_pairs(config.algorithm.preference)
-    train, held_out = (encode_all(pairs, run) for pairs in (data.train, data.held_out))
+    train, held_out = pairs
     run.policy.start_optimizer()
     run.reference = FrozenReference(run.policy.models)
     held = pack_held_out(run, held_out)

@@ -162,7 +162,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "layout": f"{run.topology.describe()} = {runtime.world_size} ranks",
         "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
         "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
-        "loss": library.status()["gspo_forward"],
+        "sums by sequence": library.status()["sequence_partials"],
         "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
         f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),

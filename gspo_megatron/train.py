@@ -22,7 +22,7 @@ from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
-from gspo_megatron.preferences import train_preferences
+from gspo_megatron.preferences import encode_pairs, train_preferences
 from gspo_megatron.rollout import groups as rollouts
 from gspo_megatron.rollout.collect import collect
 from gspo_megatron.run import Run
@@ -35,10 +35,12 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 def train(config: TrainConfig, layout: ParallelConfig) -> None:
     """Warm start, then RL or DPO. `layout` has every size filled in and has been checked (check.py)."""
     run = runs.start(dataclasses.replace(config, parallel=layout))
-    warm_start(run)
     if config.algorithm.name == "dpo":
-        train_preferences(run)
+        pairs = encode_pairs(run)  # before the warm start, because a pair may be too long
+        warm_start(run)
+        train_preferences(run, pairs)
     else:
+        warm_start(run)
         reinforce(run)
     checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
     if run.runtime.is_main:
@@ -104,8 +106,8 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     row |= load_metrics(policy.expert_load.take()) | clock.read()
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
     if row["update/skipped"]:
-        run.reporter.note(f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing, "
-                          "because no response in them had an advantage")  # fmt: skip
+        run.reporter.note(f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "
+                          "their gradient was exactly 0 (no advantage, or all clipped or masked)")  # fmt: skip
     for group in groups[:SAMPLES_A_STEP]:
         run.reporter.sample({"step": step, "task": group.prompt.item.task, "prompt": group.prompt.item.question,
                              "response": group.texts[0], "reward": group.rewards[0]})  # fmt: skip

@@ -54,7 +54,7 @@ class TrainSequence:
 
     token_ids: list[int]  # prompt then response
     prompt_length: int  # the first prompt_length tokens have loss mask 0
-    advantage: float = 0.0
+    advantage: float = 0.0  # where it is known before packing; in RL an estimator fills it in afterwards
     reward: float = 0.0
     group_id: int = -1
     truncated: bool = False

@@ -66,7 +66,7 @@ def in_layouts(rank: int, world_size: int, path: Path) -> dict:
     for name, layout in LAYOUTS.items():
         run = runs.start(configured(path, layout))
         found[name] = packed(run) | {"moved": evaluation_at_moved_weights(run), "folder": run.folder}
-        preferences.train_preferences(run)
+        preferences.train_preferences(run, preferences.encode_pairs(run))
         run.reporter.close()
         topology.stop()
     return found

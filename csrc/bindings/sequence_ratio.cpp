@@ -187,8 +187,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
   const at::Tensor weights = by_token ? advantages : advantages.to(at::kDouble).contiguous();
   const auto compute = by_token ? results<true> : results<false>;
   const double objective =
-      compute(table.const_data_ptr<double>(), table.size(1), weights, size, {1.0 - clip_low, 1.0 + clip_high, clip_dual},
-              ratios.mutable_data_ptr<double>(), clipped.mutable_data_ptr<double>(), slopes.mutable_data_ptr<double>());
+      compute(table.const_data_ptr<double>(), table.size(1), weights, size,
+              {1.0 - clip_low, 1.0 + clip_high, clip_dual}, ratios.mutable_data_ptr<double>(), clipped.mutable_data_ptr<double>(), slopes.mutable_data_ptr<double>());
   *loss.mutable_data_ptr<double>() = -objective / denominator;
   return {loss, ratios, clipped, slopes};
 }

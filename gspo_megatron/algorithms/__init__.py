@@ -1,7 +1,7 @@
 """Policy-optimization mathematics on packed log-probs. Never imports Megatron.
 
-One small file an algorithm, and this literal table. What else makes an algorithm is in config.ALGORITHMS: the values
-that a recipe need not give, and where its advantages come from.
+One small file an algorithm, and this literal table. What else makes an algorithm: the values that a recipe need not
+give (config_algorithm.ALGORITHMS), and where its advantages come from (train.make_estimator).
 """
 
 import math

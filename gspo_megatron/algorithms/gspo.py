@@ -21,18 +21,19 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
-    token_advantages = inputs.advantages if inputs.has_token_advantages else None
-    partials = sequence_partials(
-        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy, token_advantages
-    )
     weights = token_weights(inputs, options)
+    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
+    number = max(inputs.counts.num_sequences, 1)
+    advantages = _weighed(inputs, options, weights * number)
+    partials = sequence_partials(
+        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy,
+        advantages if inputs.has_token_advantages else None,
+    )  # fmt: skip
     extra, regularizer = regularizers(inputs, options, weights)
     sums = inputs.reduce(torch.cat([partials, extra], dim=1), maximum=LARGEST)
     partials, extra = sums[:, :-2], sums[:, -2:]
-    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
-    number = max(inputs.counts.num_sequences, 1)
     loss, _, clipped = gspo_surrogate(
-        inputs.logprobs, partials, _weighed(inputs, options, weights * number), inputs.loss_mask, inputs.bounds,
+        inputs.logprobs, partials, advantages, inputs.loss_mask, inputs.bounds,
         options.clip.low, options.clip.high, number, options.clip.dual,
     )  # fmt: skip
     table = torch.cat([partials[:, : len(COLUMNS)], extra, clipped], dim=1)

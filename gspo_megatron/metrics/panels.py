@@ -81,7 +81,7 @@ def reward(ax: Axes, record: RunRecord) -> None:
 
 
 def clip_fraction(ax: Axes, record: RunRecord) -> None:
-    """What share of responses, and of tokens, gave no gradient because the sequence ratio left its range."""
+    """What share of responses (in some token, where tokens have ratios) and of tokens lost gradient to the clip."""
     for key, label, colour in (
         ("clip/seq_low", "responses, ratio too low", BLUE),
         ("clip/seq_high", "responses, ratio too high", RED),
@@ -91,7 +91,7 @@ def clip_fraction(ax: Axes, record: RunRecord) -> None:
         if steps:
             style = ":" if key == "clip/token" else "-"
             _smoothed(ax, steps, [100 * value for value in values], colour, label, style)
-    _label(ax, "Clipped by the sequence ratio", "RL step", "clipped (%)")
+    _label(ax, "Clipped by the ratio", "RL step", "clipped (%)")
     ax.set_ylim(bottom=0)
 
 

@@ -2,7 +2,8 @@
 
 Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. Each
 further round takes as many fresh prompts as the first; a replica keeps its groups with signal until it has its share.
-After `resampling_rounds`, groups without signal fill the rest. Left out: rounds of a size fitted to what is missing.
+After `resampling_rounds`, groups without signal fill the rest. Left out: rounds of a size fitted to what is missing,
+and a choice over all replicas: which groups are kept depends on the data-parallel size.
 """
 
 import torch
@@ -29,13 +30,22 @@ def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], 
         kept += [group for group in groups if _has_signal(group)]
         flat += [group for group in groups if not _has_signal(group)]
         rounds += 1
-    dropped = max(len(kept) - share, 0)
-    return (kept + flat)[:share], {
-        "sampling/rounds": float(rounds),
-        "sampling/without_signal": len(flat) / (len(kept) + len(flat)),
-        "sampling/filled": max(share - len(kept), 0) / share,
-        "sampling/unused": float(dropped),
-    }
+    return (kept + flat)[:share], {"sampling/rounds": float(rounds)} | _metrics(run, kept, flat, share)
+
+
+def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share: int) -> dict[str, float]:
+    """Over all replicas. reward/mean is of the groups that are trained on; reward/sampled of all that were sampled."""
+    rewards = [reward for group in kept + flat for reward in group.rewards]
+    sums = torch.tensor(
+        [len(kept), len(flat), max(share - len(kept), 0), max(len(kept) - share, 0), share, sum(rewards), len(rewards)],
+        dtype=torch.float64, device=run.runtime.device,
+    )  # fmt: skip
+    dist.all_reduce(sums, group=run.topology.dp_group)
+    signal, without, filled, unused, shares, reward, number = sums.tolist()
+    return {
+        "sampling/without_signal": without / (signal + without), "sampling/filled": filled / shares,
+        "sampling/unused": unused, "reward/sampled": reward / number,
+    }  # fmt: skip
 
 
 def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:

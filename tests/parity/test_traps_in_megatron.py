@@ -82,7 +82,9 @@ TRAPS = {  # name -> (case, what is put in, a word of the account that must come
     "context ranks alone": (Case(BY_NAME["CP2"]), context_ranks_alone, "ratio"),
     "scaled by CP": (Case(BY_NAME["CP2"]), scaled_by_context_size, "gradient"),
     "norms of one tensor rank": (Case(BY_NAME["TP2"]), norms_of_one_tensor_rank, "gradient"),
-    "batched sends": (Case(BY_NAME["PP2 VP2"], microbatches=4, padded=True), batched_sends_of_virtual_stages, "gradient"),
+    "batched sends": (
+        Case(BY_NAME["PP2 VP2"], microbatches=4, padded=True), batched_sends_of_virtual_stages, "gradient",
+    ),
     "unscaled temperature": (Case(BY_NAME["CP2"], temperature=0.7), unscaled_temperature, "ratio"),
 }  # fmt: skip
 
