@@ -102,10 +102,11 @@ def _doctor(argv: list[str]) -> int:
 
     options, rest = doctor.parse(argv, quiet=process.rank() != 0)
     config = recipe.load(rest, quiet=process.rank() != 0, program=doctor.PROGRAM)
+    doctor.check_algorithm(config)
     layout, world_size = _layout(config)
     check.check(config, layout, world_size)
     stages = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
-    doctor.check(options, config, world_size // stages)
+    doctor.check_prompts(options, world_size // stages)
     if "RANK" not in os.environ:
         _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN])
     _hide_gpus(config)

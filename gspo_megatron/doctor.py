@@ -177,14 +177,18 @@ def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
     return options, rest
 
 
-def check(options: Options, config: TrainConfig, data: int) -> None:
-    """Raise ConfigError where there is nothing to measure.
+def check_algorithm(config: TrainConfig) -> None:
+    """Raise ConfigError where there is nothing to measure."""
+    require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "has no ratio of old and new log-probs",
+            "There is nothing to measure; give the recipe of another algorithm.")  # fmt: skip
+
+
+def check_prompts(options: Options, data: int) -> None:
+    """Raise ConfigError for prompts that replicas cannot share.
 
     Args:
         data: data x context parallel ranks of the resolved layout: replicas that sample on their own.
     """
-    require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "has no ratio of old and new log-probs",
-            "There is nothing to measure; give the recipe of another algorithm.")  # fmt: skip
     require(options.num_prompts % data == 0, "--num-prompts", options.num_prompts,
             f"cannot be divided evenly over {data} replicas (ranks / tensor / pipeline)",
             f"Give a multiple of {data}.")  # fmt: skip

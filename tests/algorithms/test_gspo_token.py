@@ -143,3 +143,18 @@ def test_as_many_advantages_as_tokens_and_sequences_are_one_a_sequence():
     out = gspo_token_loss(inputs, options=LossOptions(WIDE))
     assert out.loss.item() == -3.0
     close(gradient(out.loss, inputs), [-1.5, -1.5])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "constant_length", "length_proportional"])
+def test_aggregation_reaches_the_value_and_the_gradient_of_token_advantages(aggregation):
+    """Two sequences at ratio 1 with advantages (1, 4, -2) and (3,): weights w_i N |y_i| / (N |y_i|) = w_i by token.
+
+    token_mean: w = 1/4, so J = (1 + 4 - 2 + 3) / 4; constant_length with L = 5: w = 1 / (2 * 5), J = 6 / 10;
+    length_proportional: w = 1/2, J = 3. The slope of token t is -w A_t.
+    """
+    weight = {"token_mean": 1 / 4, "constant_length": 1 / 10, "length_proportional": 1 / 2}[aggregation]
+    first = Response([-1.0] * 3, [-1.0] * 3, [1, 1, 1], [1.0, 4.0, -2.0])
+    inputs = pack([first, Response([-1.0], [-1.0], [1], [3.0])])
+    out = gspo_token_loss(inputs, LossOptions(WIDE, aggregation=aggregation, constant_length=5))
+    assert out.loss.item() == pytest.approx(-6 * weight, abs=1e-14) and out.value.item() == out.loss.item()
+    close(gradient(out.loss, inputs), [-weight * a for a in (1, 4, -2, 3)])
