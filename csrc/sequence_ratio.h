@@ -92,15 +92,14 @@ GSPO_INLINE void for_each_block(const int32_t* cu, int64_t n, int64_t begin, int
   }
 }
 
+GSPO_INLINE double add_column(double total, double part, int column) {
+  if (column != kMaxAbs) return total + part;
+  return part <= total || total != total ? total : part;  // a not-a-number on either side stays one
+}
+
 // Adds the sums of one block (or of one context-parallel rank) to those of the blocks before it.
 GSPO_INLINE void add_partials(double* total, const double* part, int columns) {
-  for (int c = 0; c < columns; ++c) {
-    if (c == kMaxAbs) {  // a not-a-number on either side stays one
-      total[c] = part[c] <= total[c] || total[c] != total[c] ? total[c] : part[c];
-    } else {
-      total[c] += part[c];
-    }
-  }
+  for (int c = 0; c < columns; ++c) total[c] = add_column(total[c], part[c], c);
 }
 
 // ---- One sequence ----------------------------------------------------------------------------------------------

@@ -3,14 +3,9 @@
 
 #include <stdint.h>
 
+#include "../scalars.h"
+
 namespace gspo {
-
-enum class Scalar : int { kFloat, kDouble, kBFloat16, kHalf, kByte };
-
-struct Vector {  // a contiguous vector of T numbers, or nothing
-  const void* data = nullptr;
-  Scalar type = Scalar::kFloat;
-};
 
 struct PartialsArguments {
   Vector logp_new, logp_old, mask;  // logp_old: kFloat, kDouble or logp_new's type; mask: kFloat or kByte
