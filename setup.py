@@ -1,5 +1,8 @@
 """Builds the C++ library of csrc/ against the torch that is installed. All metadata is in pyproject.toml.
 
+Where that torch has CUDA and nvcc is there, the CUDA kernels are built in, for ARCHITECTURES (or TORCH_CUDA_ARCH_LIST);
+if they fail, the library is built without them.
+
 A package without the library still works: its Python reference runs instead, and gspo_megatron.ops.library.status()
 says so. So a missing compiler, or a compile error, is a warning here; GSPO_MEGATRON_NATIVE=1 turns it into an error,
 and GSPO_MEGATRON_NATIVE=0 leaves the library out.
@@ -8,17 +11,22 @@ and GSPO_MEGATRON_NATIVE=0 leaves the library out.
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("**/*.cpp"))
+# csrc/cuda holds no C++ of the library, only an emulation for the tests; the CUDA binding needs torch with CUDA.
+CUDA_SOURCES = ["csrc/bindings/sequence_ratio_cuda.cpp", "csrc/cuda/sequence_ratio.cu"]
+SOURCES = sorted({str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"} - set(CUDA_SOURCES))
 HEADERS = sorted(str(path) for pattern in ("**/*.h", "**/*.inc") for path in Path("csrc").glob(pattern))
 # Wide vectors are passed between functions that are always inlined, so their calling convention (psabi) is no concern.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden",
          "-Wall", "-Wno-psabi", "-Wno-unused-function", "-g0"]  # fmt: skip
+
+ARCHITECTURES = (80, 90, 100)  # and PTX of the newest, for what comes after
 
 
 def find_torch() -> bool:
@@ -30,6 +38,25 @@ def find_torch() -> bool:
     if importlib.util.find_spec("torch") is None:
         sys.path += [p for p in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")} if p not in sys.path]
     return importlib.util.find_spec("torch") is not None
+
+
+def cuda_flags() -> list[str] | None:
+    """Arguments for nvcc, or None where CUDA kernels cannot be built."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME or "", "bin"))
+    if torch.version.cuda is None or nvcc is None:
+        return None
+    flags = ["-O3", "-std=c++17"]
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return flags  # torch adds those
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    wanted = [a for a in ARCHITECTURES if f"compute_{a}" in known]
+    if not wanted:
+        return None
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+    return [*flags, f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}"]
 
 
 def native() -> dict:
@@ -49,13 +76,33 @@ def native() -> dict:
         return {}
 
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     release = ".".join(torch.__version__.split(".")[:2])
+
+    def library(nvcc_flags: list[str] | None):
+        kind, sources = (CppExtension, SOURCES) if nvcc_flags is None else (CUDAExtension, SOURCES + CUDA_SOURCES)
+        extension = kind(
+            "gspo_megatron.ops._native", sources, depends=HEADERS,
+            extra_compile_args={"cxx": FLAGS, "nvcc": nvcc_flags or []}, extra_link_args=["-fopenmp"],
+            optional=wanted != "1" and nvcc_flags is None,
+        )  # fmt: skip
+        extension.libraries.remove("torch_python")  # no Python in it
+        return extension
 
     class Build(BuildExtension):
         def build_extensions(self):
             try:
+                if nvcc_flags is not None:
+                    try:
+                        return super().build_extensions()
+                    except Exception as error:
+                        print(
+                            f"warning: the CUDA kernels could not be built ({error}); trying without", file=sys.stderr
+                        )
+                        plain = library(None)  # what setuptools has put on the extension beside these stays
+                        for name in ("sources", "include_dirs", "library_dirs", "libraries", "extra_compile_args"):
+                            setattr(self.extensions[0], name, getattr(plain, name))
                 super().build_extensions()
             except Exception as error:
                 if wanted == "1":
@@ -67,12 +114,8 @@ def native() -> dict:
             # Not a Python module: torch.ops.load_library opens it, and torch's ABI changes with its release.
             return f"{name.replace('.', os.sep)}-torch{release}.so"
 
-    extension = CppExtension(
-        "gspo_megatron.ops._native", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS},
-        extra_link_args=["-fopenmp"], optional=wanted != "1",
-    )  # fmt: skip
-    extension.libraries.remove("torch_python")  # no Python in it
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    nvcc_flags = cuda_flags()
+    return {"ext_modules": [library(nvcc_flags)], "cmdclass": {"build_ext": Build}}
 
 
 setup(**native())

@@ -12,6 +12,7 @@
 
 #include "../cpu/kernels.h"
 #include "../sequence_ratio.h"
+#include "checks.h"
 
 namespace gspo {
 namespace {
@@ -19,32 +20,6 @@ namespace {
 constexpr int64_t kChunkTokens = 8192;     // a thread takes whole chunks; results do not depend on it
 constexpr int64_t kTokensPerThread = 32768;  // below this a second thread costs more than it brings
 constexpr int64_t kChunkSequences = 1024;  // the loss is added in runs of this many sequences, in order
-
-Scalar float_type(const at::Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Scalar::kFloat;
-    case at::kDouble: return Scalar::kDouble;
-    case at::kBFloat16: return Scalar::kBFloat16;
-    case at::kHalf: return Scalar::kHalf;
-    default: TORCH_CHECK_TYPE(false, name, " is ", x.scalar_type(), "; expected fp32, fp64, bf16 or fp16");
-  }
-}
-
-Scalar advantage_type(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "advantages is ", x.scalar_type(),
-                   "; expected fp32 or fp64");
-  return x.scalar_type() == at::kDouble ? Scalar::kDouble : Scalar::kFloat;
-}
-
-Scalar mask_type(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat: return Scalar::kFloat;
-    case at::kDouble: return Scalar::kDouble;
-    case at::kBool:
-    case at::kByte: return Scalar::kByte;
-    default: TORCH_CHECK_TYPE(false, "mask is ", x.scalar_type(), "; expected bool, uint8, fp32 or fp64");
-  }
-}
 
 // The kernels know masks of bytes and of fp32; comparing another type with 0 is exact.
 at::Tensor narrow_mask(const at::Tensor& mask) { return mask.scalar_type() == at::kDouble ? mask.gt(0) : mask; }
@@ -55,20 +30,13 @@ at::Tensor widen_old(const at::Tensor& old, const at::Tensor& fresh) {
   return half && old.scalar_type() != fresh.scalar_type() ? old.to(at::kFloat) : old;
 }
 
-// A contiguous CPU vector of `size` numbers.
 at::Tensor vector(const at::Tensor& x, const char* name, int64_t size) {
-  TORCH_CHECK_VALUE(x.device().is_cpu(), name, " is on ", x.device(), "; all inputs must be on one device, here cpu");
-  TORCH_CHECK_VALUE(x.dim() == 1 && x.numel() == size, name, " has shape ", x.sizes(), "; expected [", size, "]");
-  return x.contiguous();
+  return gspo::vector(x, name, size, at::Device(at::kCPU));
 }
 
 // [S + 1] int32, monotone and inside [0, T]: every index that the kernels compute is then in range.
 at::Tensor boundaries(const at::Tensor& cu, int64_t num_tokens) {
-  TORCH_CHECK_VALUE(cu.device().is_cpu(), "cu_seqlens is on ", cu.device(),
-                    "; all inputs must be on one device, here cpu");
-  TORCH_CHECK_TYPE(cu.scalar_type() == at::kInt, "cu_seqlens is ", cu.scalar_type(), "; expected int32");
-  TORCH_CHECK_VALUE(cu.dim() == 1 && cu.numel() >= 1, "cu_seqlens has shape ", cu.sizes(), "; expected [S + 1]");
-  const at::Tensor out = cu.contiguous();
+  const at::Tensor out = boundary_vector(cu, at::Device(at::kCPU));
   const int32_t* bounds = out.const_data_ptr<int32_t>();
   const int64_t last = out.numel() - 1;
   TORCH_CHECK_VALUE(bounds[0] >= 0, "cu_seqlens[0] = ", bounds[0], " is negative");
@@ -168,18 +136,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
   mask_type(mask);
   float_type(logp_new, "logp_new");
   boundaries(cu_seqlens, tokens);
-  const bool by_token = advantages.numel() != size;
-  advantage_type(advantages);
-  TORCH_CHECK_VALUE(advantages.dim() == 1 && (!by_token || advantages.numel() == tokens), "advantages has shape ",
-                    advantages.sizes(), "; expected [", size, "], one a sequence, or [", tokens, "], one a token");
-  TORCH_CHECK_VALUE(partials.device().is_cpu() && advantages.device().is_cpu(),
-                    "partials and advantages must be on one device with logp_new, here cpu");
-  TORCH_CHECK_TYPE(partials.scalar_type() == at::kDouble, "partials is ", partials.scalar_type(), "; expected fp64");
-  TORCH_CHECK_VALUE(partials.dim() == 2 && partials.size(0) == size &&
-                        (partials.size(1) == kTokenColumns || (!by_token && partials.size(1) == kColumns)),
-                    "partials has shape ", partials.sizes(), "; expected [", size, ", ",
-                    by_token ? int(kTokenColumns) : int(kColumns), "]");
-  TORCH_CHECK_VALUE(denominator > 0, "denominator = ", denominator, " must be positive");
+  const bool by_token = check_forward(partials, advantages, size, tokens, denominator, at::Device(at::kCPU));
 
   const at::Tensor table = partials.contiguous();
   const at::Tensor ratios = at::empty({size}, at::kDouble), clipped = at::empty({size, 2}, at::kDouble);
@@ -197,11 +154,7 @@ at::Tensor gspo_backward(const at::Tensor& grad_loss, const at::Tensor& slopes,
                          const std::optional<at::Tensor>& token_advantages, const at::Tensor& mask,
                          const at::Tensor& cu_seqlens, double denominator, at::ScalarType dtype) {
   const int64_t size = cu_seqlens.numel() - 1, tokens = mask.numel();
-  TORCH_CHECK_VALUE(grad_loss.numel() == 1 && grad_loss.scalar_type() == at::kDouble && grad_loss.device().is_cpu(),
-                    "grad_loss must be one fp64 number on cpu");
-  TORCH_CHECK_VALUE(slopes.dim() == 2 && slopes.size(0) == size && slopes.size(1) == 2 && slopes.device().is_cpu() &&
-                        slopes.scalar_type() == at::kDouble,
-                    "slopes must be [", size, ", 2] fp64 on cpu");
+  check_backward(grad_loss, slopes, size, at::Device(at::kCPU));
   const at::Tensor kept = narrow_mask(vector(mask, "mask", tokens)), bounds = boundaries(cu_seqlens, tokens);
   const at::Tensor factors = slopes.contiguous();
   const at::Tensor out = at::empty({tokens}, dtype);

@@ -106,7 +106,8 @@ GSPO_INLINE double* row_at(const PartialsArguments& a, int64_t place) {
 }
 
 template <int kN>
-GSPO_INLINE void add_token(double (&sums)[kN], double fresh, double old, double mask, double entropy, double advantage) {
+GSPO_INLINE void add_token(double (&sums)[kN], double fresh, double old, double mask, double entropy,
+                           double advantage) {
   if (!(mask > 0)) return;  // what stands at a masked token, not-a-number included, is nothing
   const double d = fresh - old;
   double part[kN];

@@ -31,9 +31,20 @@ def load() -> str:
     return ""
 
 
+def has_cuda() -> bool:
+    """Whether the library brought kernels for CUDA; without them a GPU runs the PyTorch formulas."""
+    return not load() and all(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"gspo_megatron::{op}", "CUDA") for op in OPS
+    )
+
+
 def status() -> dict[str, str]:
-    """What runs each op on the CPU: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why"."""
+    """What runs each op: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why".
+
+    "C++ (avx512), CUDA" where the library has kernels for GPUs too.
+    """
     reason = load()
     if reason:
         return dict.fromkeys(OPS, f"PyTorch formulas, slower: {reason}")
-    return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()})")
+    cuda = ", CUDA" if has_cuda() else ""
+    return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()}){cuda}")

@@ -270,3 +270,16 @@ def test_status_says_what_runs():
     assert set(status) == {"sequence_partials", "gspo_forward", "gspo_backward"}
     wanted = "PyTorch formulas" if library.load() else "C++ ("
     assert all(text.startswith(wanted) for text in status.values())
+
+
+@native
+def test_status_names_cuda_kernels_where_they_exist():
+    """Registered here as the CUDA library does; without a GPU nothing calls them."""
+    had = library.has_cuda()
+    assert all(text.endswith(", CUDA") == had for text in library.status().values())
+    if not had:
+        with torch.library._scoped_library("gspo_megatron", "IMPL") as scope:
+            for op in library.OPS:
+                scope.impl(op, getattr(reference, op), "CUDA")
+            assert library.has_cuda() and all(text.endswith("), CUDA") for text in library.status().values())
+        assert not library.has_cuda()
