@@ -9,8 +9,8 @@ in one process and by Megatron on 1, 2 and 4 Gloo ranks of this machine. Columns
     gradient   norm of the difference / norm of the truth, over all parameters and every copy of them
     ratio      largest |s - truth| of a sequence
 
-Limits in fp32: 1e-6, 1e-5, 1e-5; in fp64: 1e-11 each. The gradient norm that Megatron reports is held to the gradient's
-limit, and every clip decision must be the same. bf16 has no limit; its ratio error stands beside epsilon = 3e-4. It is
+Limits in fp32: 1e-6, 1e-5, 1e-5; in fp64: 1e-11 each. The gradient norm that Megatron reports (it adds it up in
+fp32) must be right to 1e-5, every clip decision and token count must be the same. bf16 has no limit; its ratio error stands beside epsilon = 3e-4. It is
 the model's bf16 body against old log-probs of the fp64 model, on random weights; in training both come from the same
 arithmetic, so most of it cancels (gspo-megatron doctor --noise-floor).
 
@@ -148,7 +148,7 @@ def markdown(cases: list[Case], found: dict[str, Errors]) -> str:
 def main() -> int:
     options = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and folder are not left behind
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     try:
         cases = selected(options)
     except re.error as problem:
