@@ -9,10 +9,10 @@ in one process and by Megatron on 1, 2 and 4 Gloo ranks of this machine. Columns
     gradient   norm of the difference / norm of the truth, over all parameters and every copy of them
     ratio      largest |s - truth| of a sequence
 
-Limits in fp32: 1e-6, 1e-5, 1e-5; in fp64: 1e-11 each. The gradient norm that Megatron reports (it adds it up in
-fp32) must be right to 1e-5, every clip decision and token count must be the same. bf16 has no limit; its ratio error
-stands beside epsilon = 3e-4. It is the model's bf16 body against old log-probs of the fp64 model, on random weights; in
-training both come from the same arithmetic, so most of it cancels (gspo-megatron doctor --noise-floor).
+Limits in fp32: 1e-6, 1e-5, 1e-5; in fp64: 1e-11 each. The gradient norm that Megatron reports must be right to 1e-5 (it
+adds it up in fp32), every clip decision and every count of trained tokens must be the same. bf16 has no limit; its
+ratio error stands beside epsilon = 3e-4. It is the model's bf16 body against old log-probs of the fp64 model, on random
+weights; in training both come from the same arithmetic, so most of it cancels (gspo-megatron doctor --noise-floor).
 
 Exit status: 0 all within the limits, 1 a limit is broken or a case did not run, 2 bad input.
 """
