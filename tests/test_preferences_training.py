@@ -175,15 +175,16 @@ def test_numbers_come_back_in_the_order_of_the_pairs():
 
 def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
     calls: list[str] = []
-    for owner, name in ((train, "warm_start"), (train, "train_preferences"), (train, "reinforce"), (runs, "stop")):
-        monkeypatch.setattr(owner, name, lambda run, name=name: calls.append(name))
+    steps = ("encode_pairs", "warm_start", "train_preferences", "reinforce")
+    for owner, name in ((runs, "stop"), *((train, name) for name in steps)):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
     stand_in = SimpleNamespace(policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False))
     monkeypatch.setattr(runs, "start", lambda config: stand_in)
     monkeypatch.setattr(train.checkpoint, "save", lambda policy, path: calls.append(path.name))
     layout = LAYOUTS["DP2"]
     train.train(configured(tmp_path / "pairs.jsonl", layout), layout)
     train.train(TrainConfig(), layout)
-    assert calls == ["warm_start", "train_preferences", "step_000011", "stop",
+    assert calls == ["encode_pairs", "warm_start", "train_preferences", "step_000011", "stop",
                      "warm_start", "reinforce", "step_000100", "stop"]  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_penalties_reach_the_advantages_and_not_the_logged_reward(alone):
     for name, step in (("overlong", 0), ("kl in the reward", 1)):
         assert alone[name][0]["reward/mean"] == plain[0]["reward/mean"]
         assert alone[name][step]["advantage/std"] != pytest.approx(plain[step]["advantage/std"], rel=1e-6)
-    assert alone["kl in the reward"][1]["kl/ref"] > 0
+    assert alone["kl in the reward"][1]["kl/ref"] != 0  # the k1 estimate, which has either sign
 
 
 def test_groups_without_signal_are_sampled_anew(alone):

@@ -148,8 +148,8 @@ def test_the_example_recipe_passes_with_pairs(tmp_path):
 def test_warnings_about_what_dpo_does_not_use(tmp_path):
     path = written(tmp_path, *numbered(80))
     found = check.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
-                               "--algorithm.shuffle-advantages", "--rollout.temperature", "0.5"))  # fmt: skip
-    assert len(found) == 2 and "algorithm.num_minibatches, algorithm.shuffle_advantages, algorithm.kl." in found[0]
+                               "--rollout.temperature", "0.5"))  # fmt: skip
+    assert len(found) == 2 and "algorithm.num_minibatches, algorithm.kl." in found[0]
     assert "rollout.temperature = 0.5 divides the logits" in found[1]
 
 
