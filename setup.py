@@ -1,11 +1,12 @@
-"""Builds the C++ library of csrc/ against the torch that is installed. All metadata is in pyproject.toml.
+"""Builds the C++ of csrc/ against the torch that is installed. All metadata is in pyproject.toml.
 
-Where that torch has CUDA and nvcc is there, the CUDA kernels are built in, for ARCHITECTURES (or TORCH_CUDA_ARCH_LIST);
-if they fail, the library is built without them.
+Two files: `_native`, the kernels, which torch.ops.load_library opens and which know no Python; and `_collectives`, a
+Python module (pybind11), because a ProcessGroup comes from Python. Where torch has CUDA and nvcc is there, the CUDA
+kernels are built in, for ARCHITECTURES (or TORCH_CUDA_ARCH_LIST); if they fail, the kernels are built without them.
 
-A package without the library still works: its Python reference runs instead, and gspo_megatron.ops.library.status()
-says so. So a missing compiler, or a compile error, is a warning here; GSPO_MEGATRON_NATIVE=1 turns it into an error,
-and GSPO_MEGATRON_NATIVE=0 leaves the library out.
+A package without them still works: Python takes their place, and gspo_megatron.ops.library.status() says so. So a
+missing compiler, or a compile error, is a warning here; GSPO_MEGATRON_NATIVE=1 turns it into an error, and
+GSPO_MEGATRON_NATIVE=0 leaves them out.
 """
 
 import importlib.util
@@ -20,7 +21,9 @@ from setuptools import setup
 
 # csrc/cuda holds no C++ of the library, only an emulation for the tests; the CUDA binding needs torch with CUDA.
 CUDA_SOURCES = ["csrc/bindings/sequence_ratio_cuda.cpp", "csrc/cuda/sequence_ratio.cu"]
-SOURCES = sorted({str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"} - set(CUDA_SOURCES))
+COLLECTIVES = ["csrc/bindings/collectives.cpp"]
+KERNELS = {str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"}
+SOURCES = sorted(KERNELS - set(CUDA_SOURCES) - set(COLLECTIVES))
 HEADERS = sorted(str(path) for pattern in ("**/*.h", "**/*.inc") for path in Path("csrc").glob(pattern))
 # Wide vectors are passed between functions that are always inlined, so their calling convention (psabi) is no concern.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden",
@@ -90,6 +93,13 @@ def native() -> dict:
         extension.libraries.remove("torch_python")  # no Python in it
         return extension
 
+    def collectives():
+        # USE_DISTRIBUTED: torch's headers declare nothing of c10d without it.
+        flags = ["-O1", "-DUSE_DISTRIBUTED", "-fvisibility=hidden", "-Wall", "-g0"]
+        return CppExtension(
+            "gspo_megatron.ops._collectives", COLLECTIVES, extra_compile_args=flags, optional=wanted != "1"
+        )
+
     class Build(BuildExtension):
         def build_extensions(self):
             try:
@@ -111,11 +121,12 @@ def native() -> dict:
                 self.extensions = []
 
         def get_ext_filename(self, name):
-            # Not a Python module: torch.ops.load_library opens it, and torch's ABI changes with its release.
-            return f"{name.replace('.', os.sep)}-torch{release}.so"
+            # torch's ABI changes with its release, and Python's with its own.
+            suffix = sysconfig.get_config_var("EXT_SUFFIX") if name.endswith("_collectives") else ".so"
+            return f"{name.replace('.', os.sep)}-torch{release}{suffix}"
 
     nvcc_flags = cuda_flags()
-    return {"ext_modules": [library(nvcc_flags)], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [library(nvcc_flags), collectives()], "cmdclass": {"build_ext": Build}}
 
 
 setup(**native())

@@ -154,7 +154,8 @@ def _update_that_changes_nothing(bench: _Bench, policy: Policy, mine: list[int],
     policy.network.optimizer = policy.network.schedule = None
     if result.stepped:
         raise TrainingError("an update without advantages changed the weights, so nothing can be compared.")
-    log_s = result.table.column("sum_log_ratio") / result.table.column("num_tokens").clamp(min=1)
+    table = result.stats.table
+    log_s = table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)
     parts = dict(zip(map(id, batches), log_s.split([batch.num_sequences for batch in batches]), strict=True))
     # The table is whole on every context-parallel rank.
     is_first = dist.get_rank(policy.topology.cp_group) == 0

@@ -83,7 +83,7 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
     with clock.part("update"):
         counts = global_counts(batches, topology)
         result = policy.update(batches, loss, counts)
-    log_ratios = gather_rows(result.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
+    log_ratios = gather_rows(result.stats.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
     row = {"phase": "dpo", "step": step, "loss": global_loss([result], topology.dp_group), "lr": result.learning_rate,
            "grad_norm": result.grad_norm, "update/skipped": float(not result.stepped)}  # fmt: skip
     row |= {f"dpo/{name}": value for name, value in pair_metrics(log_ratios, preference).items() if name != "loss"}

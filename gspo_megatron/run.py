@@ -154,7 +154,7 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
 
 def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
     """The header lines."""
-    runtime, hf = run.runtime, shape.hf
+    runtime, hf, status = run.runtime, shape.hf, library.status()
     one = f"{shape.num_parameters() / 1e6:.1f} M parameters"
     accelerator = "CPU" if runtime.device.type == "cpu" else "GPU"
     return {
@@ -162,7 +162,8 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "layout": f"{run.topology.describe()} = {runtime.world_size} ranks",
         "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
         "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
-        "sums by sequence": library.status()["sequence_partials"],
+        "sums by sequence": status["sequence_partials"],
+        "collectives": status["publish"],
         "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
         f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),

@@ -96,9 +96,9 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     with clock.part("update"):
         loss, results = policy_loss(config.algorithm, config.rollout.max_response_length), []
         learned: dict[str, float] = {}
-        for minibatch in minibatches:
+        for number, minibatch in enumerate(minibatches):
             counts = global_counts(minibatch.batches, run.topology)
-            results.append(policy.update(minibatch.batches, loss, counts))
+            results.append(policy.update(minibatch.batches, loss, counts, step, number))
             learned |= estimator.learn(minibatch, counts)
 
     row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned

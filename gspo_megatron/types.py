@@ -121,7 +121,7 @@ class Minibatch:
 class SequenceTable:
     """Per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
 
-    This is what the last pipeline stage publishes to all others: 10 numbers a sequence, never a log-prob vector.
+    10 numbers a sequence, never a log-prob vector.
     """
 
     values: torch.Tensor  # [S, len(COLUMNS)] fp64
@@ -142,3 +142,13 @@ class SequenceTable:
     def column(self, name: str) -> torch.Tensor:
         """[S] fp64."""
         return self.values[:, self.COLUMNS.index(name)]
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """What the last pipeline stage publishes of one optimizer step: the same on every stage of this replica."""
+
+    step: int
+    minibatch: int
+    loss: float  # this replica's share; the step's loss is the sum over data-parallel ranks
+    table: SequenceTable  # rows in the order of the batches given to update()

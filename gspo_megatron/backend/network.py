@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
 from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.publication import from_last_stage
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.types import PackedBatch
 
@@ -83,7 +83,9 @@ class Network:
             collect_non_loss_data=forward_only,
         )
 
-    def step(self, batches: Sequence[PackedBatch], share: Callable) -> StepResult:
+    def step(
+        self, batches: Sequence[PackedBatch], share: Callable, drained: Callable[[], None] = lambda: None
+    ) -> StepResult:
         """Gradients of all microbatches and one optimizer step. A collective over all ranks.
 
         A gradient of exactly zero, or one that is not finite, changes nothing: no weight, no moment, no learning rate.
@@ -91,6 +93,7 @@ class Network:
         Args:
             batches: this replica's microbatches; every replica gives the same number.
             share: (batch, plan, output) -> the microbatch's share of the step's loss [], differentiable.
+            drained: called once all microbatches have been through the pipeline, before the optimizer begins.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -101,6 +104,7 @@ class Network:
             return share(batch, plan, output) * scale, {}
 
         self.run(batches, scaled, forward_only=False)
+        drained()
         rate = optimizers.learning_rate(self.optimizer)
         # Asked before the step: Megatron would step first and tell afterwards.
         self.optimizer.prepare_grads()
@@ -112,10 +116,5 @@ class Network:
         return StepResult(grad_norm, rate, True)
 
     def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
-        """[size] fp64 of the last stage, on every stage. Only where no schedule is running: inside one, a collective
-        could deadlock against its point-to-point traffic."""
-        topology, device = self.topology, next(self.models[0].parameters()).device
-        message = values if topology.is_last_stage else torch.empty(size, dtype=torch.float64, device=device)
-        if topology.pp_size > 1:
-            dist.broadcast(message, src=topology.stage_ranks[-1], group=topology.feedback_group)
-        return message
+        """[size] fp64 of the last stage, on every stage. Only where no schedule is running."""
+        return from_last_stage(self.topology, values, size, next(self.models[0].parameters()).device).wait()

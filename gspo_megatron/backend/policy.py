@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from gspo_megatron.algorithms.contract import GlobalCounts, Loss, LossInputs, LossOutputs
+from gspo_megatron.algorithms.contract import GlobalCounts, Loss, LossInputs, LossOutputs, alone
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
+from gspo_megatron.backend import publication
 from gspo_megatron.backend.agreement import raise_together
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.network import Network
+from gspo_megatron.backend.publication import PendingStats
 from gspo_megatron.backend.router_hooks import ExpertLoad
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.targets import Targets
@@ -23,18 +24,18 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
 from gspo_megatron.errors import TrainingError
+from gspo_megatron.ops.collectives import reduce_tables
 from gspo_megatron.ops.linear_logprobs import linear_logprobs
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
-from gspo_megatron.types import PackedBatch, SequenceTable
+from gspo_megatron.types import PackedBatch, SequenceStats
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step. Loss and table are those of this data-parallel replica, on every pipeline stage."""
+    """One optimizer step, on every pipeline stage."""
 
-    loss: float  # this replica's share; the step's loss is the sum over data-parallel ranks
-    table: SequenceTable  # rows in the order of the batches given to update()
+    stats: SequenceStats  # of this data-parallel replica
     grad_norm: float  # before clipping, over all ranks
     learning_rate: float
     stepped: bool  # False: the gradient was exactly 0, and nothing changed
@@ -97,7 +98,9 @@ class Policy:
         with self._hidden_states():
             self.network.run(batches, keep, forward_only=True)
 
-    def update(self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts) -> UpdateResult:
+    def update(
+        self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts, step: int = 0, minibatch: int = 0
+    ) -> UpdateResult:
         """One optimizer step over the microbatches of this replica. A collective over all ranks.
 
         Args:
@@ -105,10 +108,11 @@ class Policy:
                 gets the log-probs of this very forward, so its ratio is 1.
             loss: algorithms/contract.py.
             counts: denominators of the whole step (batches.global_counts).
+            step, minibatch: the loop's numbers, which every rank must have alike; they come back in the result.
 
         Raises:
             TrainingError: a log-prob, an advantage or the gradient is not finite; on every rank, with the first bad
-                place. The weights are as before.
+                place. The weights are as before. Also where another pipeline stage is at another step.
         """
         outputs: dict[int, LossOutputs] = {}
         seen: dict[int, torch.Tensor] = {}
@@ -123,12 +127,19 @@ class Policy:
             finite = torch.isfinite(out.table.values).all()
             return out.loss * torch.where(finite, 1.0, torch.nan)
 
+        published: list[PendingStats] = []
+
+        def publish() -> None:
+            ordered = [outputs[index] for index in sorted(outputs)]
+            rows = sum(batch.num_sequences for batch in batches)
+            published.append(publication.start(self.topology, ordered, rows, step, minibatch, self.device))
+
         with self._hidden_states():
-            step = self.network.step(batches, share)
-        if not step.stepped and step.grad_norm != 0.0:
-            self._explain(batches, seen, step.grad_norm, step.learning_rate)
-        value, table = self._publish(batches, outputs)
-        return UpdateResult(value, table, step.grad_norm, step.learning_rate, step.stepped)
+            done = self.network.step(batches, share, drained=publish)
+        stats = published[0].wait()
+        if not done.stepped and done.grad_norm != 0.0:
+            self._explain(batches, seen, done.grad_norm, done.learning_rate)
+        return UpdateResult(stats, done.grad_norm, done.learning_rate, done.stepped)
 
     def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
         """See Network.publish."""
@@ -161,7 +172,10 @@ class Policy:
 
     def reducer(self) -> Callable[..., torch.Tensor]:
         """LossInputs.reduce of this rank's context-parallel group."""
-        return ContextReduction(self.topology)
+        topology = self.topology
+        if topology.cp_size == 1:
+            return alone
+        return lambda table, maximum=None: reduce_tables(table, topology.cp_group, maximum).wait()
 
     def _loss_inputs(self, batch: PackedBatch, logprobs, entropy, own, counts: GlobalCounts) -> LossInputs:
         """own: [T] bool, the targets of this context-parallel rank; None: all."""
@@ -206,18 +220,6 @@ class Policy:
             logprobs, entropy = vocab_logprobs(output, tokens, self.temperature, group)
         return targets.scatter(logprobs), targets.scatter(entropy), targets.own
 
-    def _publish(self, batches: Sequence[PackedBatch], outputs: dict[int, LossOutputs]) -> tuple[float, SequenceTable]:
-        """The last stage's loss and table on every stage."""
-        columns = len(SequenceTable.COLUMNS)
-        rows = sum(batch.num_sequences for batch in batches)
-        message = None
-        if self.topology.is_last_stage:
-            ordered = [outputs[index] for index in range(len(batches))]
-            values = torch.cat([out.table.values for out in ordered]).flatten()
-            message = torch.cat([values, torch.stack([out.value for out in ordered]).sum().double().view(1)])
-        message = self.publish(message, rows * columns + 1)
-        return float(message[-1]), SequenceTable(message[:-1].view(rows, columns))
-
     def _explain(self, batches: Sequence[PackedBatch], seen: dict, grad_norm: float, rate: float) -> None:
         """Raise on every rank, with the first number of any rank's batches that is not finite."""
         found = None
@@ -231,24 +233,3 @@ class Policy:
             "finite. The weights are as before this step. Lower optimizer.lr (warm_start.lr in the warm start), or "
             "look at loss and ratio/* in the run's metrics.jsonl."
         )
-
-
-class ContextReduction:
-    """Adds per-sequence tables over context-parallel ranks: one all-gather, added in rank order, so that every rank
-    gets the same bits whatever arrives first. 8 bytes a number; nothing of the size of a log-prob vector."""
-
-    def __init__(self, topology: Topology):
-        self.size, self.group = topology.cp_size, topology.cp_group
-
-    def __call__(self, table: torch.Tensor, maximum: int | None = None) -> torch.Tensor:
-        """[S, k] fp64 -> [S, k]; the column `maximum` by its largest."""
-        if self.size == 1:
-            return table
-        table = table.detach().contiguous()
-        gathered = table.new_empty(self.size * table.size(0), table.size(1))
-        dist.all_gather_into_tensor(gathered, table, group=self.group)
-        by_rank = gathered.view(self.size, *table.shape)
-        total = by_rank.sum(0)
-        if maximum is not None:
-            total[:, maximum] = by_rank[:, :, maximum].amax(0)
-        return total

@@ -42,6 +42,7 @@ class Topology:
     dp_cp_group: dist.ProcessGroup  # data x context; its rank is dp_rank * cp_size + cp_rank
     model_parallel_group: dist.ProcessGroup  # the ranks that hold one copy of the model (TP x PP)
     feedback_group: dist.ProcessGroup  # same ranks as pp_group; for all that goes from the last stage to earlier ones
+    publish_group: dist.ProcessGroup  # same ranks again; for what the last stage publishes while others still work
     groups: ProcessGroupCollection
 
     @property
@@ -137,6 +138,7 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_parallel_group=parallel_state.get_model_parallel_group(),
         feedback_group=_group_like(pp_group),
+        publish_group=_group_like(pp_group),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
@@ -151,7 +153,7 @@ def stop() -> None:
 
 
 def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A second communicator over the same ranks: on NCCL, traffic against the pipeline's direction must not queue
+    """Another communicator over the same ranks: on NCCL, traffic against the pipeline's direction must not queue
     behind it. Every rank must call new_group for every group, in one order."""
     mine = dist.get_process_group_ranks(group)
     everyone: list = [None] * dist.get_world_size()

@@ -22,8 +22,8 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:
     """Mean over optimizer steps of the whole step's loss, of which each replica has its share. A collective."""
-    device = results[0].table.values.device
-    loss = torch.tensor([result.loss for result in results], dtype=torch.float64, device=device)
+    device = results[0].stats.table.values.device
+    loss = torch.tensor([result.stats.loss for result in results], dtype=torch.float64, device=device)
     dist.all_reduce(loss, group=group)
     return float(loss.mean())
 
@@ -35,7 +35,7 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         results: one a minibatch, of this replica.
         group: data-parallel ranks.
     """
-    table = SequenceTable(gather_rows(torch.cat([r.table.values for r in results]), group))
+    table = SequenceTable(gather_rows(torch.cat([r.stats.table.values for r in results]), group))
     counted = SequenceTable(table.values[table.column("num_tokens") > 0])
     metrics = {
         "loss": global_loss(results, group),

@@ -1,16 +1,21 @@
-"""Loads the C++ library of csrc/ once, and says which kernels run.
+"""Loads the C++ of csrc/ once, and says what runs.
 
-The library registers its kernels with torch.library under the same names as the Python references, so the dispatcher
-picks them where they exist and nothing else in the package asks whether they do.
+The kernels are registered with torch.library under the same names as the Python references, so the dispatcher picks
+them where they exist and nothing else in the package asks whether they do. The collectives are a Python module of their
+own, which ops/collectives.py asks for.
 """
 
+import importlib.util
+import sysconfig
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 FOLDER = Path(__file__).parent
 OPS = ("sequence_partials", "gspo_forward", "gspo_backward")
+COLLECTIVES = ("reduce_tables", "publish")
 REMEDY = "Install again with a C++ compiler present: pip install --no-build-isolation --no-deps ."
 
 
@@ -31,6 +36,22 @@ def load() -> str:
     return ""
 
 
+@cache
+def load_collectives() -> tuple[ModuleType | None, str]:
+    """The C++ module if it was built for this Python and this release of torch, and else the reason why not."""
+    release = ".".join(torch.__version__.split(".")[:2])
+    path = FOLDER / f"_collectives-torch{release}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        return None, f"the C++ collectives were not built for this Python and torch {torch.__version__}. {REMEDY}"
+    spec = importlib.util.spec_from_file_location("gspo_megatron.ops._collectives", path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return None, f"the C++ collectives do not load ({error}). {REMEDY}"
+    return module, ""
+
+
 def has_cuda() -> bool:
     """Whether the library brought kernels for CUDA; without them a GPU runs the PyTorch formulas."""
     return not load() and all(
@@ -41,10 +62,11 @@ def has_cuda() -> bool:
 def status() -> dict[str, str]:
     """What runs each op: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why".
 
-    "C++ (avx512), CUDA" where the library has kernels for GPUs too.
+    "C++ (avx512), CUDA" where the library has kernels for GPUs too; "C++" or "torch.distributed: why" for collectives.
     """
-    reason = load()
+    reason, (module, missing) = load(), load_collectives()
+    together = dict.fromkeys(COLLECTIVES, "C++" if module else f"torch.distributed: {missing}")
     if reason:
-        return dict.fromkeys(OPS, f"PyTorch formulas, slower: {reason}")
+        return dict.fromkeys(OPS, f"PyTorch formulas, slower: {reason}") | together
     cuda = ", CUDA" if has_cuda() else ""
-    return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()}){cuda}")
+    return dict.fromkeys(OPS, f"C++ ({torch.ops.gspo_megatron.instruction_set()}){cuda}") | together

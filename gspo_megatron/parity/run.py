@@ -137,8 +137,8 @@ def gather_gradient_shards(policy: Policy) -> None:
 
 
 def _errors(policy: Policy, result: UpdateResult, truth: Truth, numbers: list[int], began: float) -> Errors:
-    cut, table = policy.topology, result.table
-    loss = torch.tensor(result.loss, dtype=torch.float64, device=policy.device)
+    cut, table = policy.topology, result.stats.table
+    loss = torch.tensor(result.stats.loss, dtype=torch.float64, device=policy.device)
     dist.all_reduce(loss, group=cut.dp_group)
     mean = table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)
     columns = ("num_tokens", "clipped_low_tokens", "clipped_high_tokens")

@@ -81,11 +81,11 @@ def step(case: tuple, old: list | None, algorithm: str, fp64: bool) -> dict:
     for part in policy.optimizer.chained_optimizers:
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips
     result = policy.update(batches, policy_loss(AlgorithmConfig(name=algorithm)), counts)
-    loss = torch.tensor(result.loss, dtype=torch.float64)
+    loss = torch.tensor(result.stats.loss, dtype=torch.float64)
     dist.all_reduce(loss, group=cut.dp_group)
     gradient = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
     weights = parameters.gather_full(policy.models, cut)
-    table = result.table
+    table = result.stats.table
     return {
         "loss": float(loss), "old": old, "counts": counts, "grad_norm": result.grad_norm,
         "ratio": (table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)).exp(),
@@ -232,7 +232,7 @@ def ratio_without_noise(case: tuple[ParallelConfig, ModelConfig]) -> float:
     policy.fill_old_log_probs(batches)
     counts = global_counts(batches, policy.topology)
     result = policy.update(batches, policy_loss(AlgorithmConfig()), counts)
-    return float(result.table.column("max_abs_log_ratio").max())
+    return float(result.stats.table.column("max_abs_log_ratio").max())
 
 
 def test_ratio_is_exactly_1_at_unchanged_weights():

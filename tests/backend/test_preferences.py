@@ -58,10 +58,10 @@ def step(layout: ParallelConfig) -> dict:
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips
     counts = global_counts(batches, cut)
     result = policy.update(batches, policy_loss(DPO), counts)
-    loss = torch.tensor(result.loss, dtype=torch.float64)
+    loss = torch.tensor(result.stats.loss, dtype=torch.float64)
     dist.all_reduce(loss, group=cut.dp_group)
     gradient = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
-    rows = result.table.column("sum_log_ratio").view(-1, 2)
+    rows = result.stats.table.column("sum_log_ratio").view(-1, 2)
     by_pair = {batch.source_index[i] // 2 + cut.dp_rank * len(mine) // 2: None for batch in batches
                for i in range(0, batch.num_sequences, 2)}  # fmt: skip
     return {

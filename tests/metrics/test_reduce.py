@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gspo_megatron.backend.policy import UpdateResult
 from gspo_megatron.metrics.reduce import gather_rows, load_metrics, update_metrics
-from gspo_megatron.types import SequenceTable
+from gspo_megatron.types import SequenceStats, SequenceTable
 from tests.distributed import spawn
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -27,7 +27,7 @@ REPLICAS = [
 
 def results(rows) -> list[UpdateResult]:
     tables = [(loss, SequenceTable(torch.tensor(table, dtype=torch.float64)), *rest) for loss, table, *rest in rows]
-    return [UpdateResult(loss, table, norm, rate, True) for loss, table, norm, rate in tables]
+    return [UpdateResult(SequenceStats(1, 0, loss, table), norm, rate, True) for loss, table, norm, rate in tables]
 
 
 def reduced(rank, world_size):

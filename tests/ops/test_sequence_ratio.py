@@ -267,19 +267,21 @@ def test_opcheck(by_token, dtype):
 
 def test_status_says_what_runs():
     status = library.status()
-    assert set(status) == {"sequence_partials", "gspo_forward", "gspo_backward"}
+    assert set(status) == {"sequence_partials", "gspo_forward", "gspo_backward", "reduce_tables", "publish"}
     wanted = "PyTorch formulas" if library.load() else "C++ ("
-    assert all(text.startswith(wanted) for text in status.values())
+    assert all(status[op].startswith(wanted) for op in library.OPS)
+    wanted = "C++" if library.load_collectives()[0] else "torch.distributed: "
+    assert all(status[op].startswith(wanted) for op in library.COLLECTIVES)
 
 
 @native
 def test_status_names_cuda_kernels_where_they_exist():
     """Registered here as the CUDA library does; without a GPU nothing calls them."""
     had = library.has_cuda()
-    assert all(text.endswith(", CUDA") == had for text in library.status().values())
+    assert all(library.status()[op].endswith(", CUDA") == had for op in library.OPS)
     if not had:
         with torch.library._scoped_library("gspo_megatron", "IMPL") as scope:
             for op in library.OPS:
                 scope.impl(op, getattr(reference, op), "CUDA")
-            assert library.has_cuda() and all(text.endswith("), CUDA") for text in library.status().values())
+            assert library.has_cuda() and all(library.status()[op].endswith("), CUDA") for op in library.OPS)
         assert not library.has_cuda()

@@ -17,7 +17,7 @@ from gspo_megatron.config_algorithm import MismatchConfig
 from gspo_megatron.metrics import reduce
 from gspo_megatron.ops.linear_logprobs import linear_logprobs
 from gspo_megatron.ops.sequence_ratio import sequence_partials
-from gspo_megatron.types import PackedBatch
+from gspo_megatron.types import PackedBatch, SequenceStats
 
 LENGTHS = (64, 9, 130, 2, 40)
 BOUNDS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
@@ -140,7 +140,7 @@ def test_clip_fraction_over_untrained_positions(monkeypatch):
     trap = TOTAL / float(mask.sum())
     monkeypatch.setattr(reduce, "gather_rows", lambda rows, group: rows)
     monkeypatch.setattr(reduce, "global_loss", lambda results, group: 0.0)
-    metrics = reduce.update_metrics([UpdateResult(0.0, out.table, 1.0, 1e-4, True)], None)
+    metrics = reduce.update_metrics([UpdateResult(SequenceStats(1, 0, 0.0, out.table), 1.0, 1e-4, True)], None)
     assert trap > 2
     assert metrics["clip/token"] == 1.0 and metrics["clip/seq_high"] == 1.0 and metrics["clip/seq_low"] == 0.0
 
