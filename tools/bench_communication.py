@@ -57,7 +57,7 @@ class Share:
 
     def gather(self) -> torch.Tensor:
         whole = self.new.new_empty(dist.get_world_size() * self.new.numel())
-        dist.all_gather_into_tensor(whole, self.new)
+        dist.all_gather_single(whole, self.new)
         return whole.view(-1, self.sequences, self.own).double().sum((0, 2)) - self._old()
 
     def all_reduce(self) -> torch.Tensor:

@@ -115,7 +115,7 @@ class _PythonTable:
         self.shape, self.maximum = (group.size(), *table.shape), maximum
         self.table, self.total = table.contiguous(), None
         self.gathered = table.new_empty(group.size() * table.size(0), table.size(1))
-        self.work = dist.all_gather_into_tensor(self.gathered, self.table, group=group, async_op=True)
+        self.work = dist.all_gather_single(self.gathered, self.table, group=group, async_op=True)
 
     def wait(self) -> torch.Tensor:
         if self.total is None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops import collectives, library
+from gspo_megatron.ops.sequence_ratio import sequence_partials
 from tests.distributed import spawn
 
 WAYS = ("C++", "torch.distributed") if library.load_collectives()[0] else ("torch.distributed",)
@@ -73,6 +74,32 @@ def test_tables_are_added_in_rank_order(world_size):
             plain = [c for c in range(6) if c != LARGEST]
             assert torch.equal(found["strided"].t()[:, plain], expected[:, plain])
             assert found["nan"][2].isnan().all() and not found["nan"][[0, 1, 3, 4]].isnan().any()
+
+
+LENGTHS = (4000, 3, 1, 700, 0, 33)
+
+
+def cut_over(rank: int, world_size: int) -> dict[int, torch.Tensor]:
+    """The table of the same tokens cut over 1, 2 and 4 context-parallel ranks: each owns every n-th run of 8 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(LENGTHS)
+    new, old = (torch.randn(tokens, generator=generator) for _ in range(2))
+    mask = torch.rand(tokens, generator=generator) > 0.3
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    out = {1: sequence_partials(new, old, mask, bounds)}
+    for ranks, group in ((2, pairs[rank // 2]), (4, dist.group.WORLD)):
+        owner = torch.arange(tokens) // 8 % ranks
+        own = sequence_partials(new, old, mask & (owner == dist.get_rank(group)), bounds)
+        out[ranks] = collectives.reduce_tables(own, group, LARGEST).wait()
+    return out
+
+
+def test_any_number_of_context_parallel_ranks_gives_the_same_table():
+    for found in spawn(cut_over, 4):
+        for ranks in (2, 4):
+            torch.testing.assert_close(found[ranks], found[1], rtol=1e-12, atol=1e-13)
+            assert torch.equal(found[ranks][:, LARGEST], found[1][:, LARGEST])
 
 
 def publish_on(rank: int, world_size: int) -> list[torch.Tensor]:
