@@ -198,13 +198,37 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run writes what it needs to go on, and what it keeps of that. One is always written at the end."""
+
+    __pydantic_config__ = STRICT
+    interval: int = 25
+    """Steps between checkpoints, in the warm start too; 0: only at the end."""
+    keep_last: int = 2
+    """The newest so many are kept."""
+    keep_every: int = 0
+    """Those of every so many steps are kept as well; 0: none."""
+    keep_best: bool = True
+    """The one with the highest eval/accuracy is kept as well, of those written at a step with an evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "keep_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"checkpoint.{name}", value, "must be 0 or more", "Give 0 for none.")
+        positive("checkpoint", self, "keep_last")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: supervised warm start, then reinforcement learning on fresh prompts, or DPO on pairs."""
 
     __pydantic_config__ = STRICT
     name: str = "moe_gspo"
-    """The run folder is output_dir/name (a number is added where that exists)."""
+    """The run folder is output_dir/name. Where that exists: see resume."""
     output_dir: Path = Path("runs")
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the newest run of this name, if it is unfinished, has a checkpoint and the same recipe (only
+    steps, intervals, layout and device may differ); otherwise, and with never, a new folder with a number added."""
     seed: int = 1
     """Of the initial weights, the prompts and the sampling. Layouts differ by rounding."""
     steps: int = 100
@@ -224,6 +248,7 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         positive("train", self, "eval_interval", "max_tokens_per_microbatch")

@@ -23,3 +23,7 @@ class RolloutError(GspoError):
 
 class TrainingError(GspoError):
     """Training cannot go on, for example because a gradient is not finite."""
+
+
+class LostRankError(GspoError):
+    """A collective broke because another rank has ended or hangs; that rank's own message says more."""

@@ -12,6 +12,7 @@ from gspo_megatron.algorithms.advantages import group_advantages
 from gspo_megatron.algorithms.contract import GlobalCounts
 from gspo_megatron.algorithms.dapo import overlong_penalty
 from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
+from gspo_megatron.backend.critic import Critic
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.types import Minibatch, RolloutGroup
@@ -19,6 +20,8 @@ from gspo_megatron.types import Minibatch, RolloutGroup
 
 class AdvantageEstimator(Protocol):
     """Fills in advantages, and may learn from what it filled in."""
+
+    critic: Critic | None  # what learns
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
         """Set `advantages` of every batch. Returns [P * G] fp64, one a response (its tokens' mean), on every rank."""
@@ -29,6 +32,8 @@ class AdvantageEstimator(Protocol):
 
 class GroupAdvantages:
     """Rewards compared within each group. Nothing to learn."""
+
+    critic = None
 
     def __init__(self, config: TrainConfig, policy: Policy):
         self.config, self.policy = config, policy

@@ -101,7 +101,7 @@ def measure(config: TrainConfig, layout: ParallelConfig, num_prompts: int, check
 def _policy(bench: _Bench, topology: topologies.Topology, dtype: torch.dtype | None = None) -> Policy:
     policy = Policy(bench.config, bench.shape, topology, bench.runtime, dtype)
     if bench.checkpoint:
-        checkpoints.load(policy, bench.checkpoint)
+        checkpoints.load_weights(policy.network, bench.checkpoint)
     return policy
 
 

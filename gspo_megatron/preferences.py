@@ -59,15 +59,16 @@ def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair
     train, held_out = pairs
     run.policy.start_optimizer()
     run.reference = FrozenReference(run.policy.models)
-    held = pack_held_out(run, held_out)
     loss = policy_loss(config.algorithm)
-    run.reporter.phase("dpo", config.steps)
-    run.reporter.row({"phase": "dpo", "step": 0} | evaluate_pairs(run, held))
-    for step in range(1, config.steps + 1):
-        row = run_step(run, loss, train, step)
+    done = run.steps_done("dpo")
+    held = pack_held_out(run, held_out)
+    run.reporter.phase("dpo", config.steps, done)
+    for step in range(done + 1 if done else 0, config.steps + 1):
+        row = run_step(run, loss, train, step) if step else {"phase": "dpo", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= evaluate_pairs(run, held)
         run.reporter.row(row)
+        run.keep("dpo", step, row)
 
 
 def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from gspo_megatron.errors import GspoError
+from gspo_megatron.errors import GspoError, LostRankError
 
 ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fail up to a second apart
 BAD_INPUT = 2
@@ -38,13 +38,16 @@ def rank() -> int:
 def guard() -> Iterator[None]:
     """Run the body of one rank; everything that ends it early ends the process here.
 
-    A GspoError prints its message and exits with status 2, every other exception prints its trace and exits with
-    status 1, SIGINT and SIGTERM print one line on rank 0 and exit with 130 and 143, also while the main thread is
-    blocked in C++. Must be entered on the main thread.
+    A GspoError prints its message and exits with status 2 (1 where another rank was lost), every other exception prints
+    its trace and exits with status 1, SIGINT and SIGTERM print one line on rank 0 and exit with 130 and 143, also while
+    the main thread is blocked in C++. Must be entered on the main thread.
     """
     restore = _answer_signals()
     try:
         yield
+    except LostRankError as error:
+        _wait_for_first(True)
+        _exit(DEFECT, f"rank {rank()}: {error}")
     except GspoError as error:
         _wait_for_first(rank() != 0)
         where = f"rank {rank()}: " if rank() else ""

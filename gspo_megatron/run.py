@@ -5,15 +5,20 @@ import importlib.metadata
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from gspo_megatron import recipe
+from gspo_megatron import recipe, resume
 from gspo_megatron.backend import batches
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import topology as topologies
+from gspo_megatron.backend.agreement import raise_together
+from gspo_megatron.backend.checkpoint import load, read_progress, save, verify
+from gspo_megatron.backend.critic import Critic
 from gspo_megatron.backend.model import ModelShape
+from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.backend.runtime import Runtime
@@ -21,6 +26,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
+from gspo_megatron.errors import CheckpointError
 from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
@@ -39,9 +45,9 @@ class Reporter:
         self.console = Console() if is_main else None
         self.tracker = Tracker(run_dir, warn=self.console.warn) if is_main else None
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int, done: int = 0) -> None:
         if self.console:
-            self.console.phase(name, total)
+            self.console.phase(name, total, done)
 
     def row(self, row: dict) -> None:
         if self.console:
@@ -81,7 +87,42 @@ class Run:
     policy: Policy
     engine: MegatronEngine
     reporter: Reporter
+    lock: TextIO | None  # rank 0 holds the folder by it
+    checkpoint: Path | None = None  # what this start goes on from
+    resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
+
+    @property
+    def is_past_warm_start(self) -> bool:
+        """The checkpoint that this start goes on from is of a later phase."""
+        return self.resumed is not None and self.resumed.phase != "warm_start"
+
+    def steps_done(self, phase: str, critic: Critic | None = None) -> int:
+        """Fill everything that trains in this phase from the checkpoint. A collective over all ranks.
+
+        Called once the phase's fresh optimizers and reference exist. Returns the steps of this phase that the
+        checkpoint contains, 0 where the phase starts anew.
+        """
+        if self.resumed is None or self.resumed.phase != phase:
+            return 0
+        load(self._networks(critic), self.checkpoint, self.reference)
+        self.prompts.load_state_dict({"position": self.resumed.prompts})
+        return self.resumed.step
+
+    def keep(self, phase: str, step: int, row: dict, critic: Critic | None = None) -> None:
+        """Write a checkpoint where the recipe wants one after this step, whose metric row is in the record already."""
+        config = self.config.checkpoint
+        is_last = phase != "warm_start" and step == self.config.steps
+        if not is_last and (step == 0 or config.interval == 0 or step % config.interval):
+            return
+        progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
+        folder = self.folder / "checkpoints" / progress.folder
+        save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference)
+        if self.runtime.is_main:
+            resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
+
+    def _networks(self, critic: Critic | None) -> dict[str, Network]:
+        return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})
 
     def microbatches(self, sequences: list[TrainSequence], unit: int = 1) -> list[PackedBatch]:
         """This replica's share of one optimizer step, packed. A collective over data parallelism."""
@@ -104,7 +145,11 @@ def start(config: TrainConfig) -> Run:
     config = dataclasses.replace(config, algorithm=config.algorithm.resolved())
     runtime = runtimes.start(config.device)
     topology = topologies.start(config.parallel, config.seed)
-    folder = _run_folder(config, runtime)
+    plan, lock = _plan(config, runtime)
+    folder = plan.folder
+    checkpoint, resumed, notes = _intact(plan)
+    if resumed and runtime.is_main:
+        resume.cut_back(folder, resumed)
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
@@ -117,10 +162,13 @@ def start(config: TrainConfig) -> Run:
         config=config, runtime=runtime, topology=topology, folder=folder, tokenizer=tokenizer, mixture=mixture,
         prompts=PromptSource(mixture, tokenizer, "train", limit),
         held_out=PromptSource(mixture, tokenizer, "eval", limit).fixed(config.data.num_eval_prompts),
-        policy=policy, engine=MegatronEngine(policy), reporter=Reporter(folder, runtime.is_main),
+        policy=policy, engine=MegatronEngine(policy), reporter=Reporter(folder, runtime.is_main), lock=lock,
+        checkpoint=checkpoint, resumed=resumed,
     )  # fmt: skip
     if runtime.is_main:
         run.reporter.console.header(_describe(run, shape))
+    for note in notes:
+        run.reporter.note(note)
     return run
 
 
@@ -131,18 +179,37 @@ def stop(run: Run) -> None:
     runtimes.stop()
 
 
-def _run_folder(config: TrainConfig, runtime: Runtime) -> Path:
-    """output_dir/name, or name-2, name-3, ... where earlier runs have taken it; every rank gets rank 0's choice."""
+def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | None]:
+    """Rank 0's plan on every rank, and rank 0's hold on the folder."""
     chosen: list = [None]
+    error = lock = None
     if runtime.is_main:
-        number, folder = 1, config.output_dir / config.name
-        while folder.exists():
-            number += 1
-            folder = config.output_dir / f"{config.name}-{number}"
-        folder.mkdir(parents=True)
-        chosen = [str(folder)]
+        try:
+            chosen = [resume.plan(config)]
+            lock = resume.hold(chosen[0].folder)
+        except CheckpointError as caught:
+            error = caught
+    raise_together(error)
     dist.broadcast_object_list(chosen, src=0)
-    return Path(chosen[0])
+    return chosen[0], lock
+
+
+def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what to tell the user. A collective."""
+    notes = list(plan.notes)
+    for path in plan.checkpoints:
+        try:
+            verify(path)
+        except CheckpointError as error:
+            notes.append(f"{error}. The checkpoint before it is tried")
+            continue
+        progress = resume.Progress(**read_progress(path))
+        notes.append(f"goes on after {progress.phase} step {progress.step}, from {path}")
+        return path, progress, notes
+    if plan.checkpoints:
+        found = "\n".join([*notes, f"no checkpoint of {plan.folder} is intact"])
+        raise CheckpointError(f"{found}. Give --resume never for a new run.")
+    return None, None, notes
 
 
 def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:

@@ -10,7 +10,6 @@ import dataclasses
 from gspo_megatron import health
 from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
-from gspo_megatron.backend import checkpoint
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.backend.critic import Critic
 from gspo_megatron.backend.model import ModelShape
@@ -42,7 +41,6 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
     else:
         warm_start(run)
         reinforce(run)
-    checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
     if run.runtime.is_main:
         pictures = draw(run.folder)
         run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {len(pictures)} plots")
@@ -56,13 +54,14 @@ def reinforce(run: Run) -> None:
     if config.algorithm.kl.coef:
         run.reference = FrozenReference(run.policy.models)
     estimator = make_estimator(run)
-    run.reporter.phase("rl", config.steps)
-    run.reporter.row({"phase": "rl", "step": 0} | held_out_accuracy(run))
-    for step in range(1, config.steps + 1):
-        row = run_step(run, estimator, step)
+    done = run.steps_done("rl", estimator.critic)
+    run.reporter.phase("rl", config.steps, done)
+    for step in range(done + 1 if done else 0, config.steps + 1):
+        row = run_step(run, estimator, step) if step else {"phase": "rl", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= held_out_accuracy(run)
         run.reporter.row(row)
+        run.keep("rl", step, row, estimator.critic)
 
 
 def make_estimator(run: Run) -> AdvantageEstimator:

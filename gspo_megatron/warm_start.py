@@ -17,12 +17,13 @@ from gspo_megatron.types import TrainSequence
 def warm_start(run: Run) -> None:
     """Run all supervised steps. Rows go to the metrics under phase "warm_start"."""
     config = run.config.warm_start
-    if config.steps == 0:
+    if config.steps == 0 or run.is_past_warm_start:
         return
     run.policy.start_optimizer(warm_start=True)
     examples = _examples(run)
-    run.reporter.phase("warm_start", config.steps)
-    for step in range(1, config.steps + 1):
+    done = run.steps_done("warm_start")
+    run.reporter.phase("warm_start", config.steps, done)
+    for step in range(done + 1, config.steps + 1):
         clock = StepClock(run.runtime.device)
         chosen = epoch_batch(run.config.seed, step, config.batch_size, len(examples))
         mine = share_of(chosen, run.topology.dp_rank, run.topology.dp_size)
@@ -37,6 +38,7 @@ def warm_start(run: Run) -> None:
             row |= evaluate(run)
             row["time/eval"] = clock.read()["time/step"]
         run.reporter.row(row)
+        run.keep("warm_start", step, row)
         if row.get("eval/accuracy", 0.0) >= config.stop_accuracy:
             run.reporter.note(f"warm start ends: held-out accuracy reached {config.stop_accuracy:g}")
             return

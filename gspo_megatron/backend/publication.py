@@ -44,7 +44,8 @@ class PendingStats:
         """Blocks until they are there.
 
         Raises:
-            TrainingError: they are not of this step, minibatch and size, or a stage has ended or hangs.
+            TrainingError: they are not of this step, minibatch and size.
+            LostRankError: a stage has ended or hangs.
         """
         message = self.message.wait()
         step, minibatch, rows = found = tuple(int(x) for x in message[: HEADER - 1])

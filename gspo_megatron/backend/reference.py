@@ -14,8 +14,8 @@ class FrozenReference:
     """The weights of `models` (unwrapped chunks) as they are now."""
 
     def __init__(self, models: list[torch.nn.Module]):
-        self._parameters = [p for model in models for p in model.parameters()]
-        self._weights = [p.detach().clone() for p in self._parameters]
+        self.parameters = [p for model in models for p in model.parameters()]
+        self.weights = [p.detach().clone() for p in self.parameters]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -27,8 +27,14 @@ class FrozenReference:
             self._swap()
 
     @torch.no_grad()
+    def load(self, weights: list[torch.Tensor]) -> None:
+        """Take weights saved from `self.weights`."""
+        for mine, saved in zip(self.weights, weights, strict=True):
+            mine.copy_(saved)
+
+    @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, weight in zip(self._parameters, self._weights, strict=True):
+        for parameter, weight in zip(self.parameters, self.weights, strict=True):
             current = parameter.detach().clone()
             parameter.copy_(weight)
             weight.copy_(current)

@@ -5,7 +5,7 @@ C++ on the ProcessGroup, without the GIL, where that was built (csrc/bindings/co
 torch.distributed elsewhere, with the same bits.
 
 A rank that ends breaks the wait of the others at once (Gloo sees the closed connection; on NCCL this was not run), one
-that hangs breaks it when the group's own timeout is over. Both are a TrainingError there; a table that was not received
+that hangs breaks it when the group's own timeout is over. Both are a LostRankError there; a table that was not received
 whole is never returned.
 
 Left out: sums over tensor parallelism (each of its ranks holds whole log-probs already) and over pipeline stages (only
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.errors import TrainingError
+from gspo_megatron.errors import LostRankError
 from gspo_megatron.ops import library
 
 
@@ -44,7 +44,7 @@ def reduce_tables(table: torch.Tensor, group: dist.ProcessGroup, maximum: int | 
 
     Raises:
         ValueError: not fp64, or not [S, k], or no such column.
-        TrainingError: from wait(), if a rank of the group has ended or hangs.
+        LostRankError: from wait(), if a rank of the group has ended or hangs.
     """
     if table.dim() != 2 or table.dtype is not torch.float64:
         raise ValueError(f"table is {table.dtype} {list(table.shape)}; expected fp64 [S, k]")
@@ -68,7 +68,7 @@ def publish(message: torch.Tensor, group: dist.ProcessGroup, root: int) -> Pendi
 
     Raises:
         ValueError: not contiguous, or no such rank.
-        TrainingError: from wait(), if a rank of the group has ended or hangs.
+        LostRankError: from wait(), if a rank of the group has ended or hangs.
     """
     if not message.is_contiguous():
         raise ValueError("message must be contiguous")
@@ -102,7 +102,7 @@ class _Named:
         except RuntimeError as error:
             ranks = dist.get_process_group_ranks(self.group)
             reason = str(error).strip().splitlines()[0]
-            raise TrainingError(
+            raise LostRankError(
                 f"{self.what} over ranks {ranks} did not finish ({reason}). One of these ranks has ended or hangs: "
                 "look at its log."
             ) from error

@@ -14,7 +14,7 @@ from tests.distributed import spawn
 
 def save(layout: ParallelConfig, folder: Path) -> dict:
     policy = small_policy(layout)
-    checkpoint.save(policy, folder)
+    checkpoint.save({"": policy.network}, folder)
     return parameters.gather_full(policy.models, policy.topology)
 
 
@@ -24,7 +24,7 @@ def load(layout: ParallelConfig, folder: Path) -> dict:
         for model in policy.models:
             for parameter in model.parameters():
                 parameter.zero_()
-    checkpoint.load(policy, folder)
+    checkpoint.load_weights(policy.network, folder)
     return parameters.gather_full(policy.models, policy.topology)
 
 
@@ -41,7 +41,7 @@ def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
     loaded["saved at CP2xTP2-EP2"] = again
     missing = small_policy(SINGLE)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(missing, folder.with_name("step_000009"))
+        checkpoint.load_weights(missing.network, folder.with_name("step_000009"))
     return {"saved": saved, "loaded": loaded, "message": str(caught.value)}
 
 

@@ -78,7 +78,7 @@ def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, fol
     gradient = parameters.gather_full(critic.models, cut, lambda p: p.main_grad)
     weights = None
     if folder is not None and layout is TP2_PP2_EP2:
-        checkpoint.save(critic, folder)
+        checkpoint.save({"": critic.network}, folder)
         weights = parameters.gather_full(critic.models, cut)
     return {
         "values": values, "wanted": wanted, "statistics": statistics, "names": names, "weights": weights,
@@ -118,7 +118,7 @@ def four_ranks(rank: int, world_size: int, wanted: list, folder: Path) -> dict:
 
 def load(case: tuple, folder: Path) -> dict:
     _, critic = small_critic(case[0])
-    checkpoint.load(critic, folder)
+    checkpoint.load_weights(critic.network, folder)
     return parameters.gather_full(critic.models, critic.topology)
 
 

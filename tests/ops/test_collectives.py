@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.errors import TrainingError
+from gspo_megatron.errors import LostRankError
 from gspo_megatron.ops import collectives, library
 from gspo_megatron.ops.sequence_ratio import sequence_partials
 from tests.distributed import spawn
@@ -145,7 +145,7 @@ def lose(rank: int, folder: str, how: int, way: str, op: str) -> None:
         else:
             collectives.publish(table, dist.group.WORLD, 1).wait()
         report = "no error"
-    except TrainingError as error:
+    except LostRankError as error:
         report = str(error)
     with open(f"{folder}/{rank}", "w") as file:
         file.write(f"{time.monotonic() - began:.2f} {report}")
