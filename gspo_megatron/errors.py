@@ -25,5 +25,9 @@ class TrainingError(GspoError):
     """Training cannot go on, for example because a gradient is not finite."""
 
 
+class StopRequested(GspoError):
+    """The run was told to stop (SIGUSR1) and has written a checkpoint; no fault."""
+
+
 class LostRankError(GspoError):
     """A collective broke because another rank has ended or hangs; that rank's own message says more."""

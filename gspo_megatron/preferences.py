@@ -60,10 +60,10 @@ def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair
     run.policy.start_optimizer()
     run.reference = FrozenReference(run.policy.models)
     loss = policy_loss(config.algorithm)
-    done = run.steps_done("dpo")
+    first = run.first_step("dpo")
     held = pack_held_out(run, held_out)
-    run.reporter.phase("dpo", config.steps, done)
-    for step in range(done + 1 if done else 0, config.steps + 1):
+    run.reporter.phase("dpo", config.steps, max(first - 1, 0))
+    for step in range(first, config.steps + 1):
         row = run_step(run, loss, train, step) if step else {"phase": "dpo", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= evaluate_pairs(run, held)

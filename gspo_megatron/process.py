@@ -5,8 +5,11 @@ destructors of a process group whose peers are gone can hang. So signals are ans
 a failed rank leaves with os._exit. torchrun ends all ranks when the first one exits; a rank whose message is probably
 an echo of another's waits for that before it speaks.
 
-Left out: restarts (torchrun's or Slurm's), saving a checkpoint on a signal, and the time limit of collectives, which
-the process group has itself. A thread's own uncaught exception ends only that thread.
+SIGUSR1, which a scheduler sends before its time limit, ends nothing by itself: the run asks `is_told_to_stop` after
+each step, writes a checkpoint and raises StopRequested.
+
+Left out: restarts (torchrun's or Slurm's), and the time limit of collectives, which the process group has itself. A
+thread's own uncaught exception ends only that thread.
 """
 
 import contextlib
@@ -20,13 +23,25 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
-from gspo_megatron.errors import GspoError, LostRankError
+from gspo_megatron.errors import GspoError, LostRankError, StopRequested
 
 ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fail up to a second apart
 BAD_INPUT = 2
 DEFECT = 1
+REQUEUE = (
+    85  # what Slurm's RequeueExit is commonly set to; torchrun makes it 1, so a batch script looks for a checkpoint
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What Gloo and NCCL say when the other side of a connection has died.
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+
+
+_told_to_stop = threading.Event()
+
+
+def is_told_to_stop() -> bool:
+    """This rank got SIGUSR1."""
+    return _told_to_stop.is_set()
 
 
 def rank() -> int:
@@ -38,13 +53,15 @@ def rank() -> int:
 def guard() -> Iterator[None]:
     """Run the body of one rank; everything that ends it early ends the process here.
 
-    A GspoError prints its message and exits with status 2 (1 where another rank was lost), every other exception prints
-    its trace and exits with status 1, SIGINT and SIGTERM print one line on rank 0 and exit with 130 and 143, also while
-    the main thread is blocked in C++. Must be entered on the main thread.
+    A GspoError prints its message and exits with status 2 (1 where another rank was lost, REQUEUE where the run was
+    told to stop), every other exception prints its trace and exits with status 1, SIGINT and SIGTERM print one line on
+    rank 0 and exit with 130 and 143, also while the main thread is blocked in C++. Must be entered on the main thread.
     """
     restore = _answer_signals()
     try:
         yield
+    except StopRequested as error:
+        _exit(REQUEUE, str(error) if rank() == 0 else None)
     except LostRankError as error:
         _wait_for_first(True)
         _exit(DEFECT, f"rank {rank()}: {error}")
@@ -97,7 +114,7 @@ def _answer_signals() -> Callable[[], None]:
     send.setblocking(False)
     # The C part of Python's handler writes the signal's number into `send` at once, whatever Python is doing. It does
     # so only for signals that have a Python handler, so they get one that does nothing.
-    old = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     old_fd = signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
 
     def leave_to_parent() -> None:
@@ -105,6 +122,7 @@ def _answer_signals() -> Callable[[], None]:
         if not over.is_set():
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     os.register_at_fork(after_in_child=leave_to_parent)
@@ -130,7 +148,9 @@ def _watch(receive: socket.socket, launcher: int | None) -> None:
             if not numbers:
                 return
             number = signal.Signals(numbers[0])
-            if number in (signal.SIGINT, signal.SIGTERM):
+            if number == signal.SIGUSR1:
+                _told_to_stop.set()
+            elif number in SIGNALS:
                 _exit(128 + number, f"rank 0: ended by {number.name}" if rank() == 0 else None)
         elif launcher is not None and os.getppid() != launcher:
             _exit(DEFECT, "rank 0: ended because torchrun is gone" if rank() == 0 else None)

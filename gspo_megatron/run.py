@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from gspo_megatron import recipe, resume
+from gspo_megatron import process, recipe, resume
 from gspo_megatron.backend import batches
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import topology as topologies
@@ -26,7 +27,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
-from gspo_megatron.errors import CheckpointError
+from gspo_megatron.errors import CheckpointError, StopRequested
 from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
@@ -97,29 +98,43 @@ class Run:
         """The checkpoint that this start goes on from is of a later phase."""
         return self.resumed is not None and self.resumed.phase != "warm_start"
 
-    def steps_done(self, phase: str, critic: Critic | None = None) -> int:
+    def first_step(self, phase: str, critic: Critic | None = None) -> int:
         """Fill everything that trains in this phase from the checkpoint. A collective over all ranks.
 
-        Called once the phase's fresh optimizers and reference exist. Returns the steps of this phase that the
-        checkpoint contains, 0 where the phase starts anew.
+        Called once the phase's fresh optimizers and reference exist. Returns the step to begin with: the one after the
+        checkpoint's, or 0 where the phase starts anew.
         """
         if self.resumed is None or self.resumed.phase != phase:
             return 0
         load(self._networks(critic), self.checkpoint, self.reference)
         self.prompts.load_state_dict({"position": self.resumed.prompts})
-        return self.resumed.step
+        return self.resumed.step + 1
 
     def keep(self, phase: str, step: int, row: dict, critic: Critic | None = None) -> None:
-        """Write a checkpoint where the recipe wants one after this step, whose metric row is in the record already."""
+        """Write a checkpoint where the recipe wants one after this step, whose metric row is in the record already.
+
+        Raises:
+            StopRequested: on every rank, once a checkpoint is written, because one of them was told to stop.
+        """
         config = self.config.checkpoint
         is_last = phase != "warm_start" and step == self.config.steps
-        if not is_last and (step == 0 or config.interval == 0 or step % config.interval):
+        must_stop = self._is_told_to_stop() and not is_last
+        if not (is_last or must_stop) and (step == 0 or config.interval == 0 or step % config.interval):
             return
         progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
         folder = self.folder / "checkpoints" / progress.folder
         save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference)
         if self.runtime.is_main:
             resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
+        if must_stop:
+            self.reporter.close()
+            raise StopRequested(f"stopped as asked, after {phase} step {step}. The same command goes on from {folder}")
+
+    def _is_told_to_stop(self) -> bool:
+        """Any rank was. A collective: all must stop after the same step."""
+        told = torch.tensor([float(process.is_told_to_stop())], device=self.runtime.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
 
     def _networks(self, critic: Critic | None) -> dict[str, Network]:
         return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})

@@ -54,9 +54,9 @@ def reinforce(run: Run) -> None:
     if config.algorithm.kl.coef:
         run.reference = FrozenReference(run.policy.models)
     estimator = make_estimator(run)
-    done = run.steps_done("rl", estimator.critic)
-    run.reporter.phase("rl", config.steps, done)
-    for step in range(done + 1 if done else 0, config.steps + 1):
+    first = run.first_step("rl", estimator.critic)
+    run.reporter.phase("rl", config.steps, max(first - 1, 0))
+    for step in range(first, config.steps + 1):
         row = run_step(run, estimator, step) if step else {"phase": "rl", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= held_out_accuracy(run)

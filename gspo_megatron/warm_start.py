@@ -21,9 +21,9 @@ def warm_start(run: Run) -> None:
         return
     run.policy.start_optimizer(warm_start=True)
     examples = _examples(run)
-    done = run.steps_done("warm_start")
-    run.reporter.phase("warm_start", config.steps, done)
-    for step in range(done + 1, config.steps + 1):
+    first = max(run.first_step("warm_start"), 1)
+    run.reporter.phase("warm_start", config.steps, first - 1)
+    for step in range(first, config.steps + 1):
         clock = StepClock(run.runtime.device)
         chosen = epoch_batch(run.config.seed, step, config.batch_size, len(examples))
         mine = share_of(chosen, run.topology.dp_rank, run.topology.dp_size)
