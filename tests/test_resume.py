@@ -35,7 +35,7 @@ from gspo_megatron.metrics.tracker import read_metrics
 from gspo_megatron.recipe import save
 from gspo_megatron.resume import Progress, checkpoints, cut_back, hold, plan, prune
 from tests.distributed import spawn
-from tests.launching import ROOT, TORCHRUN, launched, wait_until
+from tests.launching import ROOT, TORCHRUN, gone, launched, wait_until
 
 DP2 = ParallelConfig(1, 1, None, 1, 1, use_distributed_optimizer=True)
 PP2 = ParallelConfig(1, 2, None, 1, 1)
@@ -172,9 +172,12 @@ TRAINING = [*TORCHRUN, "--nproc-per-node", "2", str(ROOT / "examples/train_moe_g
 def end_by(launch, number: signal.Signals, moment: Callable[[], bool]) -> None:
     """The signal goes to one rank, once `moment` has come; torchrun then ends the other."""
     assert wait_until(moment, 100), launch.stderr
-    ranks = [p.pid for p in psutil.Process(launch.process.pid).children()]
+    torchrun = psutil.Process(launch.process.pid)
+    ranks = [p.pid for p in torchrun.children()]
+    everyone = [p.pid for p in torchrun.children(recursive=True)]
     os.kill(random.choice(ranks), number)
     assert launch.wait(20) != 0
+    assert gone(everyone)  # no helper of a checkpoint's writing outlives its rank
 
 
 @pytest.mark.slow

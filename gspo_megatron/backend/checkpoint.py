@@ -11,6 +11,7 @@ saving, and a defence against checkpoints made to do harm (torch reads their met
 import hashlib
 import json
 import os
+import queue
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from gspo_megatron.backend import optimizer_state
@@ -47,6 +49,10 @@ def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = 
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
+    if filesystem_async._results_queue is None:
+        # Megatron would start a server process for this queue, which asynchronous saving needs. Here both its ends are
+        # in this process; and the server outlives a rank that is killed, with 270 MB.
+        filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(_sharded(networks, reference), str(unfinished))
     counters = {prefix: _counters(network) for prefix, network in networks.items() if network.optimizer}
     if is_main:
