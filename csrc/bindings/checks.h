@@ -1,5 +1,5 @@
-// Types, shapes and devices of the sequence ratio's tensors, in the words of the Python reference
-// (gspo_megatron/ops/sequence_ratio_reference.py).
+// Types, shapes and devices of the operators' tensors, in the words of the Python references
+// (gspo_megatron/ops/sequence_ratio_reference.py, token_surrogate_reference.py).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -52,15 +52,23 @@ inline at::Tensor boundary_vector(const at::Tensor& cu, at::Device device) {
   return cu.contiguous();
 }
 
-// What gspo_forward gets beside its packing. Returns whether advantages differ by token.
-inline bool check_forward(const at::Tensor& partials, const at::Tensor& advantages, int64_t size, int64_t tokens,
-                          double denominator, at::Device device) {
+// [S], or [T] with one a token ([S] where S = T). Returns whether they differ by token.
+inline bool check_advantages(const at::Tensor& advantages, int64_t size, int64_t tokens, at::Device device) {
   const bool by_token = advantages.numel() != size;
   advantage_type(advantages);
   TORCH_CHECK_VALUE(advantages.dim() == 1 && (!by_token || advantages.numel() == tokens), "advantages has shape ",
                     advantages.sizes(), "; expected [", size, "], one a sequence, or [", tokens, "], one a token");
-  TORCH_CHECK_VALUE(partials.device() == device && advantages.device() == device,
-                    "partials and advantages must be on one device with logp_new, here ", device);
+  TORCH_CHECK_VALUE(advantages.device() == device, "advantages is on ", advantages.device(),
+                    "; all inputs must be on one device, here ", device);
+  return by_token;
+}
+
+// What gspo_forward gets beside its packing. Returns whether advantages differ by token.
+inline bool check_forward(const at::Tensor& partials, const at::Tensor& advantages, int64_t size, int64_t tokens,
+                          double denominator, at::Device device) {
+  const bool by_token = check_advantages(advantages, size, tokens, device);
+  TORCH_CHECK_VALUE(partials.device() == device, "partials is on ", partials.device(),
+                    "; all inputs must be on one device, here ", device);
   TORCH_CHECK_TYPE(partials.scalar_type() == at::kDouble, "partials is ", partials.scalar_type(), "; expected fp64");
   TORCH_CHECK_VALUE(partials.dim() == 2 && partials.size(0) == size &&
                         (partials.size(1) == kTokenColumns || (!by_token && partials.size(1) == kColumns)),
@@ -77,6 +85,13 @@ inline void check_backward(const at::Tensor& grad_loss, const at::Tensor& slopes
   TORCH_CHECK_VALUE(slopes.dim() == 2 && slopes.size(0) == size && slopes.size(1) == 2 && slopes.device() == device &&
                         slopes.scalar_type() == at::kDouble,
                     "slopes must be [", size, ", 2] fp64 on ", device);
+}
+
+// What token_surrogate_backward gets beside the inputs of the forward.
+inline void check_grad(const at::Tensor& grad, int64_t size, at::Device device) {
+  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == size && grad.device() == device &&
+                        grad.scalar_type() == at::kDouble,
+                    "grad must be [", size, "] fp64 on ", device);
 }
 
 }  // namespace gspo

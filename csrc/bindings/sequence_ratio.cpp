@@ -1,6 +1,5 @@
 // sequence_partials, gspo_forward and gspo_backward for the CPU, under the names of gspo_megatron/ops/sequence_ratio.py
 // (schema, fake and autograd are there). Checks what memory safety needs, allocates, and splits the work.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,13 +12,12 @@
 #include "../cpu/kernels.h"
 #include "../sequence_ratio.h"
 #include "checks.h"
+#include "cpu.h"
 
 namespace gspo {
 namespace {
 
-constexpr int64_t kChunkTokens = 8192;     // a thread takes whole chunks; results do not depend on it
-constexpr int64_t kTokensPerThread = 32768;  // below this a second thread costs more than it brings
-constexpr int64_t kChunkSequences = 1024;  // the loss is added in runs of this many sequences, in order
+using namespace cpu;
 
 // The kernels know masks of bytes and of fp32; comparing another type with 0 is exact.
 at::Tensor narrow_mask(const at::Tensor& mask) { return mask.scalar_type() == at::kDouble ? mask.gt(0) : mask; }
@@ -28,33 +26,6 @@ at::Tensor narrow_mask(const at::Tensor& mask) { return mask.scalar_type() == at
 at::Tensor widen_old(const at::Tensor& old, const at::Tensor& fresh) {
   const bool half = old.scalar_type() == at::kBFloat16 || old.scalar_type() == at::kHalf;
   return half && old.scalar_type() != fresh.scalar_type() ? old.to(at::kFloat) : old;
-}
-
-at::Tensor vector(const at::Tensor& x, const char* name, int64_t size) {
-  return gspo::vector(x, name, size, at::Device(at::kCPU));
-}
-
-// [S + 1] int32, monotone and inside [0, T]: every index that the kernels compute is then in range.
-at::Tensor boundaries(const at::Tensor& cu, int64_t num_tokens) {
-  const at::Tensor out = boundary_vector(cu, at::Device(at::kCPU));
-  const int32_t* bounds = out.const_data_ptr<int32_t>();
-  const int64_t last = out.numel() - 1;
-  TORCH_CHECK_VALUE(bounds[0] >= 0, "cu_seqlens[0] = ", bounds[0], " is negative");
-  for (int64_t i = 0; i < last; ++i) {
-    TORCH_CHECK_VALUE(bounds[i] <= bounds[i + 1], "cu_seqlens[", i + 1, "] = ", bounds[i + 1],
-                      " is less than cu_seqlens[", i, "] = ", bounds[i]);
-  }
-  TORCH_CHECK_VALUE(bounds[last] <= num_tokens, "cu_seqlens ends at ", bounds[last], " but there are ", num_tokens,
-                    " tokens");
-  return out;
-}
-
-template <class F>
-void over_chunks(int64_t count, int64_t chunk, int64_t per_thread, const F& work) {
-  const int64_t chunks = (count + chunk - 1) / chunk;
-  at::parallel_for(0, chunks, per_thread / chunk, [&](int64_t begin, int64_t end) {
-    work(begin * chunk, std::min(end * chunk, count));
-  });
 }
 
 at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_old, const at::Tensor& mask,
@@ -90,13 +61,7 @@ at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_
   // One position past the last token, where sequences without tokens may start.
   over_chunks(tokens + 1, kChunkTokens, kTokensPerThread,
               [&](int64_t begin, int64_t end) { run.partials(a, begin, end); });
-  over_chunks(a.num_sequences, kChunkSequences, 16 * kChunkSequences, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      for (int64_t at = a.cu_seqlens[s] + kBlockTokens; at < a.cu_seqlens[s + 1]; at += kBlockTokens) {
-        add_partials(a.table + s * a.columns, a.scratch + scratch_row(at) * a.columns, a.columns);
-      }
-    }
-  });
+  add_blocks(a.cu_seqlens, a.num_sequences, a.columns, a.table, a.scratch);
   return table;
 }
 
@@ -104,6 +69,7 @@ template <bool kByToken>
 double results(const double* partials, int columns, const at::Tensor& advantages, int64_t size, ClipBounds clip,
                double* ratios, double* clipped, double* slopes) {
   const double* by_sequence = kByToken ? nullptr : advantages.const_data_ptr<double>();
+  // The loss is added in runs of kChunkSequences sequences, in order.
   const int64_t chunks = (size + kChunkSequences - 1) / kChunkSequences;
   const at::Tensor sums = at::empty({chunks}, at::kDouble);
   double* sum = sums.mutable_data_ptr<double>();

@@ -1,9 +1,11 @@
-// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc.
+// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc
+// and token_surrogate.inc.
 #pragma once
 
 #include <stdint.h>
 
 #include "../scalars.h"
+#include "../sequence_ratio.h"
 
 namespace gspo {
 
@@ -27,12 +29,39 @@ struct GradientArguments {
   double scale;          // multiplies the slopes
 };
 
+// What both passes of the token surrogate read.
+struct SurrogateTokens {
+  Vector logp_new, logp_old, mask;  // of any type; kByte only for the mask
+  Vector advantages;                // [T] where by_token, else [S]; kFloat or kDouble
+  bool by_token;
+  const int32_t* cu_seqlens;  // [S + 1], monotone, inside [0, T]
+  int64_t num_sequences;
+  ClipBounds clip;
+};
+
+struct SurrogateForwardArguments {
+  SurrogateTokens tokens;
+  Vector entropy;   // may be nothing
+  double* table;    // [S, kSurrogateColumns]
+  double* scratch;  // [scratch_rows(T), kSurrogateColumns]
+};
+
+struct SurrogateBackwardArguments {
+  SurrogateTokens tokens;
+  const double* grad;  // [S], d loss / d objective
+  void* gradient;      // [T]
+  Scalar type;
+};
+
 struct Kernels {
   const char* instruction_set;
   // Every block whose first token is in [begin, end).
   void (*partials)(const PartialsArguments&, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*gradient)(const GradientArguments&, int64_t begin, int64_t end);
+  // As partials, and as gradient.
+  void (*surrogate_forward)(const SurrogateForwardArguments&, int64_t begin, int64_t end);
+  void (*surrogate_backward)(const SurrogateBackwardArguments&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kGenericKernels;

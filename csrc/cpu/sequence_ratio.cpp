@@ -5,10 +5,12 @@
 #define GSPO_ISA generic
 #define GSPO_LANES 2  // SSE2, NEON
 #include "sequence_ratio.inc"
+#include "token_surrogate.inc"
 
 namespace gspo {
 
-const Kernels kGenericKernels = {"generic", generic::partials, generic::gradient};
+const Kernels kGenericKernels = {"generic", generic::partials, generic::gradient, generic::surrogate_forward,
+                                 generic::surrogate_backward};
 
 static const Kernels& widest() {
 #ifdef GSPO_X86_KERNELS

@@ -10,8 +10,10 @@
 #define GSPO_ISA avx2
 #define GSPO_LANES 4
 #include "sequence_ratio.inc"
+#include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx2Kernels = {"avx2", avx2::partials, avx2::gradient};
+const Kernels kAvx2Kernels = {"avx2", avx2::partials, avx2::gradient, avx2::surrogate_forward,
+                              avx2::surrogate_backward};
 }
 #endif

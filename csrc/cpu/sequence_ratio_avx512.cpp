@@ -10,8 +10,10 @@
 #define GSPO_ISA avx512
 #define GSPO_LANES 8
 #include "sequence_ratio.inc"
+#include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx512Kernels = {"avx512", avx512::partials, avx512::gradient};
+const Kernels kAvx512Kernels = {"avx512", avx512::partials, avx512::gradient, avx512::surrogate_forward,
+                                avx512::surrogate_backward};
 }
 #endif

@@ -1,4 +1,4 @@
-// Vectors of GSPO_LANES doubles in the compiler's own vector type, loads from every element type, and exp(d) - 1 - d.
+// Vectors of GSPO_LANES doubles in the compiler's own vector type, loads from every element type, exp and the k3 term.
 // Included once by each instruction set's file, inside its namespace: nothing here may have a shared symbol.
 
 typedef double VecD __attribute__((vector_size(8 * GSPO_LANES)));
@@ -24,6 +24,7 @@ GSPO_INLINE VecD load(const float* p) { return __builtin_convertvector(read<VecF
 GSPO_INLINE VecD load(const BFloat16* p) {
   return __builtin_convertvector((VecF)(__builtin_convertvector(read<VecH>(p), VecU) << 16), VecD);
 }
+GSPO_INLINE VecD load(const uint8_t* p) { return __builtin_convertvector(read<VecB>(p), VecD); }
 GSPO_INLINE VecD load(const Half* p) {
   const VecU bits = __builtin_convertvector(read<VecH>(p), VecU);
   const VecU sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
@@ -42,10 +43,15 @@ GSPO_INLINE VecI trained(const uint8_t* p) { return __builtin_convertvector(read
 
 GSPO_INLINE VecD absolute(VecD x) { return (VecD)((VecI)x & INT64_MAX); }
 
-// exp(d) - 1 - d, the k3 term, to a few units in the last place where it is not tiny and with 13 digits where it is:
-// with d = n ln 2 + r, it is 2^n r^2 q(r) + ((2^n - 1) + (2^n r - d)), and at n = 0 all but the first term is exactly
-// 0. Everything is halved (h = 2^(n-1)) so that n = 1024 has a finite h and an overflow gives infinity.
-GSPO_INLINE VecD k3_term(VecD d) {
+// exp(d) to a few units in the last place, 0 where it would be subnormal; and exp(d) - 1 - d, the k3 term, as exactly
+// where it is not tiny and with 13 digits where it is: with d = n ln 2 + r, it is 2^n r^2 q(r) + ((2^n - 1) +
+// (2^n r - d)), and at n = 0 all but the first term is exactly 0. Everything is halved (h = 2^(n-1)) so that n = 1024
+// has a finite h and an overflow gives infinity.
+struct Exponential {
+  VecD value, k3;
+};
+
+GSPO_INLINE Exponential exponential(VecD d) {
   const VecD zero = {};
   const VecD high = zero + 710.0, low = zero - 708.0;
   VecD x = d > high ? high : d;
@@ -64,8 +70,11 @@ GSPO_INLINE VecD k3_term(VecD d) {
   q = q * r + 1.0 / 24;
   q = q * r + 1.0 / 6;
   q = q * r + 0.5;
-  return 2.0 * (h * (r * r * q) + ((h - 0.5) + (h * r - 0.5 * d)));
+  const VecD rest = r * r * q, value = 2.0 * (h * (1.0 + (r + rest)));
+  return {d < low ? zero : value, 2.0 * (h * rest + ((h - 0.5) + (h * r - 0.5 * d)))};
 }
+
+GSPO_INLINE VecD k3_term(VecD d) { return exponential(d).k3; }
 
 constexpr double kSmall = 0.25;
 

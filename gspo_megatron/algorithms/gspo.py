@@ -21,7 +21,7 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
-    weights = token_weights(inputs, options)
+    weights = token_weights(inputs, options, inputs.token_lengths)
     # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
     number = max(inputs.counts.num_sequences, 1)
     advantages = _weighed(inputs, options, weights * number)

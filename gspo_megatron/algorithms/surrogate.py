@@ -1,16 +1,17 @@
-"""What policy losses share: how tokens are weighed, KL estimators, clipping by token, and the table of results.
+"""What policy losses share: how tokens are weighed, KL estimators, the ratio by token, and the table of results.
 
 Notation: r_t = exp(logp - old), m_t the loss mask, w_i the weight of a trained token of sequence i, N the sequences and
 M the tokens of the whole optimizer step. Every loss here is - sum_i sum_t m_t w_i (objective_t - regularizer_t).
 
-Left out: the sequence ratio (gspo.py, ops/sequence_ratio.py).
+Clipping is in ops/token_surrogate.py. Left out: the sequence ratio (gspo.py, ops/sequence_ratio.py).
 """
 
 import torch
 
-from gspo_megatron.algorithms.contract import ClipRange, LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.mismatch import corrected
-from gspo_megatron.ops.sequence_ratio import sequence_partials
+from gspo_megatron.ops.sequence_ratio import COLUMNS
+from gspo_megatron.ops.token_surrogate import token_objectives
 from gspo_megatron.types import SequenceTable
 
 LARGEST = 4  # the column of a table that is combined by its maximum: max_abs_log_ratio
@@ -32,33 +33,11 @@ KL_ESTIMATORS = {
 }
 
 
-def token_weights(inputs: LossInputs, options: LossOptions) -> torch.Tensor:
-    """w_i [S] fp64 of the chosen aggregation."""
+def token_weights(inputs: LossInputs, options: LossOptions, lengths: torch.Tensor) -> torch.Tensor:
+    """w_i [S] fp64 of the chosen aggregation, from |y_i| [S] fp64 over all context-parallel ranks."""
     counts = inputs.counts
     weigh = TOKEN_WEIGHTS[options.aggregation]
-    return weigh(inputs.token_lengths, max(counts.num_sequences, 1), max(counts.num_tokens, 1), options.constant_length)
-
-
-def clipped_objective(log_ratio: torch.Tensor, advantage: torch.Tensor, clip: ClipRange) -> tuple[torch.Tensor, ...]:
-    """min(r A, clip(r, 1 - low, 1 + high) A); where A < 0 not below dual A (dual clip, arXiv 1912.09729, equation 5).
-
-    Args:
-        log_ratio: [T] fp64, differentiable; r = exp(log_ratio).
-        advantage: [T] fp64.
-
-    Returns:
-        (objective [T], low, high [T] bool: what lost its gradient to the lower bound, and to an upper one).
-    """
-    ratio = log_ratio.detach().exp()
-    up, down = advantage > 0, advantage < 0
-    low = (ratio < 1 - clip.low) & down
-    high = (ratio > 1 + clip.high) & up | (ratio > clip.dual) & down
-    # full_like: torch.where of two plain numbers would round the bound to fp32.
-    bound = torch.where(up, torch.full_like(ratio, 1 + clip.high), clip.dual).masked_fill(low, 1 - clip.low)
-    # A ratio may be infinite where it is clipped or has no weight: neither it nor its gradient may be formed there.
-    flat = low | high | (advantage == 0)
-    free = torch.where(flat, 0.0, log_ratio).exp() * advantage
-    return torch.where(flat, torch.where(low | high, bound, 0.0) * advantage, free), low, high
+    return weigh(lengths, max(counts.num_sequences, 1), max(counts.num_tokens, 1), options.constant_length)
 
 
 def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
@@ -67,17 +46,17 @@ def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     GRPO, Dr. GRPO, DAPO and PPO are this with other advantages, clip ranges and weights w_i.
     """
     inputs = corrected(inputs, options)
-    weights = token_weights(inputs, options)
-    trained = inputs.loss_mask > 0
-    # What stands at a masked token may be anything, and exp of it times 0 would not be 0.
-    log_ratio = torch.where(trained, inputs.logprobs.double() - inputs.old_logprobs.double(), 0.0)
-    objective, low, high = clipped_objective(log_ratio, inputs.token_advantages.double(), options.clip)
-    by_sequence = inputs.sum_by_sequence(objective)  # [S]
+    clip = options.clip
+    objective, sums = token_objectives(
+        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy, inputs.advantages,
+        clip.low, clip.high, clip.dual,
+    )  # fmt: skip
+    # Where no other rank holds tokens of these sequences, they have been counted already.
+    weights = token_weights(inputs, options, sums[:, 0] if inputs.lengths is None else inputs.lengths)
     extra, regularizer = regularizers(inputs, options, weights)
-    loss = -(weights * by_sequence).sum() + regularizer
-    partials = _partials(inputs)
-    clipped = [inputs.sum_by_sequence(low), inputs.sum_by_sequence(high), by_sequence.detach()]
-    table = inputs.reduce(torch.cat([partials, extra, torch.stack(clipped, dim=1)], dim=1), maximum=LARGEST)
+    loss = -(weights * objective).sum() + regularizer
+    columns = len(COLUMNS)
+    table = inputs.reduce(torch.cat([sums[:, :columns], extra, sums[:, columns:]], dim=1), maximum=LARGEST)
     value = -(weights * table[:, -1]).sum() + regularizer_value(table, options, weights)
     return LossOutputs(loss, SequenceTable(table[:, :-1]), value)
 
@@ -115,7 +94,3 @@ def regularizer_value(table: torch.Tensor, options: LossOptions, weights: torch.
     if options.entropy_coef:
         value = value - options.entropy_coef * (weights * entropy).sum()
     return value
-
-
-def _partials(inputs: LossInputs) -> torch.Tensor:
-    return sequence_partials(inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy)

@@ -14,7 +14,13 @@ from types import ModuleType
 import torch
 
 FOLDER = Path(__file__).parent
-OPS = ("sequence_partials", "gspo_forward", "gspo_backward")
+OPS = (
+    "sequence_partials",
+    "gspo_forward",
+    "gspo_backward",
+    "token_surrogate_forward",
+    "token_surrogate_backward",
+)
 COLLECTIVES = ("reduce_tables", "publish")
 REMEDY = "Install again with a C++ compiler present: pip install --no-build-isolation --no-deps ."
 

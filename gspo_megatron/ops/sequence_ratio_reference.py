@@ -125,17 +125,26 @@ def check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, token_advantages
         _check_type("advantages", token_advantages, (torch.float32, torch.float64), "fp32 or fp64")
 
 
-def check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator) -> None:
-    """Types, shapes and devices of gspo_forward."""
-    _check_packing(logp_new, mask, cu_seqlens)
-    size, tokens = cu_seqlens.numel() - 1, logp_new.numel()
-    by_token = advantages.numel() != size
+def check_advantages(advantages: torch.Tensor, size: int, logp_new: torch.Tensor) -> bool:
+    """Type, shape and device of advantages, [S] or [T]. Returns whether they differ by token."""
+    by_token, tokens = advantages.numel() != size, logp_new.numel()
     _check_type("advantages", advantages, (torch.float32, torch.float64), "fp32 or fp64")
     if advantages.dim() != 1 or (by_token and advantages.numel() != tokens):
         shape = list(advantages.shape)
         raise ValueError(f"advantages has shape {shape}; expected [{size}], one a sequence, or [{tokens}], one a token")
-    if partials.device != logp_new.device or advantages.device != logp_new.device:
-        raise ValueError(f"partials and advantages must be on one device with logp_new, here {logp_new.device}")
+    if advantages.device != logp_new.device:
+        device = logp_new.device
+        raise ValueError(f"advantages is on {advantages.device}; all inputs must be on one device, here {device}")
+    return by_token
+
+
+def check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator) -> None:
+    """Types, shapes and devices of gspo_forward."""
+    _check_packing(logp_new, mask, cu_seqlens)
+    size = cu_seqlens.numel() - 1
+    by_token = check_advantages(advantages, size, logp_new)
+    if partials.device != logp_new.device:
+        raise ValueError(f"partials is on {partials.device}; all inputs must be on one device, here {logp_new.device}")
     _check_type("partials", partials, (torch.float64,), "fp64")
     all_columns = len(COLUMNS) + len(TOKEN_COLUMNS)
     wanted = (all_columns,) if by_token else (len(COLUMNS), all_columns)

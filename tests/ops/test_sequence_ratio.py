@@ -267,7 +267,7 @@ def test_opcheck(by_token, dtype):
 
 def test_status_says_what_runs():
     status = library.status()
-    assert set(status) == {"sequence_partials", "gspo_forward", "gspo_backward", "reduce_tables", "publish"}
+    assert set(status) == {*library.OPS, "reduce_tables", "publish"} and len(library.OPS) == 5
     wanted = "PyTorch formulas" if library.load() else "C++ ("
     assert all(status[op].startswith(wanted) for op in library.OPS)
     wanted = "C++" if library.load_collectives()[0] else "torch.distributed: "
@@ -282,6 +282,6 @@ def test_status_names_cuda_kernels_where_they_exist():
     if not had:
         with torch.library._scoped_library("gspo_megatron", "IMPL") as scope:
             for op in library.OPS:
-                scope.impl(op, getattr(reference, op), "CUDA")
+                scope.impl(op, lambda *inputs: None, "CUDA")
             assert library.has_cuda() and all(library.status()[op].endswith("), CUDA") for op in library.OPS)
         assert not library.has_cuda()
