@@ -89,6 +89,7 @@ def _(logp_new, logp_old, mask, cu_seqlens, entropy, advantages, clip_low, clip_
 
 @register_fake("gspo_megatron::token_surrogate_backward")
 def _(grad, logp_new, logp_old, mask, cu_seqlens, advantages, clip_low, clip_high, clip_dual):
+    reference.check_tokens(logp_new, logp_old, mask, cu_seqlens, None, advantages)
     return logp_new.new_empty(logp_new.shape)
 
 

@@ -23,9 +23,8 @@ def token_terms(log_ratio, advantage, clip_low, clip_high, clip_dual):
     up, down = advantage > 0, advantage < 0
     low = (ratio < 1 - clip_low) & down
     high = (ratio > 1 + clip_high) & up | (ratio > clip_dual) & down
-    # A ratio may be infinite where it is clipped or has no weight: it may not be multiplied there.
-    flat = low | high | (advantage == 0)
-    slope = torch.where(flat, 0.0, ratio).mul(advantage)
+    # A ratio may be infinite where it is clipped or has no weight: its product is not used there.
+    slope = torch.where(low | high | (advantage == 0), 0.0, ratio * advantage)
     # full_like: torch.where of two plain numbers would round the bound to fp32.
     bound = torch.where(up, torch.full_like(ratio, 1 + clip_high), clip_dual).masked_fill(low, 1 - clip_low)
     return torch.where(low | high, bound * advantage, slope), slope, low, high
@@ -48,10 +47,10 @@ def token_surrogate_backward(
     grad, logp_new, logp_old, mask, cu_seqlens, advantages, clip_low, clip_high, clip_dual
 ):  # fmt: skip
     check_tokens(logp_new, logp_old, mask, cu_seqlens, None, advantages)
+    sequences.check_boundaries(cu_seqlens, logp_new.numel())
     size = cu_seqlens.numel() - 1
     if list(grad.shape) != [size] or grad.dtype != torch.float64 or grad.device != logp_new.device:
         raise ValueError(f"grad must be [{size}] fp64 on {logp_new.device}")
-    sequences.check_boundaries(cu_seqlens, logp_new.numel())
     log_ratio, advantage, ids = _by_token(logp_new, logp_old, mask, cu_seqlens, advantages)
     slope = token_terms(log_ratio, advantage, clip_low, clip_high, clip_dual)[1]
     factor = torch.cat([grad, grad.new_zeros(1)])[ids]
