@@ -19,8 +19,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-# csrc/cuda holds no C++ of the library, only an emulation for the tests; the CUDA binding needs torch with CUDA.
-CUDA_SOURCES = ["csrc/bindings/sequence_ratio_cuda.cpp", "csrc/cuda/sequence_ratio.cu"]
+# csrc/cuda holds no C++ of the library, only an emulation for the tests; the CUDA bindings need torch with CUDA.
+CUDA_SOURCES = [f"csrc/{name}" for op in ("sequence_ratio", "token_surrogate")
+                for name in (f"bindings/{op}_cuda.cpp", f"cuda/{op}.cu")]  # fmt: skip
 COLLECTIVES = ["csrc/bindings/collectives.cpp"]
 KERNELS = {str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"}
 SOURCES = sorted(KERNELS - set(CUDA_SOURCES) - set(COLLECTIVES))

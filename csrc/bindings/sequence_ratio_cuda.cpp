@@ -16,17 +16,12 @@
 
 #include "../cuda/sequence_ratio_cuda.h"
 #include "checks.h"
+#include "cuda.h"
 
 namespace gspo {
 namespace {
 
-at::Tensor fp64(at::IntArrayRef shape, at::Device device) {
-  return at::empty(shape, at::TensorOptions().dtype(at::kDouble).device(device));
-}
-
-cuda::Packing packing_of(const at::Tensor& bounds, int64_t tokens) {
-  return {bounds.const_data_ptr<int32_t>(), bounds.numel() - 1, tokens};
-}
+using namespace cuda;
 
 at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_old, const at::Tensor& mask,
                              const at::Tensor& cu_seqlens, const std::optional<at::Tensor>& entropy,

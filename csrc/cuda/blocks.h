@@ -75,6 +75,7 @@ GSPO_INLINE bool sound(const Packing& p, int64_t s) {
 
 struct Block {
   int64_t begin, end;  // its tokens
+  int64_t sequence;
   bool exists;
 };
 
@@ -85,21 +86,23 @@ GSPO_INLINE Block block_at(const Packing& p, int64_t place) {
   const int64_t n = p.num_sequences;
   if (place < n) {
     const int64_t begin = bound(p, place);
-    return {begin, least(bound(p, place + 1), begin + kBlockTokens), true};
+    return {begin, least(bound(p, place + 1), begin + kBlockTokens), place, true};
   }
   // Its start is in [line, line + kBlockTokens), so its sequence starts before that: the last one that does, since
   // later blocks of a sequence that starts in there are past it.
   const int64_t line = (place - n) * kBlockTokens;
   const int64_t s = first_starting_at(p.cu_seqlens, n, line) - 1;
-  if (s < 0) return {0, 0, false};
+  if (s < 0) return {0, 0, 0, false};
   const int64_t origin = bound(p, s), stop = bound(p, s + 1);
   const int64_t start = origin + divide_up(line - origin, kBlockTokens) * kBlockTokens;
-  return {start, least(stop, start + kBlockTokens), start < least(stop, line + kBlockTokens)};
+  return {start, least(stop, start + kBlockTokens), s, start < least(stop, line + kBlockTokens)};
 }
 
 // ---- Sums by sequence ----
 
-GSPO_INLINE double* row_at(const PartialsArguments& a, int64_t place) {
+// Here and in finish_column `Arguments` has packing, columns, table and scratch.
+template <class Arguments>
+GSPO_INLINE double* row_at(const Arguments& a, int64_t place) {
   const int64_t n = a.packing.num_sequences;
   GSPO_EXPECT(place >= 0 && place < block_places(a.packing));
   return place < n ? a.table + place * a.columns : a.scratch + (place - n) * a.columns;
@@ -144,7 +147,8 @@ GSPO_INLINE void thread_partials(const PartialsArguments& a, const Block& block,
 }
 
 // The second level: adds one column of a sequence's later blocks to its first one's.
-GSPO_INLINE void finish_column(const PartialsArguments& a, int64_t s, int column) {
+template <class Arguments>
+GSPO_INLINE void finish_column(const Arguments& a, int64_t s, int column) {
   GSPO_EXPECT(s >= 0 && s < a.packing.num_sequences && column >= 0 && column < a.columns);
   double& out = a.table[s * a.columns + column];
   if (!sound(a.packing, s)) {
@@ -194,40 +198,57 @@ GSPO_INLINE double thread_objective(const ForwardArguments& a, int thread) {
 
 // ---- The gradient ----
 
-// The share of one thread: group `thread` of the span of tokens with this number. Here groups start at multiples of
+// The tokens that one thread takes in a pass over all, and the sequence of the one that it is at.
+struct Group {
+  int64_t first, count;
+  int64_t s, start, stop;  // sequence and its tokens; s = S behind the last one
+};
+
+// Group `thread` of the span of tokens with this number; count is 0 past the end. Here groups start at multiples of
 // kGroup from the vector's own start, so nearly every access is wide.
-GSPO_INLINE void thread_gradient(const GradientArguments& a, int64_t span, int thread) {
-  const int32_t* cu = a.packing.cu_seqlens;
-  const int64_t n = a.packing.num_sequences, size = a.packing.num_tokens;
-  const int64_t begin = span * kSpan, end = least(begin + kSpan, size), first = begin + thread * kGroup;
-  if (first >= end) return;
+GSPO_INLINE Group group_at(const Packing& p, int64_t span, int thread) {
+  const int64_t begin = span * kSpan, end = least(begin + kSpan, p.num_tokens), first = begin + thread * kGroup;
+  if (first >= end) return {first, 0, 0, 0, 0};
   // All threads of a block look for its two ends, which costs one broadcast read a step, and then between them.
-  const int64_t low = sequence_of(cu, n, begin), high = sequence_of(cu, n, end - 1);
-  int64_t s = low + sequence_of(cu + low, high - low, first);
-  const int64_t count = least(kGroup, end - first);
+  const int32_t* cu = p.cu_seqlens;
+  const int64_t n = p.num_sequences, low = sequence_of(cu, n, begin), high = sequence_of(cu, n, end - 1);
+  // The sequence's own tokens are looked up at the first token.
+  return {first, least(kGroup, end - first), low + sequence_of(cu + low, high - low, first), p.num_tokens, 0};
+}
+
+// Whether token t, which is not before the last one asked for, is of another sequence; moves there.
+GSPO_INLINE bool moved(const Packing& p, Group& at, int64_t t) {
+  if (t < at.stop) return false;
+  at.s += sequence_of(p.cu_seqlens + at.s, p.num_sequences - at.s, t);
+  at.start = at.s < p.num_sequences ? bound(p, at.s) : p.num_tokens;
+  at.stop = at.s < p.num_sequences ? bound(p, at.s + 1) : p.num_tokens;
+  return true;
+}
+
+// The share of one thread.
+GSPO_INLINE void thread_gradient(const GradientArguments& a, int64_t span, int thread) {
+  const int64_t size = a.packing.num_tokens;
+  Group at = group_at(a.packing, span, thread);
+  if (at.count == 0) return;
   double mask[kGroup], advantage[kGroup], slope[kGroup];
-  load_group(a.mask, size, first, count, mask);
-  load_group(a.advantages, size, first, count, advantage);
+  load_group(a.mask, size, at.first, at.count, mask);
+  load_group(a.advantages, size, at.first, at.count, advantage);
   const double scale = -*a.grad_loss / a.denominator;
-  int64_t start = size, stop = 0;  // of sequence s; looked up at the first token
   double positive = 0.0, negative = 0.0;
   GSPO_UNROLL
   for (int i = 0; i < kGroup; ++i) {
-    const int64_t t = first + i;
+    const int64_t t = at.first + i;
     slope[i] = 0.0;
-    if (i >= count) continue;
-    if (t >= stop) {
-      s += sequence_of(cu + s, n - s, t);
-      start = s < n ? bound(a.packing, s) : size;
-      stop = s < n ? bound(a.packing, s + 1) : size;
-      positive = s < n ? scale * a.slopes[2 * s] : 0.0;
-      negative = s < n ? scale * a.slopes[2 * s + 1] : 0.0;
+    if (i >= at.count) continue;
+    if (moved(a.packing, at, t)) {
+      positive = at.s < a.packing.num_sequences ? scale * a.slopes[2 * at.s] : 0.0;
+      negative = at.s < a.packing.num_sequences ? scale * a.slopes[2 * at.s + 1] : 0.0;
     }
-    if (t >= start && mask[i] > 0) {
+    if (t >= at.start && mask[i] > 0) {
       slope[i] = a.advantages.data ? token_slope<true>(positive, negative, advantage[i]) : positive;
     }
   }
-  store_group(a.gradient, a.type, size, first, count, slope);
+  store_group(a.gradient, a.type, size, at.first, at.count, slope);
 }
 
 }  // namespace cuda

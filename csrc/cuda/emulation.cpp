@@ -1,17 +1,19 @@
-// The CUDA kernels on a CPU: blocks.h for every block and thread of the grid, in an order that the caller draws, with
-// every access checked. Not part of the library; tests/ops/test_cuda_emulation.py builds it as a program.
+// The CUDA kernels on a CPU: blocks.h and token_blocks.h for every block and thread of the grid, in an order that the
+// caller draws, with every access checked. Not part of the library; tests/ops/test_cuda_emulation.py builds it as a
+// program.
 //
 // It shows that index arithmetic, sums, conversions and clamping are right and that no result depends on the order of
 // blocks and threads. It cannot show what only a GPU has: the shuffles themselves, races, launches, speed.
 //
 // Standard input: Header, then the vectors that it announces; standard output: table, loss, ratios, clipped, slopes,
-// gradient. Vectors are in heap blocks of their exact size, for the address sanitizer.
+// gradient; then of the token surrogate table, objective, gradient. Vectors are in heap blocks of their exact size, for
+// the address sanitizer.
 #include <stdio.h>
 #include <stdlib.h>
 
 #define GSPO_EXPECT(condition) \
   ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort()))
-#include "blocks.h"
+#include "token_blocks.h"
 
 #include <algorithm>
 #include <numeric>
@@ -67,7 +69,7 @@ std::vector<int64_t> order_of(int64_t n, int64_t seed) {
   return out;
 }
 
-// What add_threads in sequence_ratio.cu leaves in thread 0.
+// What add_threads in threads.h leaves in thread 0.
 template <int kN>
 void add_threads(double (&sums)[kThreads][kN]) {
   for (int warp = 0; warp < kWarps; ++warp) {
@@ -80,8 +82,9 @@ void add_threads(double (&sums)[kThreads][kN]) {
   }
 }
 
-template <int kN>
-void run_partials(const PartialsArguments& a, int64_t order) {
+// The sums of every block and then of every sequence; `add` is the share of a thread, `finish` the second level.
+template <int kN, class Arguments, class Add, class Finish>
+void run_sums(const Arguments& a, int64_t order, const Add& add, const Finish& finish) {
   const int64_t places = block_places(a.packing), size = a.packing.num_sequences;
   std::vector<int> written(places, 0), trips(a.packing.num_tokens, 0);
   for (int64_t place : order_of(places, order)) {
@@ -89,7 +92,7 @@ void run_partials(const PartialsArguments& a, int64_t order) {
     if (!block.exists) continue;
     for (int64_t t = block.begin; t < block.end; ++t) ++trips[t];
     double sums[kThreads][kN] = {};
-    for (int64_t thread : order_of(kThreads, order)) thread_partials(a, block, (int)thread, sums[thread]);
+    for (int64_t thread : order_of(kThreads, order)) add(block, (int)thread, sums[thread]);
     add_threads(sums);
     std::copy(sums[0], sums[0] + kN, row_at(a, place));
     written[place] = 1;
@@ -107,7 +110,21 @@ void run_partials(const PartialsArguments& a, int64_t order) {
       }
     }
   }
-  for (int64_t i : order_of(size * a.columns, order)) finish_column(a, i / a.columns, (int)(i % a.columns));
+  for (int64_t i : order_of(size * a.columns, order)) finish(i / a.columns, (int)(i % a.columns));
+}
+
+template <int kN>
+void run_partials(const PartialsArguments& a, int64_t order) {
+  run_sums<kN>(a, order, [&](const Block& block, int thread, double (&sums)[kN]) {
+    thread_partials(a, block, thread, sums);
+  }, [&](int64_t s, int column) { finish_column(a, s, column); });
+}
+
+void run_surrogate(const SurrogateForwardArguments& a, int64_t order) {
+  constexpr int kN = kSurrogateColumns;
+  run_sums<kN>(a, order, [&](const Block& block, int thread, double (&sums)[kN]) {
+    thread_surrogate(a, block, thread, sums);
+  }, [&](int64_t s, int column) { finish_surrogate(a, s, column); });
 }
 
 void run_forward(const ForwardArguments& a, int64_t order) {
@@ -124,6 +141,17 @@ void run_forward(const ForwardArguments& a, int64_t order) {
   for (int thread = 0; thread < kThreads; ++thread) sums[thread][0] = thread_objective(a, thread);
   add_threads(sums);
   *a.loss = -sums[0][0] / a.denominator;
+}
+
+// The gradient of `type` that `run` writes for one span and thread, `shift` elements past an aligned address.
+template <class Run>
+std::vector<char> run_gradient(const Header& h, const Run& run) {
+  std::vector<char> memory((h.tokens + h.shift) * width(h.gradient_type), 0x55);
+  char* out = memory.data() + h.shift * width(h.gradient_type);
+  for (int64_t span : order_of(divide_up(h.tokens, kSpan), h.order)) {
+    for (int64_t thread : order_of(kThreads, h.order)) run(out, span, (int)thread);
+  }
+  return std::vector<char>(memory.begin() + h.shift * width(h.gradient_type), memory.end());
 }
 
 void put(const void* data, size_t size, size_t count) {
@@ -160,19 +188,30 @@ int main() {
                                     loss.data()};
   run_forward(forward, h.order);
 
-  std::vector<char> gradient((tokens + h.shift) * width(h.gradient_type), 0x55);
-  char* out = gradient.data() + h.shift * width(h.gradient_type);
-  const GradientArguments backward = {packing,  out,           (Scalar)h.gradient_type, mask.vector,
-                                      by_token, slopes.data(), &h.grad_loss,            h.denominator};
-  for (int64_t span : order_of(divide_up(tokens, kSpan), h.order)) {
-    for (int64_t thread : order_of(kThreads, h.order)) thread_gradient(backward, span, (int)thread);
-  }
+  const Scalar type = (Scalar)h.gradient_type;
+  const std::vector<char> gradient = run_gradient(h, [&](char* out, int64_t span, int thread) {
+    thread_gradient({packing, out, type, mask.vector, by_token, slopes.data(), &h.grad_loss, h.denominator}, span,
+                    thread);
+  });
+
+  // The token surrogate of the same inputs; the gradient of the objectives is grad_loss, 2 grad_loss, 3 grad_loss, ...
+  std::vector<double> sums(size * kSurrogateColumns, NAN), rest(scratch_rows(tokens) * kSurrogateColumns, NAN);
+  std::vector<double> objective(size, NAN), grad(size);
+  for (int64_t s = 0; s < size; ++s) grad[s] = h.grad_loss * (s + 1);
+  const SurrogateTokens inputs = {fresh.vector, old.vector, mask.vector, advantages.vector, h.by_token != 0, clip};
+  run_surrogate({packing, inputs, entropy.vector, sums.data(), rest.data(), objective.data()}, h.order);
+  const std::vector<char> slope = run_gradient(h, [&](char* out, int64_t span, int thread) {
+    thread_surrogate_gradient({packing, inputs, grad.data(), out, type}, span, thread);
+  });
 
   put(table.data(), 8, table.size());
   put(loss.data(), 8, 1);
   put(ratios.data(), 8, ratios.size());
   put(clipped.data(), 8, clipped.size());
   put(slopes.data(), 8, slopes.size());
-  put(out, width(h.gradient_type), tokens);
+  put(gradient.data(), 1, gradient.size());
+  put(sums.data(), 8, sums.size());
+  put(objective.data(), 8, objective.size());
+  put(slope.data(), 1, slope.size());
   return 0;
 }

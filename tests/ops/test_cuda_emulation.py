@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gspo_megatron.ops import sequence_ratio_reference as reference
+from gspo_megatron.ops import token_surrogate_reference as surrogate
 from tests.ops.test_sequence_ratio import E64, bounds, random_case
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -43,7 +44,8 @@ def raw(x: torch.Tensor | None) -> bytes:
 
 
 def emulate(program, case, advantages, dtype=torch.float64, order=0, shift=0, dual=math.inf):
-    """(table [S, 6 or 10], loss [1], ratios [S], clipped [S, 2], slopes [S, 2], gradient [T])."""
+    """(table [S, 6 or 10], loss [1], ratios [S], clipped [S, 2], slopes [S, 2], gradient [T]; then of the token
+    surrogate, with 1.5, 3, 4.5, ... as the gradient of its objectives: table [S, 9], objective [S], gradient [T])."""
     new, old, mask, cu, entropy = case
     tokens, size = new.numel(), cu.numel() - 1
     by_token = advantages.numel() != size
@@ -52,12 +54,25 @@ def emulate(program, case, advantages, dtype=torch.float64, order=0, shift=0, du
     data = header + b"".join(raw(x) for x in (cu, new, old, mask, entropy, advantages))
     done = subprocess.run([program], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+    sums = [(size, 10 if by_token else 6), (1,), (size,), (size, 2), (size, 2)]
     out, at = [], 0
-    for shape in ((size, 10 if by_token else 6), (1,), (size,), (size, 2), (size, 2)):
-        end = at + 8 * math.prod(shape)
-        out.append(torch.frombuffer(bytearray(done.stdout[at:end] or b" " * 8), **E64)[: math.prod(shape)].view(shape))
+    for shape in (*sums, None, (size, 9), (size,), None):
+        count, kind = (tokens, dtype) if shape is None else (math.prod(shape), torch.float64)
+        end = at + count * kind.itemsize
+        out.append(torch.frombuffer(bytearray(done.stdout[at:end] or b" " * 8), dtype=kind)[:count].view(shape or -1))
         at = end
-    return *out, torch.frombuffer(bytearray(done.stdout[at:] or b" " * 8), dtype=dtype)[:tokens]
+    assert at == len(done.stdout)
+    return tuple(out)
+
+
+def check_surrogate(got, new, old, mask, cu, entropy, advantages, dual):
+    """The last three of `emulate` against the plain formulas."""
+    clip = (1 - 0.95, 1.1 - 1, dual)
+    objective, table = surrogate.token_surrogate_forward(new, old, mask, cu, entropy, advantages, *clip)
+    torch.testing.assert_close(got[6:8], (table, objective), rtol=1e-11, atol=1e-11)
+    grad = 1.5 * torch.arange(1, cu.numel(), **E64)
+    back = surrogate.token_surrogate_backward(grad, new.double(), old, mask, cu, advantages, *clip)
+    torch.testing.assert_close(got[8], back, rtol=1e-12, atol=1e-14)
 
 
 def check(program, lengths, seed=0, spread=0.3, padding=0, lead=0, **options):
@@ -75,6 +90,7 @@ def check(program, lengths, seed=0, spread=0.3, padding=0, lead=0, **options):
         scale = torch.tensor(1.5, **E64)
         back = reference.gspo_backward(scale, got[4], token, mask, cu, 3.0, torch.float64)
         torch.testing.assert_close(got[5], back, rtol=1e-12, atol=1e-14)
+        check_surrogate(got, new, old, mask, cu, entropy, advantages, dual)
 
 
 SHAPES = [
@@ -112,7 +128,8 @@ def test_no_bit_depends_on_order_or_alignment(program):
     alone = emulate(
         program, (new[5:12294], old[5:12294], mask[5:12294], bounds(12289), entropy[5:12294]), by_token[5:12294]
     )
-    assert torch.equal(alone[0][0], first[0][1])
+    assert torch.equal(alone[0][0], first[0][1]) and torch.equal(alone[6][0], first[6][1])
+    assert torch.equal(alone[8] * 2, first[8][5:12294])
 
 
 @pytest.mark.parametrize("dtype", SCALARS[:4])
@@ -131,6 +148,11 @@ def test_every_type_is_read_and_written_exactly(program, dtype, mask_dtype):
     torch.testing.assert_close(got[0], want, rtol=1e-12, atol=1e-12)
     back = reference.gspo_backward(torch.tensor(1.5, **E64), got[4], advantages, mask, cu, 3.0, dtype)
     assert torch.equal(got[5].view(torch.uint8), back.view(torch.uint8))  # the sign of zero too
+    grad, clip = 1.5 * torch.arange(1, 4, **E64), (1 - 0.95, 1.1 - 1, math.inf)
+    want = surrogate.token_surrogate_forward(new, old, mask, cu, old, advantages, *clip)[1]
+    torch.testing.assert_close(got[6], want, rtol=1e-12, atol=1e-12)
+    back = surrogate.token_surrogate_backward(grad, new, old, mask, cu, advantages, *clip)
+    torch.testing.assert_close(got[8], back, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).smallest_normal)
 
 
 def test_rounding_to_half_precision(program):
@@ -164,7 +186,7 @@ def test_wrong_boundaries_stay_in_range_and_show(program, cu):
     new, old, mask, _, entropy, _, by_token = random_case([90], 5)
     for advantages in (by_token, torch.ones(len(cu) - 1)):
         got = emulate(program, (new, old, mask, torch.tensor(cu).int(), entropy), advantages)
-        assert got[1].isnan().all()
+        assert got[1].isnan().all() and got[7].isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +195,7 @@ def test_wrong_boundaries_stay_in_range_and_show(program, cu):
         ("sequence_ratio.h", "return block_start / kBlockTokens;", "return block_start / (2 * kBlockTokens);"),
         ("cuda/blocks.h", "divide_up(line - origin, kBlockTokens)", "(line - origin) / kBlockTokens"),
         ("cuda/blocks.h", "kSpan = kThreads * kGroup", "kSpan = kThreads * kGroup - 1"),
+        ("cuda/token_blocks.h", "if (t >= at.start && group.mask[i] > 0)", "if (group.mask[i] > 0)"),
         ("cuda/blocks.h", "token < 0 ? 0 : least(token, p.num_tokens)", "token"),
     ],
 )
