@@ -1,4 +1,4 @@
-"""Checks the CUDA kernels of the sequence ratio on a GPU. Not yet run: we had no GPU, only a compiler and an emulation.
+"""Checks the CUDA kernels of the losses on a GPU. Not yet run: we had no GPU, only a compiler and an emulation.
 
     pip install --no-build-isolation --no-deps .   (with a torch that has CUDA, and nvcc)
     python tools/gpu_check.py [--build] [--cases 40] [--tokens 8192 1048576] [--no-sanitizer]
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 FLOATS = ("float32", "float64", "bfloat16", "float16")
@@ -47,7 +48,10 @@ def random_case(lengths: list[int], generator, new_dtype: str, old_dtype: str, m
 
 
 def run(case, by_token: bool, ops, dual: float = math.inf):
-    """(partials, loss, ratios, clipped, slopes, gradient) of `ops`, on whatever device the case is."""
+    """(partials, loss, ratios, clipped, slopes, gradient), and of the surrogate by token (objective, table, gradient).
+
+    Of `ops`, on whatever device the case is.
+    """
     import torch
 
     new, old, mask, cu, entropy, by_sequence, token = case
@@ -56,15 +60,22 @@ def run(case, by_token: bool, ops, dual: float = math.inf):
     advantages = token if by_token else by_sequence
     forward = ops.gspo_forward(new, table, advantages, mask, cu, 0.05, 0.1, 3.0, dual)
     scale = torch.full((), 1.5, dtype=torch.float64, device=new.device)
-    return table, *forward, ops.gspo_backward(scale, forward[3], token, mask, cu, 3.0, new.dtype)
+    gradient = ops.gspo_backward(scale, forward[3], token, mask, cu, 3.0, new.dtype)
+    clip = (0.05, 0.1, dual)
+    objective, sums = ops.token_surrogate_forward(new, old, mask, cu, entropy, advantages, *clip)
+    grad = torch.arange(1, cu.numel(), dtype=torch.float64, device=new.device)
+    by_itself = ops.token_surrogate_backward(grad, new, old, mask, cu, advantages, *clip)
+    return table, *forward, gradient, objective, sums, by_itself
 
 
 def check_numbers(cases: int, seed: int) -> None:
     """Random cases against the formulas on the CPU; equal bits on a second run."""
     import torch
 
-    from gspo_megatron.ops import sequence_ratio_reference as reference
+    from gspo_megatron.ops import library, sequence_ratio_reference, token_surrogate_reference
 
+    both = vars(sequence_ratio_reference) | vars(token_surrogate_reference)
+    formulas = SimpleNamespace(**{op: both[op] for op in library.OPS})
     generator = torch.Generator().manual_seed(seed)
 
     def draw(options):
@@ -80,11 +91,12 @@ def check_numbers(cases: int, seed: int) -> None:
                 got = run(on_device, by_token, torch.ops.gspo_megatron, dual)
                 again = run(on_device, by_token, torch.ops.gspo_megatron, dual)
                 assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
-                want = run(case, by_token, reference, dual)
-                for a, b in zip(got[:5], want[:5], strict=True):
-                    torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9, equal_nan=True)
-                eps = torch.finfo(want[5].dtype).eps  # the last digit may round the other way
-                torch.testing.assert_close(got[5].cpu(), want[5], rtol=max(1e-9, 2 * eps), atol=1e-7, equal_nan=True)
+                for at, (a, b) in enumerate(zip(got, run(case, by_token, formulas, dual), strict=True)):
+                    gradient = at in (5, 8)
+                    eps = torch.finfo(b.dtype).eps if gradient else 0.0  # the last digit may round the other way
+                    torch.testing.assert_close(
+                        a.cpu(), b, rtol=max(1e-9, 2 * eps), atol=1e-7 if gradient else 1e-9, equal_nan=True
+                    )
         # Another place in memory, so other widths of access: the same bits.
         begin, end = int(case[3][-2]), int(case[3][-1])
         cu = torch.tensor([0, end - begin], dtype=torch.int32, device="cuda")
@@ -95,13 +107,14 @@ def check_numbers(cases: int, seed: int) -> None:
     for wrong in ([-5, 4, 90], [0, 60, 40], [0, 50, 900]):
         case = [x.cuda() for x in random_case([45, 45], generator, "float32", "float32", "bool", 0.1)]
         case[3] = torch.tensor(wrong, dtype=torch.int32, device="cuda")
-        assert run(case, False, torch.ops.gspo_megatron)[1].isnan(), f"cu_seqlens {wrong} went unseen"
+        got = run(case, False, torch.ops.gspo_megatron)
+        assert got[1].isnan() and got[6].isnan().any(), f"cu_seqlens {wrong} went unseen"
     torch.cuda.synchronize()
     print(f"numbers: {cases} random cases equal the formulas, twice with the same bits")
 
 
 def check_graph() -> None:
-    """One capture of the three ops, replayed on other log-probs and other boundaries."""
+    """One capture of all ops, replayed on other log-probs and other boundaries."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -167,15 +180,18 @@ def measure(tokens: int, mean_length: int = 4096) -> None:
     new, old, mask, cu, _, advantages, _ = (x.cuda() for x in case)
     table = ops.sequence_partials(new, old, mask, cu, None, None)
     slopes = ops.gspo_forward(new, table, advantages, mask, cu, 3e-4, 4e-4, 1.0, math.inf)[3]
-    one = torch.ones((), dtype=torch.float64, device="cuda")
+    one, ones = (torch.ones(shape, dtype=torch.float64, device="cuda") for shape in ((), (size,)))
+    inputs, clip = (new, old, mask, cu), (0.2, 0.28, math.inf)
     rows = {
         "sequence_partials": (9, lambda: ops.sequence_partials(new, old, mask, cu, None, None)),
         "gspo_forward": (0, lambda: ops.gspo_forward(new, table, advantages, mask, cu, 3e-4, 4e-4, 1.0, math.inf)),
         "gspo_backward": (5, lambda: ops.gspo_backward(one, slopes, None, mask, cu, 1.0, torch.float32)),
+        "token_surrogate_forward": (9, lambda: ops.token_surrogate_forward(*inputs, None, advantages, *clip)),
+        "token_surrogate_backward": (13, lambda: ops.token_surrogate_backward(ones, *inputs, advantages, *clip)),
     }
     for name, (bytes_a_token, work) in rows.items():
         milliseconds, moved = time_ms(work), bytes_a_token * new.numel()
-        line = f"{name:18} {tokens:9} tokens {size:5} sequences {milliseconds * 1e3:9.1f} us {moved / 1e6:8.2f} MB"
+        line = f"{name:24} {tokens:9} tokens {size:5} sequences {milliseconds * 1e3:9.1f} us {moved / 1e6:8.2f} MB"
         if moved:
             source = torch.empty(moved // 2, dtype=torch.int8, device="cuda")  # read once and written once
             target = torch.empty_like(source)
@@ -200,7 +216,7 @@ def main() -> int:
         return 2
     if args.build:
         build()
-    from gspo_megatron.ops import library, sequence_ratio  # noqa: F401  (defines the ops)
+    from gspo_megatron.ops import library, sequence_ratio, token_surrogate  # noqa: F401  (define the ops)
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {library.status()['sequence_partials']}")
     if not library.has_cuda():

@@ -5,7 +5,8 @@ those into ratios, clip decisions and the loss; `gspo_backward` writes the gradi
 the first two, tables of several context-parallel ranks can be added, since all columns but one are sums.
 
 They run in C++ where the library was built (ops/library.py) and from ops/sequence_ratio_reference.py elsewhere: the
-same names, shapes and errors. Left out: a gradient of the gradient, and log-ratios clipped token by token (GRPO).
+same names, shapes and errors. Left out: a gradient of the gradient; ratios clipped token by token are in
+ops/token_surrogate.py.
 """
 
 import math
