@@ -21,17 +21,19 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
-    weights = token_weights(inputs, options, inputs.token_lengths)
-    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
-    number = max(inputs.counts.num_sequences, 1)
-    advantages = _weighed(inputs, options, weights * number)
     partials = sequence_partials(
         inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy,
-        advantages if inputs.has_token_advantages else None,
+        inputs.advantages if inputs.has_token_advantages else None,
     )  # fmt: skip
+    # Where no other rank holds tokens of these sequences, they have been counted already.
+    lengths = partials[:, 0] if inputs.lengths is None else inputs.lengths
+    weights = token_weights(inputs, options, lengths)
     extra, regularizer = regularizers(inputs, options, weights)
     sums = inputs.reduce(torch.cat([partials, extra], dim=1), maximum=LARGEST)
     partials, extra = sums[:, :-2], sums[:, -2:]
+    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
+    number = max(inputs.counts.num_sequences, 1)
+    advantages, partials = _weighed(inputs, options, weights * number * lengths, partials)
     loss, _, clipped = gspo_surrogate(
         inputs.logprobs, partials, advantages, inputs.loss_mask, inputs.bounds,
         options.clip.low, options.clip.high, number, options.clip.dual,
@@ -41,9 +43,17 @@ def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     return LossOutputs(loss + regularizer, SequenceTable(table), value)
 
 
-def _weighed(inputs: LossInputs, options: LossOptions, weights: torch.Tensor) -> torch.Tensor:
-    """Advantages times what an aggregation other than the sequence mean gives a sequence beside it, w_i N |y_i|."""
+def _weighed(
+    inputs: LossInputs, options: LossOptions, factor: torch.Tensor, partials: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages, and the sums that are made of them, times w_i N |y_i| [S]: what an aggregation other than the
+    sequence mean gives a sequence beside it."""
     if options.aggregation == "sequence_mean":
-        return inputs.advantages
-    factor = weights * inputs.token_lengths  # [S]
-    return inputs.advantages.double() * (inputs.by_token(factor) if inputs.has_token_advantages else factor)
+        return inputs.advantages, partials
+    if not inputs.has_token_advantages:
+        return inputs.advantages.double() * factor, partials
+    counts, signed, numbers = partials.split([len(COLUMNS), 2, 2], dim=1)
+    return (
+        inputs.advantages.double() * inputs.by_token(factor),
+        torch.cat([counts, signed * factor.unsqueeze(1), numbers], dim=1),
+    )
