@@ -284,19 +284,25 @@ def spoiled(rank: int, world_size: int, folder: Path) -> list[str]:
     """What a start says of a checkpoint with a changed, a shortened and a missing file, and with none intact."""
     config = dataclasses.replace(CONFIG, parallel=DP2, algorithm=GRPO.resolved(), output_dir=folder)
     train_once(config, ("rl", 3))
-    messages = []
-    older, newer = sorted((folder / "moe_gspo/checkpoints").iterdir())
-    for harm, victim in ((flip, newer), (shorten, newer), (Path.unlink, newer), (flip, older)):
-        dist.barrier()
-        if rank == 0:
-            harm(sorted(victim.glob("*.distcp"))[0])
-        dist.barrier()
-        try:
-            found, progress, notes = runs._intact(plan_of(folder))
-            messages.append(f"{notes[0]} | {found.name} {progress.step}")
-        except CheckpointError as error:
-            messages.append(str(error))
-    return messages
+    places = folder / "moe_gspo/checkpoints"
+    messages = [after(harm, places / "step_000002", rank) for harm in (flip, shorten, Path.unlink)]
+    assert train_once(config)["weights"]  # goes on from step 1 and writes step 2 again, in the spoiled one's place
+    assert sorted(path.name for path in places.iterdir()) == ["step_000002", "step_000003"]
+    messages.append(after(flip, places / "step_000003", rank))
+    return [*messages, after(flip, places / "step_000002", rank)]
+
+
+def after(harm: Callable[[Path], None], victim: Path, rank: int) -> str:
+    """What is found once a file of `victim` was harmed."""
+    dist.barrier()
+    if rank == 0:
+        harm(sorted(victim.glob("*.distcp"))[0])
+    dist.barrier()
+    try:
+        found, progress, notes = runs._intact(plan_of(victim.parents[2]))
+    except CheckpointError as error:
+        return str(error)
+    return f"{notes[0]} | {found.name} {progress.step}"
 
 
 def plan_of(folder: Path) -> resume.Plan:
@@ -315,8 +321,9 @@ def shorten(path: Path) -> None:
 
 
 def test_a_spoiled_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
+    changed = "contents changed after it was written"
     for messages in spawn(spoiled, 2, tmp_path, timeout=120):
-        for message, problem in zip(messages, ("contents changed after it was written", "bytes, and", "missing"),
-                                    strict=False):  # fmt: skip
+        for message, problem in zip(messages[:3], (changed, "bytes, and", "missing"), strict=True):
             assert problem in message and "step_000002/" in message and message.endswith("| step_000001 1")
-        assert "no checkpoint of" in messages[3] and "--resume never" in messages[3]
+        assert changed in messages[3] and messages[3].endswith("| step_000002 2")
+        assert "no checkpoint of" in messages[4] and "--resume never" in messages[4]

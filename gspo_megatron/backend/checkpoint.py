@@ -36,7 +36,7 @@ CHUNK = 1 << 24
 
 def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = None,
          reference: FrozenReference | None = None) -> None:  # fmt: skip
-    """Write everything to `folder`, which must not exist. A collective over all ranks.
+    """Write everything to `folder`, in place of what may be there. A collective over all ranks.
 
     Args:
         networks: by the prefix of their tensors' names: "" the policy, "critic." PPO's critic. The state of those with
@@ -62,8 +62,12 @@ def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = 
     if is_main:
         (unfinished / MANIFEST).write_text(json.dumps(files, indent=1))
         _to_disk(unfinished / MANIFEST)
+        old = folder.with_name(folder.name + ".old.unfinished")
+        if folder.exists():  # a spoiled one, which the run did not go on from
+            os.rename(folder, old)
         os.rename(unfinished, folder)
         _to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
 

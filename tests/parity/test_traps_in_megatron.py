@@ -50,7 +50,7 @@ def scaled_by_context_size(policy: Policy, batches: list[PackedBatch]) -> None:
     """The factor that Megatron's two-valued losses already have, once more."""
     original = policy.network.step
     size = policy.topology.cp_size
-    policy.network.step = lambda given, share: original(given, lambda *args: share(*args) * size)
+    policy.network.step = lambda given, share, **rest: original(given, lambda *args: share(*args) * size, **rest)
 
 
 def norms_of_one_tensor_rank(policy: Policy, batches: list[PackedBatch]) -> None:
