@@ -119,37 +119,51 @@ struct SequenceResult {
   double slope_negative;    // the same where A_t < 0
 };
 
+GSPO_INLINE double mean_log_ratio(const double* partials) {
+  const double tokens = partials[kNumTokens], mean = partials[kSumLogRatio] / tokens;
+  return tokens > 0 ? mean : 0.0;
+}
+
 // min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so a sequence's
 // tokens enter by the sum of their positive and of their negative advantages alone. Comparisons let a ratio that is not a
-// number through.
+// number through. Nothing here is a branch, so that a loop over sequences becomes one of vectors.
 template <bool kByToken>
-GSPO_INLINE SequenceResult sequence_result(const double* partials, double advantage, ClipBounds clip) {
-  SequenceResult out = {1.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+GSPO_INLINE SequenceResult result_at_ratio(double s, const double* partials, double advantage, ClipBounds clip) {
+  SequenceResult out = {s, 0.0, 0.0, 0.0, 0.0, 0.0};
   const double tokens = partials[kNumTokens];
-  if (!(tokens > 0)) return out;
-  const double s = exp(partials[kSumLogRatio] / tokens);
   const bool above = s > clip.high, below = s < clip.low, over = s > clip.dual;
   const double for_positive = above ? clip.high : s, for_negative = below ? clip.low : over ? clip.dual : s;
-  out.ratio = s;
   if (kByToken) {
+    const double positive = partials[kSumPositive], num_positive = partials[kNumPositive];
+    const double negative = partials[kSumNegative], num_negative = partials[kNumNegative];
+    const double gain = for_positive * positive, loss = for_negative * negative, slope = s / tokens;
     // A ratio of infinity must not meet a sum over no token.
-    if (partials[kNumPositive] > 0) out.objective += for_positive * partials[kSumPositive];
-    if (partials[kNumNegative] > 0) out.objective += for_negative * partials[kSumNegative];
+    const double sum = (num_positive > 0 ? gain : 0.0) + (num_negative > 0 ? loss : 0.0);
     // An advantage that is not a number is in neither count; the sums carry it.
-    if (partials[kSumPositive] != partials[kSumPositive]) out.objective = partials[kSumPositive];
-    out.objective /= tokens;
-    out.clipped_low = below ? partials[kNumNegative] : 0.0;
-    out.clipped_high = (above ? partials[kNumPositive] : 0.0) + (over ? partials[kNumNegative] : 0.0);
-    out.slope_positive = above ? 0.0 : s / tokens;
-    out.slope_negative = below || over ? 0.0 : s / tokens;
+    out.objective = (positive != positive ? positive : sum) / tokens;
+    out.clipped_low = below ? num_negative : 0.0;
+    out.clipped_high = (above ? num_positive : 0.0) + (over ? num_negative : 0.0);
+    out.slope_positive = above ? 0.0 : slope;
+    out.slope_negative = below | over ? 0.0 : slope;
   } else {
-    const bool low = below && advantage < 0, high = (above && advantage > 0) || (over && advantage < 0);
-    out.objective = (advantage < 0 ? for_negative : for_positive) * advantage;
+    const bool minus = advantage < 0, plus = advantage > 0;
+    const bool low = below & minus, high = (above & plus) | (over & minus);
+    const double slope = s * advantage / tokens;
+    out.objective = (minus ? for_negative : for_positive) * advantage;
     out.clipped_low = low ? tokens : 0.0;
     out.clipped_high = high ? tokens : 0.0;
-    out.slope_positive = out.slope_negative = low || high ? 0.0 : s * advantage / tokens;
+    out.slope_positive = out.slope_negative = low | high ? 0.0 : slope;
   }
+  const bool counted = tokens > 0;
+  out.objective = counted ? out.objective : 0.0;
+  out.slope_positive = counted ? out.slope_positive : 0.0;
+  out.slope_negative = counted ? out.slope_negative : 0.0;
   return out;
+}
+
+template <bool kByToken>
+GSPO_INLINE SequenceResult sequence_result(const double* partials, double advantage, ClipBounds clip) {
+  return result_at_ratio<kByToken>(exp(mean_log_ratio(partials)), partials, advantage, clip);
 }
 
 // d objective / d logp_t of one trained token.

@@ -51,6 +51,7 @@ at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_
   }
   a.cu_seqlens = bounds.const_data_ptr<int32_t>();
   a.num_sequences = bounds.numel() - 1;
+  a.num_tokens = tokens;
   a.columns = token_advantages ? kTokenColumns : kColumns;
   const at::Tensor table = at::empty({a.num_sequences, a.columns}, at::kDouble);
   const at::Tensor scratch = at::empty({scratch_rows(tokens), a.columns}, at::kDouble);
@@ -65,32 +66,17 @@ at::Tensor sequence_partials(const at::Tensor& logp_new, const at::Tensor& logp_
   return table;
 }
 
-template <bool kByToken>
-double results(const double* partials, int columns, const at::Tensor& advantages, int64_t size, ClipBounds clip,
-               double* ratios, double* clipped, double* slopes) {
-  const double* by_sequence = kByToken ? nullptr : advantages.const_data_ptr<double>();
-  // The loss is added in runs of kChunkSequences sequences, in order.
-  const int64_t chunks = (size + kChunkSequences - 1) / kChunkSequences;
-  const at::Tensor sums = at::empty({chunks}, at::kDouble);
+// The objectives' sum, added in runs of kChunkSequences whatever the number of threads.
+double sum_results(const ResultArguments& a, int64_t size) {
+  const at::Tensor sums = at::empty({(size + kChunkSequences - 1) / kChunkSequences}, at::kDouble);
   double* sum = sums.mutable_data_ptr<double>();
   over_chunks(size, kChunkSequences, 4 * kChunkSequences, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += kChunkSequences) {
-      double objective = 0.0;
-      for (int64_t s = first; s < std::min(first + kChunkSequences, end); ++s) {
-        const double advantage = kByToken ? 0.0 : by_sequence[s];
-        const SequenceResult one = sequence_result<kByToken>(partials + s * columns, advantage, clip);
-        objective += one.objective;
-        ratios[s] = one.ratio;
-        clipped[2 * s] = one.clipped_low;
-        clipped[2 * s + 1] = one.clipped_high;
-        slopes[2 * s] = one.slope_positive;
-        slopes[2 * s + 1] = one.slope_negative;
-      }
-      sum[first / kChunkSequences] = objective;
+      sum[first / kChunkSequences] = kernels().results(a, first, std::min(first + kChunkSequences, end));
     }
   });
   double total = 0.0;
-  for (int64_t c = 0; c < chunks; ++c) total += sum[c];
+  for (int64_t c = 0; c < sums.numel(); ++c) total += sum[c];
   return total;
 }
 
@@ -104,14 +90,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gspo_forward(
   boundaries(cu_seqlens, tokens);
   const bool by_token = check_forward(partials, advantages, size, tokens, denominator, at::Device(at::kCPU));
 
-  const at::Tensor table = partials.contiguous();
+  const at::Tensor table = partials.contiguous(), weights = advantages.contiguous();
   const at::Tensor ratios = at::empty({size}, at::kDouble), clipped = at::empty({size, 2}, at::kDouble);
   const at::Tensor slopes = at::empty({size, 2}, at::kDouble), loss = at::empty({}, at::kDouble);
-  const at::Tensor weights = by_token ? advantages : advantages.to(at::kDouble).contiguous();
-  const auto compute = by_token ? results<true> : results<false>;
-  const double objective =
-      compute(table.const_data_ptr<double>(), table.size(1), weights, size,
-              {1.0 - clip_low, 1.0 + clip_high, clip_dual}, ratios.mutable_data_ptr<double>(), clipped.mutable_data_ptr<double>(), slopes.mutable_data_ptr<double>());
+  ResultArguments a;
+  a.table = table.const_data_ptr<double>();
+  a.columns = table.size(1);
+  // Where advantages differ by token, their sums are in the table.
+  if (!by_token) a.advantages = {weights.const_data_ptr(), advantage_type(weights)};
+  a.clip = {1.0 - clip_low, 1.0 + clip_high, clip_dual};
+  a.ratios = ratios.mutable_data_ptr<double>();
+  a.clipped = clipped.mutable_data_ptr<double>();
+  a.slopes = slopes.mutable_data_ptr<double>();
+  const double objective = sum_results(a, size);
   *loss.mutable_data_ptr<double>() = -objective / denominator;
   return {loss, ratios, clipped, slopes};
 }

@@ -13,10 +13,18 @@ struct PartialsArguments {
   Vector logp_new, logp_old, mask;  // logp_old: kFloat, kDouble or logp_new's type; mask: kFloat or kByte
   Vector entropy, advantages;       // may be nothing
   const int32_t* cu_seqlens;        // [S + 1], monotone, inside [0, T]
-  int64_t num_sequences;
+  int64_t num_sequences, num_tokens;
   int columns;      // kColumns or kTokenColumns
   double* table;    // [S, columns]
   double* scratch;  // [scratch_rows(T), columns]
+};
+
+struct ResultArguments {
+  const double* table;  // [S, columns]
+  int columns;
+  Vector advantages;  // [S] kFloat or kDouble; nothing where they differ by token
+  ClipBounds clip;
+  double *ratios, *clipped, *slopes;  // [S], [S, 2], [S, 2]
 };
 
 struct GradientArguments {
@@ -57,6 +65,8 @@ struct Kernels {
   const char* instruction_set;
   // Every block whose first token is in [begin, end).
   void (*partials)(const PartialsArguments&, int64_t begin, int64_t end);
+  // Sequences [begin, end); returns the sum of their objectives.
+  double (*results)(const ResultArguments&, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*gradient)(const GradientArguments&, int64_t begin, int64_t end);
   // As partials, and as gradient.

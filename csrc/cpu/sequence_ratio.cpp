@@ -9,7 +9,7 @@
 
 namespace gspo {
 
-const Kernels kGenericKernels = {"generic", generic::partials, generic::gradient, generic::surrogate_forward,
+const Kernels kGenericKernels = {"generic", generic::partials, generic::results, generic::gradient, generic::surrogate_forward,
                                  generic::surrogate_backward};
 
 static const Kernels& widest() {

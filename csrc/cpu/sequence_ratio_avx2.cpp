@@ -6,6 +6,8 @@
 #include "kernels.h"
 
 #ifdef GSPO_X86_KERNELS
+#include <immintrin.h>
+
 #pragma GCC target("avx2,fma")
 #define GSPO_ISA avx2
 #define GSPO_LANES 4
@@ -13,7 +15,7 @@
 #include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx2Kernels = {"avx2", avx2::partials, avx2::gradient, avx2::surrogate_forward,
+const Kernels kAvx2Kernels = {"avx2", avx2::partials, avx2::results, avx2::gradient, avx2::surrogate_forward,
                               avx2::surrogate_backward};
 }
 #endif

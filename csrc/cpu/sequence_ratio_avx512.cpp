@@ -6,6 +6,8 @@
 #include "kernels.h"
 
 #ifdef GSPO_X86_KERNELS
+#include <immintrin.h>
+
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
 #define GSPO_ISA avx512
 #define GSPO_LANES 8
@@ -13,7 +15,7 @@
 #include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx512Kernels = {"avx512", avx512::partials, avx512::gradient, avx512::surrogate_forward,
+const Kernels kAvx512Kernels = {"avx512", avx512::partials, avx512::results, avx512::gradient, avx512::surrogate_forward,
                                 avx512::surrogate_backward};
 }
 #endif
