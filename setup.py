@@ -19,12 +19,12 @@ from pathlib import Path
 
 from setuptools import setup
 
-# csrc/cuda holds no C++ of the library, only an emulation for the tests; the CUDA bindings need torch with CUDA.
+# The CUDA bindings need torch with CUDA; the programs are the tests'.
 CUDA_SOURCES = [f"csrc/{name}" for op in ("sequence_ratio", "token_surrogate")
                 for name in (f"bindings/{op}_cuda.cpp", f"cuda/{op}.cu")]  # fmt: skip
 COLLECTIVES = ["csrc/bindings/collectives.cpp"]
-KERNELS = {str(p) for p in Path("csrc").glob("**/*.cpp") if p.parent.name != "cuda"}
-SOURCES = sorted(KERNELS - set(CUDA_SOURCES) - set(COLLECTIVES))
+PROGRAMS = ["csrc/cpu/selftest.cpp", "csrc/cuda/emulation.cpp"]
+SOURCES = sorted({str(path) for path in Path("csrc").glob("**/*.cpp")} - {*CUDA_SOURCES, *COLLECTIVES, *PROGRAMS})
 HEADERS = sorted(str(path) for pattern in ("**/*.h", "**/*.inc") for path in Path("csrc").glob(pattern))
 # Wide vectors are passed between functions that are always inlined, so their calling convention (psabi) is no concern.
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden",
