@@ -1,13 +1,20 @@
 """Time, bandwidth and memory of the GSPO loss: eager PyTorch, torch.compile of it, and ops/sequence_ratio.py.
 
-    python tools/bench_sequence_ratio.py [--tokens 8192 1048576] [--no-compile] [--threads 2]
+    python tools/bench_sequence_ratio.py [--tokens 8192 1048576] [--lengths 16 4096] [--no-compile] [--threads 2]
 
-Each row is one packed microbatch of ragged sequences, fp32, mask 0 on one fifth of the tokens. `padded` is the form in
-which the loss is usually written: [S, longest] tensors, masked sum, exp, clamp, minimum, mean; `packed` is the same by
-index_add without padding. All variants get the same numbers, alternate in one run, and the median is shown. Extra
-memory is the rise of the process's peak over inputs and gradient in one call. Bandwidth is the bytes that must move
-(forward: new, old and mask read; backward: mask read, gradient written; entropy is left out everywhere) by time, as a
-share of a copy of as many bytes with as many threads.
+Each group of rows is one packed microbatch of ragged sequences, fp32, mask 0 on one fifth of the tokens. The forms are
+those of tools/gspo_forms.py: `padded` is the loss alone on tensors that are padded already (padding is not timed),
+`packed` the same by index_add, `same outputs` adds to `padded` the sums that our table has besides, and the others are
+written as four libraries write them, with their metrics. All get the same numbers, take turns in one run, and the
+median is shown. `slower` is a row's time by ours.
+
+Extra memory is the highest point of torch's allocations over what was there before: of the forward, or of forward and
+backward together without the bytes of the gradient, whichever is more (for the eager forms that is a lower bound: an
+intermediate may become their gradient). Of ours, the table of sums, the ratios and the clip counts are results that the
+trainer keeps, 72 bytes a sequence; the last line of a group says how much is left without them.
+
+`of copy` is the time of a copy that moves as many bytes as the operation must (forward: new, old and mask read;
+backward: mask read, gradient written; entropy is left out everywhere), with as many threads, by the row's time.
 """
 
 import argparse
@@ -15,12 +22,14 @@ import statistics
 import time
 from collections.abc import Callable
 
+import gspo_forms as forms
 import torch
 
 from gspo_megatron.ops import library
 from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
 
-LOW, HIGH = 3e-4, 4e-4
+LOOPED_SEQUENCES = 8192  # a form that loops over sequences in Python is left out above
+KEPT = 8 * (6 + 1 + 2)  # bytes a sequence of ours that are results: table, ratio, clip counts
 
 
 def ragged(tokens: int, mean_length: int, generator: torch.Generator) -> list[int]:
@@ -47,51 +56,55 @@ class Case:
         self.advantages = torch.randn(self.size, generator=generator)
         self.ids = torch.repeat_interleave(torch.arange(self.size), torch.tensor(self.lengths))
 
-    def pad(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(new, old, mask), each [S, longest]."""
+    @property
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        return self.new, self.old, self.mask, self.advantages
+
+    def pad(self) -> tuple[torch.Tensor, ...]:
+        """(new, old, mask), each [S, longest], and the advantages."""
         rows = [list(x.detach().split(self.lengths)) for x in (self.new, self.old, self.mask)]
         new, old, mask = (torch.nn.utils.rnn.pad_sequence(r, batch_first=True) for r in rows)
-        return new.requires_grad_(), old, mask
+        return new.requires_grad_(), old, mask, self.advantages
 
 
-def padded_loss(new, old, mask, advantages):
-    """The usual form, fp32."""
-    mean = ((new - old) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    ratio = mean.exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages).mean()
-
-
-def packed_loss(new, old, mask, advantages, ids):
-    """The usual form without padding, fp32."""
-    total = torch.zeros_like(advantages).index_add(0, ids, (new - old) * mask)
-    ratio = (total / torch.zeros_like(advantages).index_add(0, ids, mask).clamp(min=1)).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages).mean()
+def ours(case: Case) -> torch.Tensor:
+    partials = sequence_partials(case.new, case.old, case.mask, case.bounds)
+    return gspo_surrogate(
+        case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size
+    )  # fmt: skip
 
 
 def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tensor]]:
-    """name -> (function that gives the loss, leaf that gets the gradient)."""
-    out: dict[str, tuple[Callable, torch.Tensor]] = {}
-    new, old, mask = case.pad()
+    """name -> (function that gives the loss and what comes with it, leaf that gets the gradient)."""
+    padded, packed = case.pad(), (*case.packed, case.ids)
     # Padding to the longest must stay affordable; these lengths at most double the tokens.
-    out["eager padded"] = (lambda: padded_loss(new, old, mask, case.advantages)), new
-    out["eager packed"] = (lambda: packed_loss(case.new, case.old, case.mask, case.advantages, case.ids)), case.new
+    calls = {
+        "padded": (forms.padded, padded), "packed": (forms.packed, packed),
+        "same outputs": (forms.same_outputs, padded), "as in TRL": (forms.trl, padded),
+        "as in verl": (forms.verl, padded), "as in NeMo-RL": (forms.nemo_rl, padded),
+    }  # fmt: skip
+    if case.size <= LOOPED_SEQUENCES:
+        calls["as in slime"] = forms.slime, (*case.packed, case.lengths)
     if compiled:
         torch._dynamo.reset()
-        fast_padded = torch.compile(padded_loss, dynamic=False)
-        fast_packed = torch.compile(packed_loss, dynamic=False)
-        out["compiled padded"] = (lambda: fast_padded(new, old, mask, case.advantages)), new
-        out["compiled packed"] = (
-            (lambda: fast_packed(case.new, case.old, case.mask, case.advantages, case.ids)), case.new,
-        )  # fmt: skip
-
-    def ours():
-        partials = sequence_partials(case.new, case.old, case.mask, case.bounds)
-        return gspo_surrogate(
-            case.new, partials, case.advantages, case.mask, case.bounds, LOW, HIGH, case.size
-        )[0]  # fmt: skip
-
-    out["ours"] = ours, case.new
+        for name in ("padded", "packed", "same outputs"):
+            form, inputs = calls[name]
+            calls[f"compiled {name}"] = torch.compile(form, dynamic=False), inputs
+    out = {name: ((lambda f=f, x=inputs: f(*x)), inputs[0]) for name, (f, inputs) in calls.items()}
+    out["ours"] = (lambda: ours(case)), case.new
     return out
+
+
+def loss_of(result: torch.Tensor | tuple) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def check(case: Case, functions: dict[str, tuple[Callable, torch.Tensor]]) -> None:
+    """All forms give one loss: a form that computes something else would be no measure."""
+    losses = {name: float(loss_of(call()).detach()) for name, (call, _) in functions.items()}
+    for name, loss in losses.items():
+        scale = float(case.advantages.abs().mean())
+        assert abs(loss - losses["ours"]) <= 1e-4 * scale, f"{name} gives {loss}, ours {losses['ours']}"
 
 
 def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -108,7 +121,7 @@ def medians(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def extra_memory(call: Callable[[], object]) -> int:
+def peak_memory(call: Callable[[], object]) -> int:
     """Bytes allocated at the highest point of one call, from torch's profiler of allocations."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -116,38 +129,56 @@ def extra_memory(call: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         keep = call()
     deltas = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del keep
     now = peak = 0
-    for _, delta in sorted(deltas):
+    for _, delta in sorted(deltas, key=lambda event: event[0]):
         now += delta
         peak = max(peak, now)
-    del keep
     return peak
 
 
 def measure(case: Case, args: argparse.Namespace) -> None:
     tokens = case.new.numel()
     functions = variants(case, args.compile)
+    check(case, functions)
 
-    def step(loss, leaf):
-        return lambda: torch.autograd.grad(loss(), leaf)
+    def step(call, leaf):
+        def run():
+            result = call()
+            return torch.autograd.grad(loss_of(result), leaf), result
 
+        return run
+
+    extra: dict[str, int] = {}
     for phase, moved in (("forward", 12), ("fwd+bwd", 20)):
         calls = {n: f if phase == "forward" else step(f, leaf) for n, (f, leaf) in functions.items()}
         # A copy reads and writes: as many bytes in all as the op must move.
         source = torch.ones(tokens * moved // 2, dtype=torch.uint8)
         target = torch.empty_like(source)
-        calls["copy"] = lambda source=source, target=target: target.copy_(source)
-        times = medians(calls, args.seconds)
-        base = min(times[n] for n in functions if n.startswith("eager"))
-        for name in functions:
-            gradient = 0 if phase == "forward" else functions[name][1].numel() * 4
-            extra = (extra_memory(calls[name]) - gradient) / 2**20
-            print(
-                  f"{tokens:>8} {case.size:>6} {phase:<8} {name:<16} {times[name] * 1e3:>9.3f} "
-                  f"{base / times[name]:>7.2f}x {times['copy'] / times[name]:>7.0%} {extra:>9.2f}", flush=True,
-            )  # fmt: skip
-        print(f"{tokens:>8} {case.size:>6} {phase:<8} {'copy':<16} {times['copy'] * 1e3:>9.3f} "
-              f"        {tokens * moved / times['copy'] / 1e9:>6.1f} GB/s", flush=True)  # fmt: skip
+        times = medians({**calls, "copy": lambda x=source, y=target: y.copy_(x)}, args.seconds)
+        for name, (_, leaf) in functions.items():
+            peak = peak_memory(calls[name])
+            extra[name] = peak if phase == "forward" else max(extra[name], peak - leaf.numel() * 4)
+        report(case, phase, moved, times, extra)
+
+
+def report(case: Case, phase: str, moved: int, times: dict[str, float], extra: dict[str, int]) -> None:
+    label = f"{case.new.numel():>8} {case.size:>6} {phase:<8}"
+    for name, memory in extra.items():
+        print(
+              f"{label} {name:<21} {times[name] * 1e3:>9.3f} {times[name] / times['ours']:>7.2f}x "
+              f"{times['copy'] / times[name]:>7.0%} {memory / 2**20:>9.3f}", flush=True,
+        )  # fmt: skip
+    speed = case.new.numel() * moved / times["copy"] / 1e9
+    print(f"{label} {'copy':<21} {times['copy'] * 1e3:>9.3f} {'':>16} {speed:>7.1f} GB/s")
+    eager = min((n for n in extra if n != "ours" and not n.startswith("compiled")), key=times.get)
+    line = f"ours: {times[eager] / times['ours']:.2f}x the fastest eager form ({eager})"
+    compiled = [n for n in extra if n.startswith("compiled")]
+    if compiled:
+        best = min(compiled, key=times.get)
+        line += f", {times[best] / times['ours']:.2f}x the fastest compiled one ({best.removeprefix('compiled ')})"
+    left = (extra["ours"] - KEPT * case.size) / 2**20
+    print(f"{label} {line}; {times['copy'] / times['ours']:.0%} of a copy; {left:.3f} MiB beside results\n", flush=True)
 
 
 def main() -> None:
@@ -160,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads; {library.status()['sequence_partials']}")
-    print(f"{'tokens':>8} {'seqs':>6} {'phase':<8} {'variant':<16} {'ms':>9} {'speedup':>8} {'of copy':>7} {'MiB':>9}")
+    print(f"{'tokens':>8} {'seqs':>6} {'phase':<8} {'variant':<21} {'ms':>9} {'slower':>8} {'of copy':>7} {'MiB':>9}")
     for tokens in args.tokens:
         for length in args.lengths:
             if length <= tokens:
