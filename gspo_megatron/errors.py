@@ -23,3 +23,7 @@ class RolloutError(GspoError):
 
 class TrainingError(GspoError):
     """Training cannot go on, for example because a gradient is not finite."""
+
+
+class ConversionError(GspoError):
+    """Weights that cannot be converted: a tensor or file that is missing, left over or damaged."""
