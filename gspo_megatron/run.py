@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_megatron import recipe
 from gspo_megatron.backend import batches
@@ -21,6 +21,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
+from gspo_megatron.errors import ConfigError
 from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
@@ -108,7 +109,7 @@ def start(config: TrainConfig) -> Run:
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
-    shape = ModelShape.load(config.model.hf_config, len(tokenizer))
+    shape = ModelShape.of(config.model, len(tokenizer))
     policy = Policy(config, shape, topology, runtime)
     if runtime.is_main:
         recipe.save(config, folder / "config.yaml")
@@ -146,7 +147,19 @@ def _run_folder(config: TrainConfig, runtime: Runtime) -> Path:
 
 
 def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
-    """Trained on warm-start questions and answers, in every rank alike: that is cheaper than to wait for one."""
+    """That of the folder to start from; else one trained on warm-start questions and answers, in every rank alike:
+    that is cheaper than to wait for one.
+
+    Raises:
+        ConfigError: the folder has no tokenizer that transformers can load.
+    """
+    source = config.model.load_hf
+    if source is not None:
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(f"model.load_hf = {str(source)!r}: no tokenizer ({reason}). Put one beside it.") from None
     count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
     items = [mixture.item("warm_start", index) for index in range(count)]
     return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)
@@ -154,7 +167,8 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
 
 def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
     """The header lines."""
-    runtime, hf = run.runtime, shape.hf
+    runtime, arch = run.runtime, shape.architecture
+    experts = f"{arch.num_experts} experts (top-{arch.num_experts_per_tok})" if arch.num_experts else "dense"
     one = f"{shape.num_parameters() / 1e6:.1f} M parameters"
     accelerator = "CPU" if runtime.device.type == "cpu" else "GPU"
     return {
@@ -163,8 +177,8 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
         "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
         "sums by sequence": library.status()["sequence_partials"],
-        "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
-        f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
+        "model": f"{arch.family}, {arch.num_hidden_layers} layers, {experts}, vocabulary {shape.vocab_size}, {one}, "
+        f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
         "algorithm": _describe_algorithm(run.config.algorithm),
     }

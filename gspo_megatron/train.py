@@ -6,6 +6,7 @@ preferences.py. Left out: resuming a run.
 """
 
 import dataclasses
+from pathlib import Path
 
 from gspo_megatron import health
 from gspo_megatron import run as runs
@@ -13,12 +14,12 @@ from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend import checkpoint
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.backend.critic import Critic
-from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.critic_advantages import CriticAdvantages
 from gspo_megatron.estimator import AdvantageEstimator, GroupAdvantages
 from gspo_megatron.evaluation import evaluate
+from gspo_megatron.hf.export import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
@@ -43,10 +44,22 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
         warm_start(run)
         reinforce(run)
     checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
+    if config.save_hf:
+        export_policy(run, run.folder / "hf")
     if run.runtime.is_main:
         pictures = draw(run.folder)
         run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {len(pictures)} plots")
     runs.stop(run)
+
+
+def export_policy(run: Run, folder: Path) -> None:
+    """The policy as a Hugging Face folder that transformers loads, with its tokenizer. A collective over all ranks."""
+    policy, source = run.policy, run.config.model.load_hf
+    hf = policy.shape.hf
+    if source is None:
+        hf = hf | {"eos_token_id": run.tokenizer.eos_token_id, "pad_token_id": run.tokenizer.pad_token_id}
+    companions = [run.folder / "tokenizer", *([source] if source is not None else [])]
+    export(policy.models, policy.topology, folder, hf, policy.shape.architecture, companions=companions)
 
 
 def reinforce(run: Run) -> None:
@@ -69,8 +82,7 @@ def make_estimator(run: Run) -> AdvantageEstimator:
     """PPO's advantages come from a critic, which starts from the policy as RL finds it; all others' from groups."""
     if run.config.algorithm.name != "ppo":
         return GroupAdvantages(run.config, run.policy)
-    shape = ModelShape.load(run.config.model.hf_config, len(run.tokenizer))
-    critic = Critic(run.config, shape, run.topology, run.runtime)
+    critic = Critic(run.config, run.policy.shape, run.topology, run.runtime)
     critic.start_from(run.policy)
     critic.start_optimizer()
     return CriticAdvantages(run.config, run.policy, critic)

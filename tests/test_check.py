@@ -134,7 +134,7 @@ def test_a_warm_start_that_is_off_is_not_checked():
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
+        ({"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
         ({"num_experts": ...}, ["num_experts is None"]),
         ({"num_hidden_layers": "4"}, ["num_hidden_layers is '4'"]),
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 exceeds num_experts 8"]),

@@ -25,7 +25,7 @@ from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig
+from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, require
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import architecture
 
@@ -50,6 +50,21 @@ class ModelShape:
         because rows that the weights do not have would take a share of the softmax."""
         hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return cls(hf, hf["vocab_size"])
+
+    @classmethod
+    def of(cls, model: ModelConfig, tokenizer_size: int) -> "ModelShape":
+        """The model of a recipe.
+
+        Raises:
+            ConfigError: the tokenizer of the folder to start from has ids that its embedding lacks.
+        """
+        if model.load_hf is None:
+            return cls.load(model.hf_config, tokenizer_size)
+        shape = cls.of_folder(model.load_hf)
+        require(tokenizer_size <= shape.vocab_size, "model.load_hf", str(model.load_hf),
+                f"its tokenizer has {tokenizer_size} entries, its embedding {shape.vocab_size}",
+                "Give the model's own tokenizer.")  # fmt: skip
+        return shape
 
     @property
     def architecture(self) -> Architecture:

@@ -7,7 +7,7 @@ Left out: writing by several ranks at once, and a vocabulary that is padded.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class _Held:
 @torch.no_grad()
 def export(
     models: list[torch.nn.Module], topology: Topology, folder: Path, hf: dict, arch: Architecture,
-    dtype: torch.dtype | None = None, companions: Path | None = None, is_stacked: bool = False,
+    dtype: torch.dtype | None = None, companions: Sequence[Path] = (), is_stacked: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:  # fmt: skip
     """Write `folder`, which must not exist. A collective over all ranks, and so is its error.
@@ -53,7 +53,7 @@ def export(
         models: unwrapped chunks of this rank.
         hf: the model's config.json.
         dtype: of the weights; None: the parameters' own. Router biases are always fp32.
-        companions: a folder whose tokenizer and generation config are copied.
+        companions: folders whose tokenizer and generation config are copied; the first that has a file gives it.
         is_stacked: write all experts of a layer as one tensor, as transformers holds them, not one tensor an expert.
         max_shard_size: bytes of one file.
         progress: called on rank 0 with the number of tensors done and of all.
@@ -154,12 +154,12 @@ def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: _Held) -> t
     return slices[0] if held.cut_dim is None else torch.cat(slices, held.cut_dim)
 
 
-def _write_companions(writer: SafetensorsWriter, hf: dict, dtype: torch.dtype, companions: Path | None) -> None:
+def _write_companions(writer: SafetensorsWriter, hf: dict, dtype: torch.dtype, companions: Sequence[Path]) -> None:
     config = {name: value for name, value in hf.items() if name != "torch_dtype"}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # their tensors are not written
     writer.add("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name in COMPANIONS:
-        if companions is not None and (companions / name).is_file():
-            writer.add(name, (companions / name).read_bytes())
+        if found := [folder / name for folder in companions if (folder / name).is_file()]:
+            writer.add(name, found[0].read_bytes())
