@@ -38,7 +38,7 @@ TINY: dict[str, dict] = {
                        "tie_word_embeddings": True} | _EXPERTS,
     "qwen2_moe": {"model_type": "qwen2_moe", "intermediate_size": 40, "shared_expert_intermediate_size": 32,
                   "decoder_sparse_step": 2} | _EXPERTS,
-    "mixtral": {"model_type": "mixtral", "intermediate_size": 40, "num_local_experts": 4},
+    "mixtral": {"model_type": "mixtral", "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"model_type": "olmoe", "intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2,
               "eos_token_id": 2},
     "glm4_moe": {"model_type": "glm4_moe", "n_group": 1, "topk_group": 1, "attention_bias": True} | _GLM,
@@ -102,10 +102,12 @@ def sequences() -> list[torch.Tensor]:
     return [torch.randint(0, VOCAB, (n,), generator=generator) for n in LENGTHS]
 
 
-def round_trip(source: Path, layout: ParallelConfig, is_stacked: bool = False, params_dtype: str = "fp32") -> Outcome:
+def round_trip(
+    source: Path, layout: ParallelConfig, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
+) -> Outcome:
     """Load a folder of `write_model`, compute its logits, export it and compare. A collective over all ranks.
 
-    A dense model takes a layout without its expert sizes.
+    A dense model takes a layout without its expert sizes. `keep` leaves the export beside the source, as NAME.out.
     """
     runtime = runtimes.start("cpu")
     shape = model_builder.ModelShape.of_folder(source)
@@ -116,14 +118,15 @@ def round_trip(source: Path, layout: ParallelConfig, is_stacked: bool = False, p
     chunks = model_builder.build(shape, model, topology, runtime, None, use_distributed_optimizer=False)
     network = Network(chunks, topology)
     load(network.models, topology, source, shape.architecture)
-    target = source.with_name(source.name + ".out")
+    target = source.with_name(source.name + (".out" if keep else ".compared"))
     export(network.models, topology, target, shape.hf, shape.architecture, is_stacked=is_stacked)
     outcome = [None]
     error = _logits_error(network, torch.load(source / "logits.pt"))
     if runtime.is_main:
         differing = tuple(sorted(differences(source, target)))
         outcome = [Outcome(len(SafetensorsFolder(source).names), differing, error)]
-        shutil.rmtree(target)
+        if not keep:
+            shutil.rmtree(target)
     dist.broadcast_object_list(outcome, src=0)
     topologies.stop()
     return outcome[0]
