@@ -12,6 +12,7 @@ from gspo_megatron.errors import ConfigError
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import architecture
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 
 
@@ -20,7 +21,7 @@ def read_shape(model: ModelConfig) -> Architecture:
 
     Raises:
         ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size; or there are no
-            weights in the folder to start from.
+            weights or no tokenizer in the folder to start from.
     """
     path = config_path(model)
     if model.load_hf is not None:
@@ -28,6 +29,9 @@ def read_shape(model: ModelConfig) -> Architecture:
                 "Give a Hugging Face folder with config.json, safetensors files and tokenizer.")  # fmt: skip
         require(any((model.load_hf / name).is_file() for name in WEIGHTS), "model.load_hf", str(model.load_hf),
                 f"has none of {', '.join(WEIGHTS)}", "Give a folder with safetensors files.")  # fmt: skip
+        # Without one, transformers makes up a tokenizer that knows no token.
+        require(any((model.load_hf / name).is_file() for name in TOKENIZERS), "model.load_hf", str(model.load_hf),
+                f"has no tokenizer ({', '.join(TOKENIZERS)})", "Put the model's own into the folder.")  # fmt: skip
     field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
     return architecture(read_json(path, field), f"{field} = {value!r}")
 
