@@ -19,7 +19,7 @@ from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.critic_advantages import CriticAdvantages
 from gspo_megatron.estimator import AdvantageEstimator, GroupAdvantages
 from gspo_megatron.evaluation import evaluate
-from gspo_megatron.hf.export import export
+from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
@@ -43,23 +43,25 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
     else:
         warm_start(run)
         reinforce(run)
-    checkpoint.save(run.policy, run.folder / "checkpoints" / f"step_{config.steps:06d}")
+    policy, (hf, companions) = run.policy, describe_model(run)
+    dtype = policy.models[0].config.params_dtype
+    checkpoint.save(policy, run.folder / "checkpoints" / f"step_{config.steps:06d}",
+                    lambda folder: export.write_side(folder, hf, companions, dtype))  # fmt: skip
     if config.save_hf:
-        export_policy(run, run.folder / "hf")
+        arch = policy.shape.architecture
+        export.export(policy.models, policy.topology, run.folder / "hf", hf, arch, companions=companions)
     if run.runtime.is_main:
         pictures = draw(run.folder)
         run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {len(pictures)} plots")
     runs.stop(run)
 
 
-def export_policy(run: Run, folder: Path) -> None:
-    """The policy as a Hugging Face folder that transformers loads, with its tokenizer. A collective over all ranks."""
-    policy, source = run.policy, run.config.model.load_hf
-    hf = policy.shape.hf
+def describe_model(run: Run) -> tuple[dict, list[Path]]:
+    """The policy's Hugging Face config, and folders with tokenizer and generation config."""
+    hf, source = run.policy.shape.hf, run.config.model.load_hf
     if source is None:
         hf = hf | {"eos_token_id": run.tokenizer.eos_token_id, "pad_token_id": run.tokenizer.pad_token_id}
-    companions = [run.folder / "tokenizer", *([source] if source is not None else [])]
-    export(policy.models, policy.topology, folder, hf, policy.shape.architecture, companions=companions)
+    return hf, [run.folder / "tokenizer", *([source] if source is not None else [])]
 
 
 def reinforce(run: Run) -> None:

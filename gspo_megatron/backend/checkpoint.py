@@ -6,6 +6,7 @@ Left out: the optimizer, random states and the position in the data (resuming a 
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,8 +16,12 @@ from gspo_megatron.backend.policy import Policy
 from gspo_megatron.errors import CheckpointError
 
 
-def save(policy: Policy, folder: Path) -> None:
-    """Write the weights of all ranks to `folder`, which must not exist. A collective over all ranks."""
+def save(policy: Policy, folder: Path, add: Callable[[Path], None] = lambda unfinished: None) -> None:
+    """Write the weights of all ranks to `folder`, which must not exist. A collective over all ranks.
+
+    Args:
+        add: puts further files into the folder that it is given. Called on rank 0, before the folder has its name.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
     if policy.runtime.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -25,6 +30,7 @@ def save(policy: Policy, folder: Path) -> None:
     dist_checkpointing.save(_sharded_state(policy), str(unfinished))
     dist.barrier()
     if policy.runtime.is_main:
+        add(unfinished)
         os.rename(unfinished, folder)
     dist.barrier()
 

@@ -25,6 +25,7 @@ from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.topology import Topology
+from gspo_megatron.backend.transformer_config import transformer_config
 from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, require
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import architecture
@@ -117,88 +118,6 @@ class PolicyModel(PackedModel):
         return F.linear(hidden_states.squeeze(1).to(dtype), self.head_weight().to(dtype))  # [T, V / TP]
 
 
-def transformer_config(arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool,
-                       dtype: torch.dtype) -> TransformerConfig:  # fmt: skip
-    """TransformerConfig of an architecture, cut as the topology says."""
-    on_cuda = torch.cuda.is_available()
-    interleaved = topology.vp_size > 1
-    return TransformerConfig(
-        **_moe_config(arch),
-        num_layers=arch.num_hidden_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.intermediate_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_key_value_heads,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        # Norms of all heads together are not Megatron's (layer_spec); told of them, it would add their gradients up.
-        qk_layernorm=arch.qk_norm == "head",
-        moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
-        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=use_te,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # Our own initialisation (parameters.py) is the same in every layout; Megatron's is not.
-        perform_initialization=False,
-        use_cpu_initialization=not on_cuda,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=topology.tp_size,
-        sequence_parallel=topology.tp_size > 1,
-        context_parallel_size=topology.cp_size,
-        cp_comm_type="p2p" if topology.cp_size > 1 else None,  # Transformer Engine's ring; our own attention ignores it
-        pipeline_model_parallel_size=topology.pp_size,
-        virtual_pipeline_model_parallel_size=topology.vp_size if interleaved else None,
-        expert_model_parallel_size=topology.ep_size,
-        expert_tensor_parallel_size=topology.etp_size,
-        variable_seq_lengths=True,
-        # Two stages with virtual ones and batched sends give silently wrong gradients: previous and next rank are the
-        # same, and sends are matched to the wrong receives.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        recompute_granularity="full" if model.recompute else None,
-        recompute_method="uniform" if model.recompute else None,
-        recompute_num_layers=1 if model.recompute else None,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=use_te,
-        bias_activation_fusion=use_te,
-        bias_dropout_fusion=use_te,
-        apply_rope_fusion=False,
-    )
-
-
-def _moe_config(arch: Architecture) -> dict:
-    """The part of TransformerConfig that a dense model does not have."""
-    if not arch.num_experts:
-        return {"moe_layer_freq": list(arch.moe_layers)}
-    grouped = arch.router_groups > 1
-    return {
-        "num_moe_experts": arch.num_experts,
-        "moe_ffn_hidden_size": arch.moe_intermediate_size,
-        "moe_layer_freq": list(arch.moe_layers),
-        "moe_router_topk": arch.num_experts_per_tok,
-        "moe_router_score_function": arch.router_score,
-        # Softmax over the chosen k equals softmax over all, then renormalised; without renormalisation it comes first.
-        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.renormalise,
-        "moe_router_enable_expert_bias": arch.router_bias,
-        "moe_router_bias_update_rate": 0.0,
-        "moe_router_topk_scaling_factor": arch.router_scaling if arch.router_scaling != 1 else None,
-        "moe_router_num_groups": arch.router_groups if grouped else None,
-        "moe_router_group_topk": arch.router_top_groups if grouped else None,
-        "moe_shared_expert_intermediate_size": arch.shared_intermediate_size or None,
-        "moe_shared_expert_gate": arch.shared_gate,
-    }
-
-
 def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None):
     """Megatron's decoder block spec, with our attention and norm in the local one."""
     block = get_gpt_decoder_block_spec(
@@ -248,6 +167,31 @@ def build(
         dtype: overrides model.params_dtype (tests build the model in fp64).
         model_class: what the last stage returns.
     """
+    chunks = []
+    for gpt in bare(shape, model, topology, runtime, dtype, model_class):
+        config = gpt.config
+        if seed is not None:
+            parameters.initialize(gpt, topology, seed, shape.architecture.initializer_range)
+        wrapped = Float16Module(config, gpt) if config.bf16 else gpt
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=config.params_dtype is not torch.float64,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=use_distributed_optimizer,
+        )
+        chunks.append(DistributedDataParallel(config, ddp_config, wrapped))
+    if topology.replicas > 1:
+        for chunk in chunks:
+            chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks
+
+
+def bare(
+    shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, dtype: torch.dtype | None = None,
+    model_class: type[PackedModel] = PolicyModel,
+) -> list[PackedModel]:  # fmt: skip
+    """The model chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
     # Transformer Engine's packed attention has no fp32 kernel.
     use_te = runtime.device.type == "cuda" and dtype is torch.bfloat16 and has_transformer_engine()
@@ -258,12 +202,12 @@ def build(
         vp_stage = chunk if topology.vp_size > 1 else None
         first = topology.is_first_stage and chunk == 0
         last = topology.is_last_stage and chunk == topology.vp_size - 1
-        spec = layer_spec(config, arch, use_te, vp_stage)
         gpt = model_class(
-            config=config, transformer_layer_spec=spec, vocab_size=arch.vocab_size,
-            max_sequence_length=arch.max_position_embeddings, pre_process=first, post_process=last,
-            parallel_output=True, share_embeddings_and_output_weights=arch.tied, position_embedding_type="rope",
-            rotary_base=arch.rope_theta, rotary_percent=arch.rotary_share, vp_stage=vp_stage,
+            config=config, transformer_layer_spec=layer_spec(config, arch, use_te, vp_stage),
+            vocab_size=arch.vocab_size, max_sequence_length=arch.max_position_embeddings, pre_process=first,
+            post_process=last, parallel_output=True, share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope", rotary_base=arch.rope_theta, rotary_percent=arch.rotary_share,
+            vp_stage=vp_stage,
         )  # fmt: skip
         gpt.rotary_by_token = not use_te
         # Megatron would cut its angles over context-parallel ranks by the length of this rank's tokens. Angles by token
@@ -271,20 +215,7 @@ def build(
         gpt.rotary_pos_emb.cp_group = None
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
-        if seed is not None:
-            parameters.initialize(gpt, topology, seed, arch.initializer_range)
-        wrapped = Float16Module(config, gpt) if config.bf16 else gpt
-        ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=dtype is not torch.float64,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=use_distributed_optimizer,
-        )
-        chunks.append(DistributedDataParallel(config, ddp_config, wrapped))
-    if topology.replicas > 1:
-        for chunk in chunks:
-            chunk.broadcast_params()
-    config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        chunks.append(gpt)
     return chunks
 
 

@@ -24,6 +24,7 @@ from gspo_megatron.hf.safetensors import SafetensorsWriter, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = 5 * 10**9
+SIDE = "hf"  # folder of a Megatron checkpoint with config.json, generation config and tokenizer
 # What transformers needs beside weights and config.json, where the model came with it.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -32,7 +33,7 @@ COMPANIONS = (
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """What every rank knows of a full tensor: its form, and who has which slice."""
 
     full_shape: tuple[int, ...]
@@ -67,10 +68,10 @@ def export(
     writer, error = None, None
     if dist.get_rank() == 0:
         try:
-            _check_complete(table, held, arch)
-            specs = _specs(table, held, arch, dtype)
-            writer = SafetensorsWriter(folder, specs, max_shard_size)
-            _write_companions(writer, hf, specs[0].dtype, companions)
+            check_complete(table, held, arch)
+            written = specs(table, held, arch, dtype)
+            writer = SafetensorsWriter(folder, written, max_shard_size)
+            write_companions(writer.add, hf, written[0].dtype, companions)
         except GspoError as problem:
             error = problem
     try:
@@ -100,39 +101,41 @@ def _problem(action: Callable, *args) -> GspoError | None:
     return None
 
 
-def _who_holds_what(mine: dict) -> dict[str, _Held]:
+def _who_holds_what(mine: dict) -> dict[str, Held]:
     """On every rank the same. Where replicas hold the same slice, the lowest rank has it."""
     everyone: list = [None] * dist.get_world_size()
     own = {name: (p.cut_rank if p.cuts > 1 else 0, p.cuts, p.full_shape, p.cut_dim, p.local.dtype)
            for name, p in mine.items()}  # fmt: skip
     dist.all_gather_object(everyone, own)
-    held: dict[str, _Held] = {}
+    held: dict[str, Held] = {}
     for name in sorted({name for names in everyone for name in names}):
         holders = [(rank, names[name]) for rank, names in enumerate(everyone) if name in names]
         _, (_, cuts, shape, cut_dim, dtype) = holders[0]
         owners = tuple(min(rank for rank, form in holders if form[0] == cut) for cut in range(cuts))
-        held[name] = _Held(shape, cut_dim if cuts > 1 else None, dtype, owners)
+        held[name] = Held(shape, cut_dim if cuts > 1 else None, dtype, owners)
     return held
 
 
-def _check_complete(table: dict, held: dict, arch: Architecture) -> None:
+def check_complete(table: dict, held: dict, arch: Architecture) -> None:
+    """Raise ConversionError unless table and model have the same tensors."""
     if extra := held.keys() - table.keys():
         raise ConversionError(f"{tables.some(extra)} of the model: the table of {arch.family} does not have them.")
     if missing := table.keys() - held.keys():
         raise ConversionError(f"{tables.some(missing)} of the table of {arch.family} is on no rank.")
 
 
-def _specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
+def specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
+    """Hugging Face's tensors in the table's order, of the announced type or their own."""
+    found: dict[str, TensorSpec] = {}
     for name, entry in table.items():
         own = held[name].dtype
         kind = own if dtype is None or name.endswith("expert_bias") else dtype
         for piece, shape in zip(entry.pieces, entry.operator.shapes(held[name].full_shape), strict=True):
-            specs[piece.tensor] = TensorSpec(piece.tensor, whole_shape(piece, shape, arch), kind)
-    return list(specs.values())
+            found[piece.tensor] = TensorSpec(piece.tensor, whole_shape(piece, shape, arch), kind)
+    return list(found.values())
 
 
-def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: _Held) -> torch.Tensor | None:
+def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: Held) -> torch.Tensor | None:
     """The full piece on rank 0, None elsewhere. Every rank goes through the same pieces in the same order."""
     me = dist.get_rank()
     local = list(shape)
@@ -154,12 +157,22 @@ def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: _Held) -> t
     return slices[0] if held.cut_dim is None else torch.cat(slices, held.cut_dim)
 
 
-def _write_companions(writer: SafetensorsWriter, hf: dict, dtype: torch.dtype, companions: Sequence[Path]) -> None:
+def write_companions(
+    add: Callable[[str, bytes], object], hf: dict, dtype: torch.dtype, companions: Sequence[Path]
+) -> None:
+    """config.json for these weights, and the other small files that the companions have: add(name, content)."""
     config = {name: value for name, value in hf.items() if name != "torch_dtype"}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # their tensors are not written
-    writer.add("config.json", (json.dumps(config, indent=2) + "\n").encode())
+    add("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name in COMPANIONS:
         if found := [folder / name for folder in companions if (folder / name).is_file()]:
-            writer.add(name, found[0].read_bytes())
+            add(name, found[0].read_bytes())
+
+
+def write_side(checkpoint: Path, hf: dict, companions: list[Path], dtype: torch.dtype) -> None:
+    """Put config.json and what companions have of tokenizer and generation config into a checkpoint's hf/."""
+    side = checkpoint / SIDE
+    side.mkdir()
+    write_companions(lambda name, content: (side / name).write_bytes(content), hf, dtype, companions)

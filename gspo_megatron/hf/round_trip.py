@@ -121,7 +121,7 @@ def round_trip(
     target = source.with_name(source.name + (".out" if keep else ".compared"))
     export(network.models, topology, target, shape.hf, shape.architecture, is_stacked=is_stacked)
     outcome = [None]
-    error = _logits_error(network, torch.load(source / "logits.pt"))
+    error = logits_error(network, torch.load(source / "logits.pt"))
     if runtime.is_main:
         differing = tuple(sorted(differences(source, target)))
         outcome = [Outcome(len(SafetensorsFolder(source).names), differing, error)]
@@ -142,8 +142,8 @@ def differences(source: Path, target: Path) -> set[str]:
     return found
 
 
-def _logits_error(network: Network, expected: torch.Tensor) -> float:
-    """Largest difference over all ranks."""
+def logits_error(network: Network, expected: torch.Tensor) -> float:
+    """Largest difference between logits of `sequences()` and transformers' [tokens, V], over all ranks."""
     tokens = torch.cat(sequences())
     batch = PackedBatch(
         tokens=tokens, position_ids=torch.cat([torch.arange(n) for n in LENGTHS]),

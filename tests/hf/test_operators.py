@@ -1,4 +1,4 @@
-"""Operators by value: what is merged, that splitting is its inverse, and that both commute with tensor-parallel cuts."""
+"""Operators by value: what is merged, that splitting is its inverse, and that both commute with tensor cuts."""
 
 import pytest
 import torch

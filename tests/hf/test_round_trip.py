@@ -1,7 +1,7 @@
 """Tiny random models of every family, saved by transformers, through Megatron in every layout and back.
 
-Limits: tensors to the bit, logits to 2e-5 in fp32. One spawn of four ranks goes through all of it. Left out: layouts that
-change in between (tests/hf/test_convert.py) and Transformer Engine, which needs a GPU.
+Limits: tensors to the bit, logits to 2e-5 in fp32. One spawn of four ranks goes through all of it. Left out: layouts
+that change in between (test_convert.py) and Transformer Engine, which needs a GPU.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Training from a Hugging Face folder: gradients are transformers' in every layout, and a run starts from what another
 run exported.
 
-Gradients are compared tensor by tensor: the tables split gradients as they split weights, because they only move numbers.
+Gradients are compared tensor by tensor: the tables split gradients as they split weights, because they only move
+numbers.
 """
 
 from dataclasses import replace
@@ -113,7 +114,7 @@ def found(folder) -> dict:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_transformers(found, folder, name, layout):
     """fp64, but for transformers' norms and router softmax, which are fp32: loss to 1e-6, each gradient to 1e-4 of its
-    norm. The same to 1e-8 between layouts (Megatron's sigmoid router is fp32)."""
+    norm. The same to 1e-6 between layouts (Megatron's sigmoid router is fp32)."""
     loss, expected = truth(folder / name)
     assert found[name, layout][0] == pytest.approx(loss, rel=1e-6)
     ours, first = found[name, layout][1], found[name, 0][1]
@@ -121,7 +122,7 @@ def test_gradients_are_transformers(found, folder, name, layout):
     for tensor, gradient in expected.items():
         scale = float(gradient.norm())
         assert float((ours[tensor] - gradient).norm()) <= 1e-4 * scale + 1e-9, tensor
-        assert float((ours[tensor] - first[tensor]).norm()) <= 1e-8 * scale + 1e-12, tensor
+        assert float((ours[tensor] - first[tensor]).norm()) <= 1e-6 * scale + 1e-12, tensor
 
 
 RUN = TrainConfig(
