@@ -65,7 +65,11 @@ def load(
         found = dist_checkpointing.load(part, str(folder))["model0"]
         for name, parameter in wanted.items():
             yield parameter.name, found[name].view(parameter.full_shape)
-            parameter.local.data = torch.empty_like(parameter.local)  # memory that nobody has touched
+            # Megatron's records hold the tensors until garbage is collected, so the memory itself is given back.
+            old = (found[name].untyped_storage(), parameter.local.untyped_storage())
+            parameter.local.data = parameter.local.new_empty(1).expand(parameter.local.shape)
+            for storage in old:
+                storage.resize_(0)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

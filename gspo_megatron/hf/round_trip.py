@@ -4,8 +4,10 @@ again. Its tensors must come back bit for bit and its logits must be those of tr
 tools/conversion_matrix.py and the tests run the same cases. Left out: bf16 (tests/hf) and training.
 """
 
+import json
 import shutil
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -160,3 +162,21 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
         network.run([batch] * topology.pp_size, compare, forward_only=True)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return float(worst)
+
+
+def main(folder: Path) -> None:
+    """One rank of tools/conversion_matrix.py: every model of the folder in every layout, a line of JSON each."""
+    started = runtimes.start("cpu")
+    with (folder / "results.jsonl").open("a") as lines:
+        for name in TINY:
+            for label, layout in LAYOUTS.items():
+                outcome = round_trip(folder / name, layout)
+                if started.is_main:
+                    row = {"model": name, "layout": label} | asdict(outcome)
+                    print(json.dumps(row), file=lines, flush=True)
+    dist.barrier()  # a rank that leaves early closes connections which others still read from
+    runtimes.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -7,6 +7,7 @@ each tensor, or a part of its rows, to its place. Nothing is held in memory, and
 Left out: quantised types (F8, MXFP4 blocks and integers are refused by name).
 """
 
+import ctypes
 import errno
 import json
 import math
@@ -203,12 +204,12 @@ class SafetensorsWriter:
         if place in self._written[spec.name]:
             raise ConversionError(f"{piece.tensor}: written twice.")
         self._written[spec.name].add(place)
-        # One byte a number where there are no numbers to take the bytes of.
-        data = tensor.detach().to("cpu", spec.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        data = tensor.detach().to("cpu", spec.dtype).contiguous()
         file, start = self._place[spec.name]
         offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes
         try:
-            _write_all(self._open[file], memoryview(data), offset)
+            # Its bytes in place. numpy() would forbid for ever to release the tensor's memory.
+            _write_all(self._open[file], (ctypes.c_char * data.nbytes).from_address(data.data_ptr()), offset)
         except OSError as error:
             raise _cannot_write(self.unfinished / file, error) from None
         self._left[spec.name] -= data.nbytes
@@ -265,8 +266,8 @@ def _shards(specs: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     return shards
 
 
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
+def _write_all(descriptor: int, data: bytes | ctypes.Array, offset: int) -> None:
+    view = memoryview(data).cast("B")
     while view.nbytes:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
