@@ -7,6 +7,7 @@ checkpoint is an ordinary one: it loads under any layout.
 Left out: several processes (backend/checkpoint.py), and the optimizer.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def load(
             parameter.local.data = parameter.local.new_empty(1).expand(parameter.local.shape)
             for storage in old:
                 storage.resize_(0)
+        _trim()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -86,6 +88,13 @@ def wanted_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:
     """Full shapes that a checkpoint of this model has, by its own keys."""
     sharded, _ = save_preprocess({"model0": model.sharded_state_dict()}, validate_access_integrity=False)
     return {t.key: tuple(t.global_shape) for t in nested_values(sharded) if isinstance(t, ShardedTensor)}
+
+
+def _trim() -> None:
+    """Hand freed memory back: glibc keeps it in pieces that the next group does not fit into, and grows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def stored(model: PackedModel, topology: Topology) -> Iterator[FullParameter]:
@@ -134,6 +143,7 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
             results.append(writer.write_data(plan, planner).wait())
             for parameter in group:
                 parameter.local.untyped_storage().resize_(0)  # the plan still has views of it
+            _trim()
             done += len(group)
             self._progress(done, len(self._given))
         writer.finish(metadata, results)
