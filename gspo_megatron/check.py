@@ -10,6 +10,7 @@ import dataclasses
 
 from gspo_megatron.config import MAKE_VOCAB_SIZE_DIVISIBLE_BY, ModelConfig, ParallelConfig, TrainConfig, require
 from gspo_megatron.config_algorithm import SEQUENCE_RATIO, AlgorithmConfig
+from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.model_file import read_shape
 from gspo_megatron.tasks.preferences import load_pairs
 
@@ -71,11 +72,12 @@ def check(config: TrainConfig, layout: ParallelConfig, world_size: int) -> None:
     TaskMixture(config.tasks, config.seed)
 
 
-def check_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> dict:
-    """Raise ConfigError where the model or the world cannot be cut this way. Returns the model's config."""
+def check_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> Architecture:
+    """Raise ConfigError where the model or the world cannot be cut this way. Returns what the model is."""
     shape = read_shape(model)
     _check_world(layout, world_size)
     _check_model(shape, layout)
+    _check_vocabulary(model, shape, _tensor(layout))
     return shape
 
 
@@ -193,7 +195,7 @@ def _check_world(layout: ParallelConfig, world_size: int) -> None:
             "Give parallel.pipeline_model_parallel_size 2, or leave virtual stages out.")  # fmt: skip
 
 
-def _check_model(shape: dict, layout: ParallelConfig) -> None:
+def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
     stages, virtual = _pipeline(layout), layout.virtual_pipeline_model_parallel_size or 1
     tensor, expert_tensor = _tensor(layout), layout.expert_tensor_parallel_size
     chunks = f"{stages} pipeline stages" + (f" x {virtual} virtual stages" if virtual > 1 else "")
@@ -201,21 +203,34 @@ def _check_model(shape: dict, layout: ParallelConfig) -> None:
     cut = f"tensor parallel size {tensor}"
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_attention_heads", cut)
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
-    if shape.get("decoder_sparse_step", 1) != 1 or shape.get("mlp_only_layers"):
+    if 0 in shape.moe_layers:
         _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
-    require(MAKE_VOCAB_SIZE_DIVISIBLE_BY % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
-            f"must divide {MAKE_VOCAB_SIZE_DIVISIBLE_BY}, of which the padded vocabulary is a multiple",
-            "Give a power of 2.")  # fmt: skip
+    if shape.shared_intermediate_size:
+        _divides("tensor_model_parallel_size", tensor, tensor, shape, "shared_intermediate_size", cut)
     expert = layout.expert_model_parallel_size or 1
+    if not shape.num_experts:
+        for name, size in (("expert_model_parallel_size", expert), ("expert_tensor_parallel_size", expert_tensor)):
+            require(size == 1, f"parallel.{name}", size, f"the model is dense ({shape.family})", "Give 1.")
+        return
     _divides("expert_model_parallel_size", expert, expert, shape, "num_experts", f"expert parallel size {expert}")
     cut = f"expert tensor parallel size {expert_tensor}"
     _divides("expert_tensor_parallel_size", expert_tensor, expert_tensor, shape, "moe_intermediate_size", cut)
 
 
-def _divides(field: str, value: int, parts: int, shape: dict, name: str, cut: str) -> None:
-    fitting = [str(size) for size in range(1, min(shape[name], 64) + 1) if shape[name] % size == 0]
-    require(shape[name] % parts == 0, f"parallel.{field}", value,
-            f"the model's {name} {shape[name]} cannot be divided evenly over {cut}",
+def _check_vocabulary(model: ModelConfig, shape: Architecture, tensor: int) -> None:
+    if model.load_hf is not None:
+        _divides("tensor_model_parallel_size", tensor, tensor, shape, "vocab_size", f"tensor parallel size {tensor}")
+        return
+    require(MAKE_VOCAB_SIZE_DIVISIBLE_BY % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
+            f"must divide {MAKE_VOCAB_SIZE_DIVISIBLE_BY}, of which the padded vocabulary is a multiple",
+            "Give a power of 2.")  # fmt: skip
+
+
+def _divides(field: str, value: int, parts: int, shape: Architecture, name: str, cut: str) -> None:
+    size = getattr(shape, name)
+    fitting = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+    require(size % parts == 0, f"parallel.{field}", value,
+            f"the model's {name} {size} cannot be divided evenly over {cut}",
             f"Numbers of parts that fit: {', '.join(fitting)}.")  # fmt: skip
 
 
@@ -252,9 +267,9 @@ def _over(data: int, context: int = 1) -> str:
     return f"over {data} data-parallel ranks (ranks / {sizes})"
 
 
-def _check_lengths(config: TrainConfig, shape: dict, context: int) -> None:
+def _check_lengths(config: TrainConfig, shape: Architecture, context: int) -> None:
     prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
-    longest, limit = prompt + response, shape["max_position_embeddings"]
+    longest, limit = prompt + response, shape.max_position_embeddings
     parts = f"data.max_prompt_length {prompt} + rollout.max_response_length {response} = {longest}"
     if longest % (2 * context) and context > 1:
         longest += -longest % (2 * context)

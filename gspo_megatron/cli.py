@@ -5,7 +5,7 @@ same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a ran
 is cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
 
 Left out: several machines (call torchrun or srun yourself; the ranks only need its environment variables), and the
-subcommands eval, convert, study, plan and report.
+subcommands eval, study, plan and report.
 """
 
 import ctypes
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
+       gspo-megatron convert SOURCE TARGET [--dtype bf16 ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
 doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
+convert Hugging Face folder to Megatron checkpoint, or back; `gspo-megatron convert --help` lists the options
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
 
@@ -46,7 +48,7 @@ except ChildFailedError as error:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "doctor": _doctor}
+    commands = {"train": _train, "doctor": _doctor, "convert": _convert}
     if argv[:1] in (["-h"], ["--help"]):
         if process.rank() == 0:
             print(USAGE)
@@ -116,6 +118,12 @@ def _doctor(argv: list[str]) -> int:
     if process.rank() == 0:
         doctor.report(diagnosis, options)
     return int(not diagnosis.is_healthy)
+
+
+def _convert(argv: list[str]) -> int:
+    from gspo_megatron import convert
+
+    return convert.main(argv)
 
 
 def _layout(config: "TrainConfig") -> "tuple[ParallelConfig, int]":

@@ -23,7 +23,15 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
     hf_config: Path = Path("examples/models/qwen3_moe_tiny/config.json")
-    """Hugging Face config.json of the model (model_type qwen3_moe). Its vocab_size is replaced by the tokenizer's."""
+    """Hugging Face config.json of a model to train from random weights. Its vocab_size is replaced by that of a
+    tokenizer which is trained on the tasks."""
+
+    load_hf: Path | None = None
+    """Hugging Face folder to start from: its config.json stands in for hf_config, and its weights and tokenizer are
+    used as they are."""
+
+    load_hf_drop_mtp: bool = False
+    """Leave out the folder's layers that predict further tokens (MTP). They are an error otherwise."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps fp32 master weights."""
     recompute: bool = False
@@ -233,6 +241,9 @@ class TrainConfig:
     """Of the initial weights, the prompts and the sampling. Layouts differ by rounding."""
     steps: int = 100
     """RL steps: rollouts, rewards, then num_minibatches optimizer steps. dpo: optimizer steps."""
+
+    save_hf: bool = False
+    """Write the final policy as a Hugging Face folder too: hf/ in the run folder, with its tokenizer."""
     eval_interval: int = 25
     """Steps between evaluations on held-out prompts (dpo: pairs); they also run before and after."""
     max_tokens_per_microbatch: int = 8192

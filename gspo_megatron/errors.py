@@ -31,3 +31,7 @@ class StopRequested(GspoError):
 
 class LostRankError(GspoError):
     """A collective broke because another rank has ended or hangs; that rank's own message says more."""
+
+
+class ConversionError(GspoError):
+    """Weights that cannot be converted: a tensor or file that is missing, left over or damaged."""

@@ -1,6 +1,7 @@
 """The model's Hugging Face config.json, read and checked before anything heavy is imported.
 
-Left out: whether a layout can cut the model (check.py), and the model itself (backend/model.py).
+Left out: whether a layout can cut the model (check.py), the model itself (backend/model.py), and the weights of a
+folder beyond their being there (hf/load.py).
 """
 
 import json
@@ -8,22 +9,41 @@ from pathlib import Path
 
 from gspo_megatron.config import ModelConfig, require
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.families import architecture
 
-SUPPORTED_MODELS = ("qwen3_moe",)
-SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "num_experts", "num_experts_per_tok", "max_position_embeddings",
-)  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 
 
-def read_shape(model: ModelConfig) -> dict:
-    """The Hugging Face config as a dict.
+def read_shape(model: ModelConfig) -> Architecture:
+    """What the Hugging Face config says.
 
     Raises:
-        ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size.
+        ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size; or there are no
+            weights or no tokenizer in the folder to start from.
     """
-    path = Path(model.hf_config)
-    field, value = "model.hf_config", str(path)
+    path = config_path(model)
+    if model.load_hf is not None:
+        require(model.load_hf.is_dir(), "model.load_hf", str(model.load_hf), "no such folder",
+                "Give a Hugging Face folder with config.json, safetensors files and tokenizer.")  # fmt: skip
+        require(any((model.load_hf / name).is_file() for name in WEIGHTS), "model.load_hf", str(model.load_hf),
+                f"has none of {', '.join(WEIGHTS)}", "Give a folder with safetensors files.")  # fmt: skip
+        # Without one, transformers makes up a tokenizer that knows no token.
+        require(any((model.load_hf / name).is_file() for name in TOKENIZERS), "model.load_hf", str(model.load_hf),
+                f"has no tokenizer ({', '.join(TOKENIZERS)})", "Put the model's own into the folder.")  # fmt: skip
+    field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
+    return architecture(read_json(path, field), f"{field} = {value!r}")
+
+
+def config_path(model: ModelConfig) -> Path:
+    """Of the folder to start from, where there is one."""
+    return Path(model.hf_config) if model.load_hf is None else model.load_hf / "config.json"
+
+
+def read_json(path: Path, field: str) -> dict:
+    """A config.json as a dict. Raises ConfigError, which names the option `field`."""
+    value = str(path)
     try:
         shape = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -35,31 +55,4 @@ def read_shape(model: ModelConfig) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{field} = {value!r}: not valid JSON: {error}. Give a config.json.") from None
     require(isinstance(shape, dict), field, value, "must hold a JSON object", "Give a Hugging Face config.json.")
-    family = shape.get("model_type")
-    require(family in SUPPORTED_MODELS, field, value, f"model_type {family!r} is not supported",
-            f"Give a config of one of: {', '.join(SUPPORTED_MODELS)}.")  # fmt: skip
-    for name in SIZES:
-        size = shape.get(name)
-        require(isinstance(size, int) and size > 0, field, value, f"{name} is {size!r}, not a whole number above 0",
-                f"Correct {name} in that file.")  # fmt: skip
-    _check_family(shape, field, value)
     return shape
-
-
-def _check_family(shape: dict, field: str, value: str) -> None:
-    """Variants of the family that the model builder would silently train as something else."""
-    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    remedy = "Use a model without it."
-    require(kind == "default", field, value, f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
-    require(not shape.get("use_sliding_window"), field, value, "sliding-window attention is not supported", remedy)
-    require(not shape.get("attention_bias"), field, value, "attention_bias (of all four projections) is not supported",
-            remedy)  # fmt: skip
-    activation = shape.get("hidden_act", "silu")
-    require(activation == "silu", field, value, f"hidden_act {activation!r} is not supported", "Use silu.")
-    experts, chosen = shape["num_experts"], shape["num_experts_per_tok"]
-    require(chosen <= experts, field, value, f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
-            "Lower num_experts_per_tok.")  # fmt: skip
-    heads, groups = shape["num_attention_heads"], shape["num_key_value_heads"]
-    require(heads % groups == 0, field, value, f"num_attention_heads {heads} is no multiple of num_key_value_heads "
-            f"{groups}", "Correct one of the two.")  # fmt: skip

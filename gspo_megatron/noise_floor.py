@@ -78,7 +78,7 @@ def measure(config: TrainConfig, layout: ParallelConfig, num_prompts: int, check
     topology = topologies.start(layout, config.seed)
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
-    shape = ModelShape.load(config.model.hf_config, len(tokenizer))
+    shape = ModelShape.of(config.model, len(tokenizer))
     bench = _Bench(config, runtime, shape, checkpoint, [])
     policy = _policy(bench, topology)
     prompts = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length).next(num_prompts)

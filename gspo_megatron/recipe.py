@@ -44,6 +44,9 @@ def load(argv: list[str], quiet: bool = False, program: str = PROGRAM) -> TrainC
         TrainConfig, prog=program, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
     )
     model = dataclasses.replace(config.model, hf_config=_find(config.model.hf_config, path, "config.json"))
+    if model.load_hf is not None:
+        found = _find(model.load_hf, path, "config.json")
+        model = dataclasses.replace(model, load_hf=found.parent if found.is_file() else found)
     preference = config.algorithm.preference
     found = {name: _find(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
     algorithm = dataclasses.replace(config.algorithm, preference=dataclasses.replace(preference, **found))

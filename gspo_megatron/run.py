@@ -9,7 +9,7 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gspo_megatron import process, recipe, resume
 from gspo_megatron.backend import batches
@@ -28,6 +28,7 @@ from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import CheckpointError, StopRequested
+from gspo_megatron.hf import export
 from gspo_megatron.metrics.console import Console
 from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
@@ -123,12 +124,22 @@ class Run:
             return
         progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
         folder = self.folder / "checkpoints" / progress.folder
-        save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference)
+        dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
+        save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
+             lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
         if self.runtime.is_main:
             resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
         if must_stop:
             self.reporter.close()
             raise StopRequested(f"stopped as asked, after {phase} step {step}. The same command goes on from {folder}")
+
+    def hf_files(self) -> tuple[dict, list[Path]]:
+        """The policy's Hugging Face config, and folders with its tokenizer and generation config."""
+        hf, source = self.policy.shape.hf, self.config.model.load_hf
+        if source is not None:
+            return hf, [self.folder / "tokenizer", source]
+        ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        return hf | ids, [self.folder / "tokenizer"]
 
     def _is_told_to_stop(self) -> bool:
         """Any rank was. A collective: all must stop after the same step."""
@@ -168,7 +179,7 @@ def start(config: TrainConfig) -> Run:
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
-    shape = ModelShape.load(config.model.hf_config, len(tokenizer))
+    shape = ModelShape.of(config.model, len(tokenizer))
     policy = Policy(config, shape, topology, runtime)
     if runtime.is_main:
         recipe.save(config, folder / "config.yaml")
@@ -228,7 +239,10 @@ def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, lis
 
 
 def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
-    """Trained on warm-start questions and answers, in every rank alike: that is cheaper than to wait for one."""
+    """That of the folder to start from; else one trained on warm-start questions and answers, in every rank alike:
+    that is cheaper than to wait for one."""
+    if config.model.load_hf is not None:
+        return AutoTokenizer.from_pretrained(config.model.load_hf)
     count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
     items = [mixture.item("warm_start", index) for index in range(count)]
     return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)
@@ -236,7 +250,8 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
 
 def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
     """The header lines."""
-    runtime, hf, status = run.runtime, shape.hf, library.status()
+    runtime, arch, status = run.runtime, shape.architecture, library.status()
+    experts = f"{arch.num_experts} experts (top-{arch.num_experts_per_tok})" if arch.num_experts else "dense"
     one = f"{shape.num_parameters() / 1e6:.1f} M parameters"
     accelerator = "CPU" if runtime.device.type == "cpu" else "GPU"
     return {
@@ -246,8 +261,8 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
         "sums by sequence": status["sequence_partials"],
         "collectives": status["publish"],
-        "model": f"{hf['model_type']}, {hf['num_hidden_layers']} layers, {hf['num_experts']} experts "
-        f"(top-{hf['num_experts_per_tok']}), vocabulary {shape.vocab_size}, {one}, {run.config.model.params_dtype}",
+        "model": f"{arch.family}, {arch.num_hidden_layers} layers, {experts}, vocabulary {shape.vocab_size}, {one}, "
+        f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
         "algorithm": _describe_algorithm(run.config.algorithm),
     }

@@ -2,7 +2,7 @@
 
 Every rank runs this file; what differs between ranks (their stage, their shard, their replica's prompts) is inside
 Policy and MegatronEngine. Where an algorithm's advantages come from is estimator.py. DPO has no rollouts, see
-preferences.py. Left out: resuming a run.
+preferences.py. What of a run is kept, and where it goes on, is in run.py and resume.py.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.backend.critic import Critic
-from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.critic_advantages import CriticAdvantages
 from gspo_megatron.estimator import AdvantageEstimator, GroupAdvantages
 from gspo_megatron.evaluation import evaluate
+from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import load_metrics, update_metrics
@@ -41,6 +41,10 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
     else:
         warm_start(run)
         reinforce(run)
+    if config.save_hf:
+        hf, companions = run.hf_files()
+        policy, target = run.policy, run.folder / "hf"
+        export.export(policy.models, policy.topology, target, hf, policy.shape.architecture, companions=companions)
     if run.runtime.is_main:
         pictures = draw(run.folder)
         run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {len(pictures)} plots")
@@ -68,8 +72,7 @@ def make_estimator(run: Run) -> AdvantageEstimator:
     """PPO's advantages come from a critic, which starts from the policy as RL finds it; all others' from groups."""
     if run.config.algorithm.name != "ppo":
         return GroupAdvantages(run.config, run.policy)
-    shape = ModelShape.load(run.config.model.hf_config, len(run.tokenizer))
-    critic = Critic(run.config, shape, run.topology, run.runtime)
+    critic = Critic(run.config, run.policy.shape, run.topology, run.runtime)
     critic.start_from(run.policy)
     critic.start_optimizer()
     return CriticAdvantages(run.config, run.policy, critic)

@@ -134,7 +134,7 @@ def test_a_warm_start_that_is_off_is_not_checked():
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "llama"}, ["model_type 'llama' is not supported", "qwen3_moe"]),
+        ({"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
         ({"num_experts": ...}, ["num_experts is None"]),
         ({"num_hidden_layers": "4"}, ["num_hidden_layers is '4'"]),
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 exceeds num_experts 8"]),
@@ -162,6 +162,30 @@ def test_dense_layers_must_fit_tensor_parallelism(tmp_path):
 def test_a_model_file_that_is_no_config(tmp_path, content, part):
     (tmp_path / "config.json").write_text(content)
     assert part in refusal(1, "--model.hf-config", str(tmp_path / "config.json"))
+
+
+def test_a_folder_to_start_from_lacks_something(tmp_path):
+    """Each file is asked for in turn; then the model is the folder's, whatever hf_config says."""
+    given = ["--model.load-hf", str(tmp_path)]
+    assert "model.load_hf = " in refusal(1, "--model.load-hf", "nowhere") and "no such folder" in refusal(
+        1, "--model.load-hf", "nowhere"
+    )
+    assert "has none of model.safetensors.index.json, model.safetensors" in refusal(1, *given)
+    (tmp_path / "model.safetensors").touch()
+    assert "has no tokenizer (tokenizer.json" in refusal(1, *given)
+    (tmp_path / "tokenizer.json").touch()
+    assert "model.load_hf = " in refusal(1, *given) and "no such file" in refusal(1, *given)
+    model_file(tmp_path, vocab_size=255)
+    assert "vocab_size 255 cannot be divided evenly over tensor parallel size 2" in refusal(
+        2, *given, "--parallel.tensor-model-parallel-size", "2"
+    )
+
+
+def test_experts_of_a_dense_model_cannot_be_cut(tmp_path):
+    path = model_file(tmp_path, model_type="qwen3")
+    assert "parallel.expert_model_parallel_size = 2: the model is dense (qwen3)" in refusal(
+        2, "--model.hf-config", path, "--parallel.expert-model-parallel-size", "2"
+    )
 
 
 def test_a_missing_model_file():

@@ -13,7 +13,7 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,8 +34,10 @@ MANIFEST = "manifest.json"
 CHUNK = 1 << 24
 
 
-def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = None,
-         reference: FrozenReference | None = None) -> None:  # fmt: skip
+def save(
+    networks: Mapping[str, Network], folder: Path, progress: dict | None = None,
+    reference: FrozenReference | None = None, add: Callable[[Path], None] = lambda unfinished: None,
+) -> None:  # fmt: skip
     """Write everything to `folder`, in place of what may be there. A collective over all ranks.
 
     Args:
@@ -43,6 +45,7 @@ def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = 
             an optimizer goes with them.
         progress: numbers and words that load() gives back (JSON).
         reference: its weights, where the run has one.
+        add: puts further files into the folder that it is given. Called on rank 0, before the folder has its name.
     """
     unfinished, is_main = folder.with_name(folder.name + ".unfinished"), dist.get_rank() == 0
     if is_main:
@@ -57,6 +60,7 @@ def save(networks: Mapping[str, Network], folder: Path, progress: dict | None = 
     counters = {prefix: _counters(network) for prefix, network in networks.items() if network.optimizer}
     if is_main:
         (unfinished / "progress.json").write_text(json.dumps({"counters": counters, "progress": progress or {}}))
+        add(unfinished)
     dist.barrier()
     files = _digests(unfinished)
     if is_main:

@@ -17,6 +17,7 @@ import sys
 import types
 
 import torch
+from torch.utils import _device
 
 _installed = False
 
@@ -120,6 +121,9 @@ def _patch_streams() -> None:
 
 def _patch_factories() -> None:
     """torch.empty(..., device="cuda") and the like: literal devices in schedules, optimizer and clip_grads."""
+    # `with torch.device("meta")` knows factories by identity and remembers them at its first use. It must remember the
+    # originals, which the wrappers call; else transformers loads models with tables of angles that nobody filled.
+    _device._device_constructors()
 
     def on_cpu(factory):
         @functools.wraps(factory)

@@ -15,6 +15,7 @@ from gspo_megatron.algorithms.contract import GlobalCounts
 from gspo_megatron.algorithms.ppo import value_loss
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
+from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.policy import Policy
@@ -88,6 +89,8 @@ class Critic:
             for name, parameter in mine.named_parameters():
                 if not name.startswith("value_head."):
                     parameter.copy_(weights[name])
+            for own, given in zip(*(parameters.router_biases(m, self.topology) for m in (mine, theirs)), strict=True):
+                own.local.copy_(given.local)
 
     def start_optimizer(self) -> None:
         """A fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""

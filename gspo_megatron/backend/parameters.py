@@ -4,7 +4,7 @@ A local parameter is a slice of a full one: its layer number is local to the sta
 expert-parallel rank, one of its dimensions cut over tensor ranks. This file knows those three cuts, and uses them to
 initialise (same weights in every layout) and to gather full weights or gradients (tests, checks).
 
-Left out: Hugging Face names, and Megatron's checkpoints (they have sharding metadata of their own).
+Left out: Hugging Face names (hf/table.py), and Megatron's checkpoints (they have sharding metadata of their own).
 """
 
 import hashlib
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
 
+from gspo_megatron.backend.norms import AllHeadsRMSNorm
 from gspo_megatron.backend.topology import Topology
 
 # Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
@@ -71,9 +73,20 @@ def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]
         cut_dim = CUT_DIM[module] if module and parameter.dim() == 2 else None
         if module == "linear_qkv" and parameter.dim() == 1 and name.endswith(".bias"):
             cut_dim = 0
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), AllHeadsRMSNorm):
+            cut_dim = 0
         interleave = 2 if module == "linear_fc1" else 1
         full_name = _global_name(name, model, topology)
         yield FullParameter(full_name, parameter, cut_dim, cuts if cut_dim is not None else 1, cut_rank, interleave)
+
+
+def router_biases(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
+    """The corrections of sigmoid routers [experts] fp32: buffers that are frozen, but stored with the weights."""
+    for name, module in model.named_modules():
+        if isinstance(module, TopKRouter) and module.expert_bias is not None:
+            module._maintain_float32_expert_bias()  # a model in bf16 has made it bf16
+            full_name = _global_name(f"{name}.expert_bias", model, topology)
+            yield FullParameter(full_name, module.expert_bias, None, 1, 0, 1)
 
 
 def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
@@ -90,6 +103,22 @@ def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
     return name
 
 
+def mark(model: torch.nn.Module, topology: Topology) -> None:
+    """Set what Megatron would set when it initialises: gradient norms, clipping and reduction rely on it."""
+    for parameter in named(model, topology):
+        local = parameter.local
+        if ".experts." in parameter.name:
+            # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
+            # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
+            local.allreduce = False
+        if local.dim() == 1 or parameter.name.startswith("value_head."):
+            continue
+        # An expert that is whole on each tensor rank must be marked too, or only rank 0's experts count in the norm.
+        local.tensor_model_parallel = parameter.cut_dim is not None
+        local.partition_dim = parameter.cut_dim if parameter.cut_dim is not None else -1
+        local.partition_stride = 1
+
+
 @torch.no_grad()
 def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
     """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
@@ -97,10 +126,6 @@ def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float
     layers = model.config.num_layers
     for parameter in named(model, topology):
         local = parameter.local
-        if ".experts." in parameter.name:
-            # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
-            # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
-            local.allreduce = False
         if parameter.name.startswith("value_head."):
             local.zero_()  # a value of 0 is the best guess of an untrained critic: advantages are then rewards to go
             continue
@@ -113,11 +138,6 @@ def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         full = torch.normal(0.0, scale, parameter.full_shape, generator=generator)
         local.copy_(parameter.slice_of(full))
-        # Megatron marks these when it initialises; gradient norms and clipping rely on it. An expert that is whole on
-        # each tensor rank must be marked too, or only rank 0's experts count in the norm.
-        local.tensor_model_parallel = parameter.cut_dim is not None
-        local.partition_dim = parameter.cut_dim if parameter.cut_dim is not None else -1
-        local.partition_stride = 1
 
 
 def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda p: p.data) -> dict[str, torch.Tensor]:

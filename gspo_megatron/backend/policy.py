@@ -24,6 +24,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
 from gspo_megatron.errors import TrainingError
+from gspo_megatron.hf import load
 from gspo_megatron.ops.collectives import reduce_tables
 from gspo_megatron.ops.linear_logprobs import linear_logprobs
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
@@ -47,11 +48,15 @@ class Policy:
     def __init__(self, config: TrainConfig, shape: model_builder.ModelShape, topology: Topology, runtime: Runtime,
                  dtype: torch.dtype | None = None):  # fmt: skip
         """dtype overrides the recipe's params_dtype (tests use fp64)."""
-        self.config, self.topology, self.runtime = config, topology, runtime
+        self.config, self.shape, self.topology, self.runtime = config, shape, topology, runtime
         self.temperature = config.rollout.temperature
         sharded = config.parallel.use_distributed_optimizer
-        chunks = model_builder.build(shape, config.model, topology, runtime, config.seed, sharded, dtype)
+        source = config.model.load_hf
+        seed = config.seed if source is None else None
+        chunks = model_builder.build(shape, config.model, topology, runtime, seed, sharded, dtype)
         self.network = Network(chunks, topology)
+        if source is not None:
+            load.load(self.models, topology, source, shape.architecture, config.model.load_hf_drop_mtp)
         self.expert_load = ExpertLoad(self.models)
 
     @property

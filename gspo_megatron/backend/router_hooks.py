@@ -18,7 +18,7 @@ class ExpertLoad:
         """chunks: unwrapped model chunks of this rank."""
         self._counting = False
         config = chunks[0].config
-        shape = (config.num_layers, config.num_moe_experts)
+        shape = (config.num_layers, config.num_moe_experts or 0)
         self._tokens = torch.zeros(shape, dtype=torch.float64, device=next(chunks[0].parameters()).device)
         self._moe_layers = torch.tensor(config.moe_layer_freq, dtype=torch.bool)
         for chunk in chunks:

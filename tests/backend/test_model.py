@@ -57,7 +57,7 @@ def packed_logits(changes: dict) -> tuple[float, float, int, int]:
     policy = Policy(small_config(SINGLE), shape, cut, started)
     theirs = hugging_face_model(shape.hf)
     full = full_from_hugging_face(theirs)
-    if shape.tied:
+    if shape.architecture.tied:
         del full["output_layer.weight"]
     assert {p.name for p in parameters.named(policy.models[0], cut)} == set(full)
     parameters.load_full(policy.models, cut, full)

@@ -1,0 +1,94 @@
+"""Megatron's TransformerConfig of an architecture in a layout.
+
+Left out: multi-head latent attention, multi-token prediction, and whatever moves routing outside of the gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from gspo_megatron.backend.topology import Topology
+from gspo_megatron.config import ModelConfig
+from gspo_megatron.hf.architecture import Architecture
+
+
+def transformer_config(arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool,
+                       dtype: torch.dtype) -> TransformerConfig:  # fmt: skip
+    """TransformerConfig of an architecture, cut as the topology says."""
+    on_cuda = torch.cuda.is_available()
+    interleaved = topology.vp_size > 1
+    return TransformerConfig(
+        **_moe_config(arch),
+        num_layers=arch.num_hidden_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.intermediate_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        # Norms of all heads together are not Megatron's (layer_spec); told of them, it would add their gradients up.
+        qk_layernorm=arch.qk_norm == "head",
+        moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
+        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=use_te,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Our own initialisation (parameters.py) is the same in every layout; Megatron's is not.
+        perform_initialization=False,
+        use_cpu_initialization=not on_cuda,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=topology.tp_size,
+        sequence_parallel=topology.tp_size > 1,
+        context_parallel_size=topology.cp_size,
+        cp_comm_type="p2p" if topology.cp_size > 1 else None,  # Transformer Engine's ring; our own attention ignores it
+        pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vp_size if interleaved else None,
+        expert_model_parallel_size=topology.ep_size,
+        expert_tensor_parallel_size=topology.etp_size,
+        variable_seq_lengths=True,
+        # Two stages with virtual ones and batched sends give silently wrong gradients: previous and next rank are the
+        # same, and sends are matched to the wrong receives.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        recompute_granularity="full" if model.recompute else None,
+        recompute_method="uniform" if model.recompute else None,
+        recompute_num_layers=1 if model.recompute else None,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=use_te,
+        bias_activation_fusion=use_te,
+        bias_dropout_fusion=use_te,
+        apply_rope_fusion=False,
+    )
+
+
+def _moe_config(arch: Architecture) -> dict:
+    """The part of TransformerConfig that a dense model does not have."""
+    if not arch.num_experts:
+        return {"moe_layer_freq": list(arch.moe_layers)}
+    grouped = arch.router_groups > 1
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_ffn_hidden_size": arch.moe_intermediate_size,
+        "moe_layer_freq": list(arch.moe_layers),
+        "moe_router_topk": arch.num_experts_per_tok,
+        "moe_router_score_function": arch.router_score,
+        # Softmax over the chosen k equals softmax over all, then renormalised; without renormalisation it comes first.
+        "moe_router_pre_softmax": arch.router_score == "softmax" and not arch.renormalise,
+        "moe_router_enable_expert_bias": arch.router_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": arch.router_scaling if arch.router_scaling != 1 else None,
+        "moe_router_num_groups": arch.router_groups if grouped else None,
+        "moe_router_group_topk": arch.router_top_groups if grouped else None,
+        "moe_shared_expert_intermediate_size": arch.shared_intermediate_size or None,
+        "moe_shared_expert_gate": arch.shared_gate,
+    }

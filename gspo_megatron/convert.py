@@ -1,0 +1,103 @@
+"""gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, by one process on the CPU.
+
+What SOURCE is decides the direction. torch is imported only after the options and the folders have been looked at.
+Left out: several processes, hashes of the tensors, comparing logits.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gspo_megatron.config import require
+
+PROGRAM = "gspo-megatron convert"
+Direction = Literal["hf_to_megatron", "megatron_to_hf"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Convert a Hugging Face folder to a Megatron checkpoint, or a Megatron checkpoint to a Hugging Face folder."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder with config.json and safetensors files, or a Megatron checkpoint (step_NNNNNN of a run)."""
+
+    target: tyro.conf.Positional[Path]
+    """Folder to write; it must not exist, and appears when it is complete."""
+
+    dtype: Literal["same", "fp32", "bf16"] = "same"
+    """Type of the weights that are written. Router biases are always fp32."""
+
+    drop_mtp: bool = False
+    """To Megatron: leave out layers that predict further tokens (MTP). They are an error otherwise."""
+
+    stacked_experts: bool = False
+    """To Hugging Face: one tensor of all experts of a layer, as transformers holds them, not one tensor an expert."""
+
+    hf_config: Path | None = None
+    """To Hugging Face: a folder with config.json and tokenizer, for a checkpoint that has none in its folder hf."""
+
+    max_shard_size: float = 5.0
+    """To Hugging Face: GB (10^9 bytes) of one safetensors file."""
+
+
+def main(argv: list[str], direction: Direction | None = None, program: str = PROGRAM) -> int:
+    """Run the command. Returns the exit status 0.
+
+    Args:
+        direction: None: what the source is.
+
+    Raises:
+        ConfigError, ConversionError: what cannot be converted; nothing is left behind at the target.
+        SystemExit: 0 for --help, 2 for a value of the wrong type.
+    """
+    options = tyro.cli(Options, prog=program, args=argv)
+    direction = check(options, direction)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: Megatron uses any GPU it can see
+    import torch
+
+    from gspo_megatron.hf import convert
+
+    dtype = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    console = Console(stderr=True)
+    with _bar(console, options.source.name) as progress:
+        if direction == "hf_to_megatron":
+            convert.to_megatron(options.source, options.target, dtype, options.drop_mtp, progress)
+        else:
+            size = int(options.max_shard_size * 10**9)
+            convert.to_hugging_face(options.source, options.target, dtype, options.stacked_experts, progress,
+                                    options.hf_config, size)  # fmt: skip
+    print(f"done: {options.target}")
+    return 0
+
+
+def check(options: Options, direction: Direction | None) -> Direction:
+    """Raise ConfigError for options that cannot work; otherwise say which way it goes."""
+    source = str(options.source)
+    require(options.source.is_dir(), "SOURCE", source, "no such folder", "Give a folder.")
+    is_megatron = (options.source / "metadata.json").is_file()
+    is_hf = (options.source / "config.json").is_file()
+    require(is_megatron or is_hf, "SOURCE", source, "has neither config.json (Hugging Face) nor metadata.json "
+            "(a complete Megatron checkpoint)", "Give one of the two.")  # fmt: skip
+    found: Direction = "megatron_to_hf" if is_megatron else "hf_to_megatron"
+    wanted = {"hf_to_megatron": "Hugging Face folder", "megatron_to_hf": "Megatron checkpoint"}
+    require(direction in (None, found), "SOURCE", source, f"is a {wanted[found]}, not a {wanted[direction or found]}",
+            "Use the tool for the other way.")  # fmt: skip
+    require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
+    require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")
+    return found
+
+
+@contextmanager
+def _bar(console: Console, name: str) -> Iterator:
+    """A progress bar on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

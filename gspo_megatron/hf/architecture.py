@@ -1,0 +1,154 @@
+"""What a Hugging Face config.json says about a model, in one vocabulary for all families. Imports no torch.
+
+Sizes have the names of Qwen3-MoE's config, which are those of most families. Each family's own file (families/) reads
+its config into an `Architecture` through a `ConfigReader`, which refuses what Megatron's model here would silently
+compute as something else.
+
+Left out, and refused: rotary scaling (linear, yarn, llama3), sliding windows, biases but for query, key and value,
+activations other than SiLU, multi-head latent attention.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gspo_megatron.errors import ConfigError
+
+RENAMED = {"num_experts": ("num_experts", "num_local_experts", "n_routed_experts")}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One decoder: grouped-query attention, gated SiLU feed-forward layers, experts in some of them."""
+
+    family: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int  # of dense layers
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tied: bool
+    initializer_range: float
+    rotary_share: float = 1.0  # of each head's dimensions, the first of which are rotated
+    qk_norm: Literal["none", "head", "all_heads"] = "none"  # RMSNorm of each head, or of all heads together
+    qkv_bias: bool = False
+    moe_layers: tuple[int, ...] = ()  # one a layer: 1 with experts, 0 dense
+    num_experts: int = 0  # 0: a dense model
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0  # all shared experts together; 0: none
+    shared_gate: bool = False  # a sigmoid gate on the shared expert's output
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    router_bias: bool = False  # a correction that enters the choice of experts and not their weights
+    renormalise: bool = True  # weights of the chosen experts add up to 1 (before scaling)
+    router_scaling: float = 1.0
+    router_groups: int = 1  # experts are chosen within the best groups alone
+    router_top_groups: int = 1
+
+    @property
+    def untied(self) -> bool:
+        """The LM head is a matrix of its own."""
+        return not self.tied
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.qk_norm != "none"
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, without router_bias (it is not trained)."""
+        hidden, dim = self.hidden_size, self.head_dim
+        rows = dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
+        attention = hidden * (rows + dim * self.num_attention_heads) + (rows if self.qkv_bias else 0)
+        normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
+        attention += dim * normed_heads[self.qk_norm]
+        moe = self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
+        moe += 3 * hidden * self.shared_intermediate_size + (hidden if self.shared_gate else 0)
+        sparse = sum(self.moe_layers)
+        dense = 3 * hidden * self.intermediate_size
+        layers = self.num_hidden_layers * (attention + 2 * hidden)
+        layers += sparse * moe + (self.num_hidden_layers - sparse) * dense
+        return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
+
+
+class ConfigReader:
+    """Reads fields of a config.json; every complaint starts with `origin` (the option and the path)."""
+
+    def __init__(self, hf: dict, origin: str):
+        self.hf, self.origin = hf, origin
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field or its default; null counts as absent."""
+        value = self.hf.get(name)
+        return default if value is None else value
+
+    def size(self, name: str) -> int:
+        """A whole number above 0, under this name or another family's (RENAMED)."""
+        names = RENAMED.get(name, (name,))
+        found = next((n for n in names if self.hf.get(n) is not None), name)
+        value = self.hf.get(found)
+        ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        self.require(ok, f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
+        return value
+
+    def require(self, ok: bool, constraint: str, remedy: str) -> None:
+        """Raise ConfigError unless ok."""
+        if not ok:
+            raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
+
+    def refuse(self, *names: str) -> None:
+        """Fields that must be absent, false or 0: what they turn on is not built."""
+        for name in names:
+            value = self.get(name)
+            self.require(not value, f"{name} = {value!r} is not supported", "Use a model without it.")
+
+    def attention(self) -> dict:
+        """The fields of attention, embeddings and norms that all families share."""
+        heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
+        groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
+        self.require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
+                     "Correct one of the two.")  # fmt: skip
+        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        self.require(kind == "default", f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
+        activation = self.get("hidden_act", "silu")
+        self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
+        hidden = self.size("hidden_size")
+        share = rope.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        return {
+            "num_hidden_layers": self.size("num_hidden_layers"),
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "head_dim": self.get("head_dim") or hidden // heads,
+            "vocab_size": self.size("vocab_size"),
+            "max_position_embeddings": self.size("max_position_embeddings"),
+            "rms_norm_eps": float(self.get("rms_norm_eps", 1e-6)),
+            "rope_theta": float(rope.get("rope_theta", self.get("rope_theta", 10000.0))),
+            "rotary_share": float(share),
+            "tied": bool(self.get("tie_word_embeddings", False)),
+            "initializer_range": float(self.get("initializer_range", 0.02)),
+        }
+
+    def experts(self) -> dict:
+        """Number of experts and how many a token gets."""
+        experts, chosen = self.size("num_experts"), self.size("num_experts_per_tok")
+        self.require(chosen <= experts, f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
+                     "Lower num_experts_per_tok.")  # fmt: skip
+        return {"num_experts": experts, "num_experts_per_tok": chosen}
+
+    def sparse_steps(self) -> tuple[int, ...]:
+        """moe_layers of the Qwen families: every decoder_sparse_step-th layer but those of mlp_only_layers."""
+        step, dense = self.get("decoder_sparse_step", 1), set(self.get("mlp_only_layers", ()))
+        return tuple(int((i + 1) % step == 0 and i not in dense) for i in range(self.size("num_hidden_layers")))
+
+    def sliding_window(self) -> None:
+        """Refuse a window that is in use; one as long as the context hides nothing."""
+        window = self.get("sliding_window")
+        in_use = window and self.get("use_sliding_window", True) and window < self.size("max_position_embeddings")
+        self.require(not in_use and not self.get("use_sliding_window"), "sliding-window attention is not supported",
+                     "Use a model without it.")  # fmt: skip

@@ -1,0 +1,178 @@
+"""Writes the model chunks of all ranks as a Hugging Face folder that transformers loads.
+
+Tensor by tensor: the ranks that hold its slices send them to rank 0, which writes them to their place. The folder
+appears under its name when it is complete.
+
+Left out: writing by several ranks at once, and a vocabulary that is padded.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend.agreement import raise_together
+from gspo_megatron.backend.topology import Topology
+from gspo_megatron.errors import ConversionError, GspoError
+from gspo_megatron.hf import table as tables
+from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.load import stored, whole_shape
+from gspo_megatron.hf.safetensors import SafetensorsWriter, TensorSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MAX_SHARD_SIZE = 5 * 10**9
+SIDE = "hf"  # folder of a Megatron checkpoint with config.json, generation config and tokenizer
+# What transformers needs beside weights and config.json, where the model came with it.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Held:
+    """What every rank knows of a full tensor: its form, and who has which slice."""
+
+    full_shape: tuple[int, ...]
+    cut_dim: int | None
+    dtype: torch.dtype
+    owners: tuple[int, ...]  # global rank by slice
+
+
+@torch.no_grad()
+def export(
+    models: list[torch.nn.Module], topology: Topology, folder: Path, hf: dict, arch: Architecture,
+    dtype: torch.dtype | None = None, companions: Sequence[Path] = (), is_stacked: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:  # fmt: skip
+    """Write `folder`, which must not exist. A collective over all ranks, and so is its error.
+
+    Args:
+        models: unwrapped chunks of this rank.
+        hf: the model's config.json.
+        dtype: of the weights; None: the parameters' own. Router biases are always fp32.
+        companions: folders whose tokenizer and generation config are copied; the first that has a file gives it.
+        is_stacked: write all experts of a layer as one tensor, as transformers holds them, not one tensor an expert.
+        max_shard_size: bytes of one file.
+        progress: called on rank 0 with the number of tensors done and of all.
+
+    Raises:
+        ConversionError: the folder exists, cannot be written, or the model has a parameter that the table lacks.
+    """
+    table = tables.entries(arch, is_stacked)
+    mine = {tables.local_name(p.name): p for p in stored(models, topology)}
+    held = _who_holds_what(mine)
+    writer, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            check_complete(table, held, arch)
+            written = specs(table, held, arch, dtype)
+            writer = SafetensorsWriter(folder, written, max_shard_size)
+            write_companions(writer.add, hf, written[0].dtype, companions)
+        except GspoError as problem:
+            error = problem
+    try:
+        raise_together(error)
+        for done, (name, entry) in enumerate(table.items(), 1):
+            slices = entry.operator.split(mine[name].local.detach()) if name in mine else []
+            for index, piece in enumerate(entry.pieces):
+                shape = entry.operator.shapes(held[name].full_shape)[index]
+                full = _gather(slices[index] if slices else None, shape, held[name])
+                if writer is not None and error is None:
+                    # The others are still sending, so an error waits for them.
+                    error = _problem(writer.write, piece, full)
+            progress(done, len(table))
+        if writer is not None and error is None:
+            error = _problem(writer.finish)
+        raise_together(error)
+    finally:
+        if writer is not None:
+            writer.abandon()
+
+
+def _problem(action: Callable, *args) -> GspoError | None:
+    try:
+        action(*args)
+    except GspoError as error:
+        return error
+    return None
+
+
+def _who_holds_what(mine: dict) -> dict[str, Held]:
+    """On every rank the same. Where replicas hold the same slice, the lowest rank has it."""
+    everyone: list = [None] * dist.get_world_size()
+    own = {name: (p.cut_rank if p.cuts > 1 else 0, p.cuts, p.full_shape, p.cut_dim, p.local.dtype)
+           for name, p in mine.items()}  # fmt: skip
+    dist.all_gather_object(everyone, own)
+    held: dict[str, Held] = {}
+    for name in sorted({name for names in everyone for name in names}):
+        holders = [(rank, names[name]) for rank, names in enumerate(everyone) if name in names]
+        _, (_, cuts, shape, cut_dim, dtype) = holders[0]
+        owners = tuple(min(rank for rank, form in holders if form[0] == cut) for cut in range(cuts))
+        held[name] = Held(shape, cut_dim if cuts > 1 else None, dtype, owners)
+    return held
+
+
+def check_complete(table: dict, held: dict, arch: Architecture) -> None:
+    """Raise ConversionError unless table and model have the same tensors."""
+    if extra := held.keys() - table.keys():
+        raise ConversionError(f"{tables.some(extra)} of the model: the table of {arch.family} does not have them.")
+    if missing := table.keys() - held.keys():
+        raise ConversionError(f"{tables.some(missing)} of the table of {arch.family} is on no rank.")
+
+
+def specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
+    """Hugging Face's tensors in the table's order, of the announced type or their own."""
+    found: dict[str, TensorSpec] = {}
+    for name, entry in table.items():
+        own = held[name].dtype
+        kind = own if dtype is None or name.endswith("expert_bias") else dtype
+        for piece, shape in zip(entry.pieces, entry.operator.shapes(held[name].full_shape), strict=True):
+            found[piece.tensor] = TensorSpec(piece.tensor, whole_shape(piece, shape, arch), kind)
+    return list(found.values())
+
+
+def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: Held) -> torch.Tensor | None:
+    """The full piece on rank 0, None elsewhere. Every rank goes through the same pieces in the same order."""
+    me = dist.get_rank()
+    local = list(shape)
+    if held.cut_dim is not None:
+        local[held.cut_dim] //= len(held.owners)
+    if me != 0:
+        for owner in held.owners:
+            if owner == me:
+                dist.send(mine.contiguous(), 0)
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    slices = []
+    for owner in held.owners:
+        if owner == 0:
+            slices.append(mine)
+        else:
+            slices.append(torch.empty(local, dtype=held.dtype, device=device))
+            dist.recv(slices[-1], owner)
+    return slices[0] if held.cut_dim is None else torch.cat(slices, held.cut_dim)
+
+
+def write_companions(
+    add: Callable[[str, bytes], object], hf: dict, dtype: torch.dtype, companions: Sequence[Path]
+) -> None:
+    """config.json for these weights, and the other small files that the companions have: add(name, content)."""
+    config = {name: value for name, value in hf.items() if name != "torch_dtype"}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if config.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = 0  # their tensors are not written
+    add("config.json", (json.dumps(config, indent=2) + "\n").encode())
+    for name in COMPANIONS:
+        if found := [folder / name for folder in companions if (folder / name).is_file()]:
+            add(name, found[0].read_bytes())
+
+
+def write_side(checkpoint: Path, hf: dict, companions: list[Path], dtype: torch.dtype) -> None:
+    """Put config.json and what companions have of tokenizer and generation config into a checkpoint's hf/."""
+    side = checkpoint / SIDE
+    side.mkdir()
+    write_companions(lambda name, content: (side / name).write_bytes(content), hf, dtype, companions)

@@ -1,0 +1,62 @@
+"""GLM-4.5 (arXiv 2508.06471): sigmoid router with a correction bias, shared expert, first layers dense, half of each
+head rotated.
+
+Left out: the multi-token-prediction layer behind the last one (load.py refuses or drops its tensors).
+"""
+
+from gspo_megatron.hf.architecture import Architecture, ConfigReader
+from gspo_megatron.hf.families.common import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    MODEL,
+    OURS,
+    ROUTER,
+    STACKED_EXPERTS,
+    THEIRS,
+    Family,
+)
+from gspo_megatron.hf.operators import merge_gate_up, rename
+
+MOE = (
+    *ROUTER,
+    rename(OURS + "mlp.router.expert_bias", THEIRS + "mlp.gate.e_score_correction_bias"),
+    merge_gate_up(
+        OURS + "mlp.shared_experts.linear_fc1.weight",
+        THEIRS + "mlp.shared_experts.gate_proj.weight",
+        THEIRS + "mlp.shared_experts.up_proj.weight",
+    ),
+    rename(OURS + "mlp.shared_experts.linear_fc2.weight", THEIRS + "mlp.shared_experts.down_proj.weight"),
+)
+
+
+def read(config: ConfigReader) -> Architecture:
+    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
+    chosen = config.size("num_experts_per_tok")
+    groups, top_groups = config.get("n_group", 1), config.get("topk_group", 1)
+    config.require(config.get("norm_topk_prob", True) and chosen > 1, "norm_topk_prob off, or a single expert a token, "
+                   "is not supported with a sigmoid router", "Use a model that renormalises.")  # fmt: skip
+    # Megatron ranks groups by their best num_experts_per_tok / topk_group experts, the model by its best two.
+    sizes = f"n_group {groups}, topk_group {top_groups}, num_experts_per_tok {chosen}"
+    config.require(groups == 1 or chosen // top_groups == 2, f"{sizes} are not supported together",
+                   "Use a model that chooses 2 experts a group.")  # fmt: skip
+    moe = config.size("moe_intermediate_size")
+    return Architecture(
+        family="glm4_moe",
+        **config.attention(),
+        **config.experts(),
+        intermediate_size=config.size("intermediate_size"),
+        moe_intermediate_size=moe,
+        shared_intermediate_size=moe * config.size("n_shared_experts"),
+        moe_layers=tuple(int(layer >= dense) for layer in range(layers)),
+        qk_norm="head" if config.get("use_qk_norm", False) else "none",
+        qkv_bias=bool(config.get("attention_bias", False)),
+        router_score="sigmoid",
+        router_bias=True,
+        router_scaling=float(config.get("routed_scaling_factor", 1.0)),
+        router_groups=groups,
+        router_top_groups=top_groups,
+    )
+
+
+FAMILY = Family(read, MODEL, ATTENTION, DENSE, MOE, EXPERTS, MOE, STACKED_EXPERTS)

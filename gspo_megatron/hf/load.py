@@ -1,0 +1,105 @@
+"""Fills model chunks from a Hugging Face folder, in any layout: each rank reads only the slices that it holds.
+
+Checked before anything is read: every tensor of the folder is used once, none is missing, shapes and types fit
+(table.py, safetensors.py). After it: every tensor of the model was filled on some rank.
+
+Left out: quantised folders, multi-token-prediction layers (refused or dropped), a vocabulary that is padded.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend import parameters
+from gspo_megatron.backend.agreement import raise_together
+from gspo_megatron.backend.parameters import FullParameter
+from gspo_megatron.backend.topology import Topology
+from gspo_megatron.errors import ConversionError, GspoError
+from gspo_megatron.hf import table as tables
+from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.operators import Piece
+from gspo_megatron.hf.safetensors import SafetensorsFolder
+
+ROWS_AT_ONCE = 4096
+
+
+@torch.no_grad()
+def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: Architecture, drop_mtp: bool = False):
+    """Fill the unwrapped chunks of every rank. A collective over all ranks, and so is its error.
+
+    Numbers are cast to the parameters' type; router biases stay fp32.
+
+    Raises:
+        ConversionError: names the tensor or the file that is missing, left over, damaged or of another shape or type.
+    """
+    error, filled = None, {}
+    try:
+        files = SafetensorsFolder(folder)
+        table = tables.match(arch, files.names, drop_mtp, str(folder))
+        for parameter in stored(models, topology):
+            name = tables.local_name(parameter.name)
+            fill(parameter, table.get(name), files, arch)
+            filled[name] = True
+        if topology.is_first_stage:
+            check_tied_head(files, arch)
+    except GspoError as problem:
+        error = problem
+    raise_together(error)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, list(filled))
+    if forgotten := table.keys() - {name for names in everyone for name in names}:
+        raise ConversionError(f"{folder}: {tables.some(forgotten)} of the table is no parameter of any rank's model.")
+
+
+def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParameter]:
+    """Everything of this rank that a Hugging Face folder holds: parameters and router biases."""
+    return [p for model in models for find in (parameters.named, parameters.router_biases)
+            for p in find(model, topology)]  # fmt: skip
+
+
+def fill(parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture) -> None:
+    """Read one local parameter's slices, merge and copy them."""
+    if entry is None:
+        raise ConversionError(f"{parameter.name}: the table of {arch.family} does not say what it is made of.")
+    for piece, shape in zip(entry.pieces, entry.operator.shapes(parameter.full_shape), strict=True):
+        check_shape(piece, shape, files, arch)
+    cut = (parameter.cut_dim, parameter.cut_rank, parameter.cuts)
+    parameter.local.copy_(entry.operator.merge([files.read(piece, *cut) for piece in entry.pieces]))
+
+
+def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, arch: Architecture) -> None:
+    """Raise ConversionError unless the stored tensor has the shape that its pieces make up, and a float type."""
+    expected = whole_shape(piece, shape, arch)
+    found = files.shape(piece.tensor)
+    if found != expected:
+        raise ConversionError(
+            f"{files.folder}: {piece.tensor} has shape {list(found)}, and config.json makes it {list(expected)}. "
+            "Correct config.json, or download the folder again."
+        )
+    files.dtype(piece.tensor)
+
+
+def whole_shape(piece: Piece, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
+    """Shape of the tensor that a piece of this shape is taken of."""
+    whole = (shape[0] * piece.parts, *shape[1:])
+    return whole if piece.expert is None else (arch.num_experts, *whole)
+
+
+def check_tied_head(files: SafetensorsFolder, arch: Architecture) -> None:
+    """A tied model's folder may hold the LM head as well: then it must be the embedding, bit for bit."""
+    if not arch.tied or "lm_head.weight" not in files.names:
+        return
+    head, embedding = Piece("lm_head.weight"), Piece("model.embed_tokens.weight")
+    rows = files.shape(head.tensor)[0]
+    same = files.shape(head.tensor) == files.shape(embedding.tensor) and files.dtype(head.tensor) == files.dtype(
+        embedding.tensor
+    )
+    cuts = next(n for n in range(-(-rows // ROWS_AT_ONCE), rows + 1) if rows % n == 0)
+    for number in range(cuts if same else 0):
+        same = same and torch.equal(files.read(head, 0, number, cuts), files.read(embedding, 0, number, cuts))
+    if not same:
+        raise ConversionError(
+            f"{files.folder}: lm_head.weight differs from model.embed_tokens.weight, and config.json says that they "
+            "are tied. Set tie_word_embeddings to false there."
+        )

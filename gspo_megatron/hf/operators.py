@@ -1,0 +1,122 @@
+"""How Megatron's tensors are made of Hugging Face's, and back: each operator is its own inverse's other half.
+
+An operator works on one tensor-parallel rank's rows as it does on whole tensors: cutting every piece and merging the
+cuts gives the cut of the merged tensor. So a rank reads nothing but its slices, and what it holds is split before it is
+gathered. Imports no torch: tensors bring their methods.
+
+Left out: transposes (GPT-OSS stores experts that way) and quantised blocks.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gspo_megatron.hf.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A whole Hugging Face tensor, or one expert's place in a stacked one, or a share of its rows."""
+
+    tensor: str
+    expert: int | None = None  # index in the leading dimension; None: there is no such dimension
+    part: int = 0  # of `parts` equal shares of the rows
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One tensor, the same numbers."""
+
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
+        return pieces[0]
+
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
+        return [tensor]
+
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Shapes of the pieces, from the merged shape."""
+        return [shape]
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> "Rename":
+        return cls()
+
+
+@dataclass(frozen=True)
+class MergeGateUp(Rename):
+    """[gate; up] along the rows, of a gated feed-forward layer."""
+
+    def merge(self, pieces):
+        import torch
+
+        return torch.cat(pieces)
+
+    def split(self, tensor):
+        return list(tensor.chunk(2))
+
+    def shapes(self, shape):
+        return [(shape[0] // 2, *shape[1:])] * 2
+
+
+@dataclass(frozen=True)
+class MergeQkv(Rename):
+    """Rows by group of queries: the group's query heads, its key head, its value head; weights and biases alike."""
+
+    queries: int  # rows of a group's query heads
+    dim: int  # rows of one head
+
+    def merge(self, pieces):
+        import torch
+
+        q, k, v = pieces
+        grouped = (q.unflatten(0, (-1, self.queries)), k.unflatten(0, (-1, self.dim)), v.unflatten(0, (-1, self.dim)))
+        return torch.cat(grouped, 1).flatten(0, 1)
+
+    def split(self, tensor):
+        groups = tensor.unflatten(0, (-1, self.queries + 2 * self.dim))
+        return [part.flatten(0, 1) for part in groups.split((self.queries, self.dim, self.dim), 1)]
+
+    def shapes(self, shape):
+        groups = shape[0] // (self.queries + 2 * self.dim)
+        return [(groups * rows, *shape[1:]) for rows in (self.queries, self.dim, self.dim)]
+
+    @classmethod
+    def of(cls, architecture):
+        a = architecture
+        return cls(a.num_attention_heads // a.num_key_value_heads * a.head_dim, a.head_dim)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a family's table: Megatron's name, theirs, the operator. {layer} and {expert} stand for numbers."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    operator: type[Rename] = Rename
+    stacked: bool = False  # theirs holds all experts in one tensor, and both halves of a merge
+    when: str | None = None  # a field of Architecture: the row is there where it is true
+
+
+def rename(ours: str, theirs: str, when: str | None = None) -> Row:
+    return Row(ours, (theirs,), when=when)
+
+
+def merge_qkv(ours: str, q: str, k: str, v: str, when: str | None = None) -> Row:
+    return Row(ours, (q, k, v), MergeQkv, when=when)
+
+
+def merge_gate_up(ours: str, gate: str, up: str, when: str | None = None) -> Row:
+    return Row(ours, (gate, up), MergeGateUp, when=when)
+
+
+def stacked(ours: str, theirs: str) -> Row:
+    """All experts of a layer in one tensor [experts, rows, columns]."""
+    return Row(ours, (theirs,), stacked=True)
+
+
+def stacked_gate_up(ours: str, theirs: str) -> Row:
+    """All experts of a layer in one tensor [experts, gate rows then up rows, columns]."""
+    return Row(ours, (theirs,), MergeGateUp, stacked=True)

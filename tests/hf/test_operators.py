@@ -1,0 +1,48 @@
+"""Operators by value: what is merged, that splitting is its inverse, and that both commute with tensor cuts."""
+
+import pytest
+import torch
+
+from gspo_megatron.hf.operators import MergeGateUp, MergeQkv, Rename
+
+QKV = MergeQkv(queries=4, dim=2)  # two query heads of size 2 share a key and a value head
+
+
+def test_qkv_is_by_group():
+    """Two groups. q rows 0..7, k rows 10..13, v rows 20..23: group 0 gets q 0..3, k 10, 11, v 20, 21."""
+    q, k, v = (torch.arange(first, last).float().unsqueeze(1) for first, last in ((0, 8), (10, 14), (20, 24)))
+    merged = QKV.merge([q, k, v])
+    assert merged[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    assert QKV.merge([q[:, 0], k[:, 0], v[:, 0]]).tolist() == merged[:, 0].tolist()  # a bias has no columns
+
+
+def test_gate_stands_before_up():
+    assert MergeGateUp().merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]).tolist() == [1, 2, 3, 4]
+
+
+CASES = {
+    "rename": (Rename(), [(6, 3)]),
+    "gate up": (MergeGateUp(), [(4, 3), (4, 3)]),
+    "qkv": (QKV, [(8, 3), (4, 3), (4, 3)]),
+    "qkv bias": (QKV, [(8,), (4,), (4,)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_is_the_inverse_and_shapes_are_right(name):
+    operator, shapes = CASES[name]
+    pieces = [torch.randn(shape) for shape in shapes]
+    merged = operator.merge(pieces)
+    assert operator.shapes(tuple(merged.shape)) == shapes
+    assert all(torch.equal(a, b) for a, b in zip(operator.split(merged), pieces, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_s_slices_merge_to_its_slice(name):
+    """Two tensor ranks: what each merges of its own slices splits into those slices, so no rank needs another's."""
+    operator, shapes = CASES[name]
+    pieces = [torch.randn(shape) for shape in shapes]
+    slices = [[piece.chunk(2)[rank] for piece in pieces] for rank in range(2)]
+    back = [operator.split(operator.merge(own)) for own in slices]
+    for index, piece in enumerate(pieces):
+        assert torch.equal(torch.cat([back[0][index], back[1][index]]), piece)

@@ -1,0 +1,134 @@
+"""The tables against what transformers saves, and against what is known of published checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gspo_megatron.errors import ConfigError, ConversionError
+from gspo_megatron.hf import table
+from gspo_megatron.hf.families import FAMILIES, architecture
+from gspo_megatron.hf.round_trip import TINY
+from gspo_megatron.hf.table import Entry, local_name
+
+# The shapes that decide names, from the published config.json files.
+QWEN3_30B = {"model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+             "num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 151936, "norm_topk_prob": True,
+             "max_position_embeddings": 40960}  # fmt: skip
+MIXTRAL_8X7B = {"model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+                "vocab_size": 32000, "max_position_embeddings": 32768}  # fmt: skip
+
+
+def test_every_family_has_a_tiny_model():
+    assert {config["model_type"] for config in TINY.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True], ids=["published", "stacked"])
+@pytest.mark.parametrize("name", TINY)
+def test_every_piece_is_taken_exactly_once(name, is_stacked):
+    """No two rows take the same part of a tensor, and the parts of a tensor cover it."""
+    arch = architecture(TINY[name])
+    for pieces in table.tensors(table.entries(arch, is_stacked)).values():
+        assert len(set(pieces)) == len(pieces)
+        experts = 1 if pieces[0].expert is None else arch.num_experts
+        assert len(pieces) == experts * pieces[0].parts
+
+
+def test_published_checkpoints_have_these_tensors():
+    """Numbers of tensors by hand. Qwen3: 48 layers of 4 projections, 2 + 2 norms, a router and 128 x 3 matrices, and
+    embedding, head and norm: 48 * 393 + 3, the count of its published index. Mixtral: 32 * (4 + 2 + 1 + 24) + 3."""
+    names = table.tensors(table.entries(architecture(QWEN3_30B))).keys()
+    assert len(names) == 18867
+    assert "model.layers.47.mlp.experts.127.gate_proj.weight" in names
+    names = table.tensors(table.entries(architecture(MIXTRAL_8X7B))).keys()
+    assert len(names) == 995
+    assert "model.layers.31.block_sparse_moe.experts.7.w2.weight" in names
+
+
+def test_parameters_of_published_models():
+    """30.5 billion and 46.7 billion, as their model cards say."""
+    assert round(architecture(QWEN3_30B).num_parameters / 1e9, 1) == 30.5
+    assert round(architecture(MIXTRAL_8X7B).num_parameters / 1e9, 1) == 46.7
+
+
+def test_norms_inside_of_transformer_engine_s_linear_layers():
+    layer = "decoder.layers.3."
+    assert local_name(layer + "self_attention.linear_qkv.layer_norm_weight") == layer + "input_layernorm.weight"
+    assert local_name(layer + "mlp.linear_fc1.layer_norm_weight") == layer + "pre_mlp_layernorm.weight"
+    assert local_name(layer + "mlp.linear_fc1.weight") == layer + "mlp.linear_fc1.weight"
+
+
+def published(name: str) -> tuple:
+    arch = architecture(TINY[name])
+    return arch, set(table.tensors(table.entries(arch)))
+
+
+def refusal(arch, names, drop_mtp=False) -> str:
+    with pytest.raises(ConversionError) as caught:
+        table.match(arch, names, drop_mtp, "FOLDER")
+    return str(caught.value)
+
+
+def test_a_missing_tensor_is_named():
+    arch, names = published("qwen3_moe")
+    lost = "model.layers.2.mlp.experts.3.up_proj.weight"
+    assert f"FOLDER: 1 tensor ({lost}) missing" in refusal(arch, names - {lost})
+
+
+def test_all_experts_missing_is_not_taken_for_a_dense_model():
+    arch, names = published("qwen3_moe")
+    assert "36 tensors" in refusal(arch, {n for n in names if ".experts." not in n})  # 3 MoE layers of 4 experts
+
+
+def test_a_left_over_tensor_is_named():
+    arch, names = published("mixtral")
+    assert "1 tensor (model.layers.0.self_attn.q_proj.bias) left over" in refusal(
+        arch, names | {"model.layers.0.self_attn.q_proj.bias"}
+    )
+
+
+def test_multi_token_prediction_is_refused_or_dropped():
+    arch, names = published("glm4_moe")
+    extra = {"model.layers.4.eh_proj.weight", "model.layers.4.embed_tokens.weight"}
+    assert "2 tensors (model.layers.4.eh_proj.weight" in refusal(arch, names | extra)
+    assert "drop_mtp" in refusal(arch, names | extra)
+    kept = table.match(arch, names | extra, True, "FOLDER")
+    assert set(table.tensors(kept)) == names
+
+
+def test_old_tables_of_angles_are_no_left_over():
+    arch, names = published("llama")
+    found = table.match(arch, names | {"model.layers.0.self_attn.rotary_emb.inv_freq"}, False, "FOLDER")
+    assert all(isinstance(entry, Entry) for entry in found.values())
+
+
+def test_an_unknown_family_names_those_that_are_known():
+    with pytest.raises(ConfigError) as caught:
+        architecture({"model_type": "deepseek_v3"})
+    assert "'deepseek_v3'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "part"),
+    [
+        ("llama", {"mlp_bias": True}, "mlp_bias = True is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ("mixtral", {"sliding_window": 32}, "sliding-window"),
+        ("mixtral", {"num_local_experts": None}, "num_experts is None"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob off"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 1}, "n_group 4, topk_group 1, num_experts_per_tok 4"),
+    ],
+)
+def test_a_config_that_would_become_another_model_is_refused(name, changes, part):
+    with pytest.raises(ConfigError) as caught:
+        architecture(TINY[name] | changes, "model.hf_config = 'x'")
+    assert str(caught.value).startswith("model.hf_config = 'x': ") and part in str(caught.value)
+
+
+def test_the_example_model_is_read():
+    path = Path(__file__).parents[2] / "examples/models/qwen3_moe_tiny/config.json"
+    arch = architecture(json.loads(path.read_text()))
+    assert (arch.num_experts, arch.moe_layers, arch.qk_norm, arch.rope_theta) == (8, (1, 1, 1, 1), "head", 10000.0)
