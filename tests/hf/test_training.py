@@ -65,7 +65,7 @@ def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[str,
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips
     batches = microbatches(examples()[cut.dp_rank :: cut.dp_size], 24, cut, started.device)
     result = policy.update(batches, supervised_loss, global_counts(batches, cut))
-    loss = torch.tensor(result.loss, dtype=torch.float64)
+    loss = torch.tensor(result.stats.loss, dtype=torch.float64)
     torch.distributed.all_reduce(loss, group=cut.dp_group)
     full = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
     split: dict[str, torch.Tensor] = {}
