@@ -89,6 +89,11 @@ def warnings(config: TrainConfig) -> list[str]:
             f"model.moe_aux_loss_coeff = {config.model.moe_aux_loss_coeff:g} adds a load-balancing gradient that is "
             "no part of the GSPO objective. Leave it at 0 unless that is wanted."
         )
+    if config.model.load_hf is not None and config.warm_start.steps:
+        found.append(
+            f"warm_start.steps = {config.warm_start.steps} trains the weights of model.load_hf on gold answers before "
+            "RL. Give 0 unless that is wanted."
+        )
     if config.algorithm.shuffle_advantages and config.algorithm.name != "dpo":
         found.append(
             "algorithm.shuffle_advantages makes this a control run: advantages are permuted within groups, so it "

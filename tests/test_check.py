@@ -232,6 +232,11 @@ def test_warnings():
     assert "model.moe_aux_loss_coeff = 0.01" in found[1]
 
 
+def test_a_warm_start_of_trained_weights_is_warned_about():
+    assert "warm_start.steps = 200" in check.warnings(configured("--model.load-hf", "folder"))[0]
+    assert check.warnings(configured("--model.load-hf", "folder", "--warm-start.steps", "0")) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

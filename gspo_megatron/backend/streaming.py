@@ -9,23 +9,30 @@ Left out: several processes (backend/checkpoint.py), and the optimizer.
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from gspo_megatron.backend import parameters
 from gspo_megatron.backend.model import PackedModel
 from gspo_megatron.backend.parameters import FullParameter
 from gspo_megatron.backend.topology import Topology
+from gspo_megatron.errors import CheckpointError
 
 OF_A_RUN = ("adam.", "critic.", "reference.")  # what checkpoint.py writes beside the policy's weights
+UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError, CheckpointException,
+              CheckpointingException)  # fmt: skip
 GROUP_BYTES = 2**28  # of tensors that are held at once, and of a file
 
 
@@ -54,6 +61,9 @@ def load(
 
     Args:
         model: a bare chunk that is the whole model, of the checkpoint's type.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or cut short.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     sharded = model.sharded_state_dict()
@@ -64,7 +74,8 @@ def load(
         sharded = model.sharded_state_dict()
         wanted = {names[id(p.local)]: p for unit in units for p in unit}
         part = {"model0": {name: sharded[name] for name in wanted}}
-        found = dist_checkpointing.load(part, str(folder))["model0"]
+        with _readable(folder):
+            found = dist_checkpointing.load(part, str(folder))["model0"]
         for name, parameter in wanted.items():
             yield parameter.name, found[name].view(parameter.full_shape)
             # Megatron's records hold the tensors until garbage is collected, so the memory itself is given back.
@@ -77,12 +88,14 @@ def load(
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of a checkpoint's weights."""
-    return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
+    with _readable(folder):
+        return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Full shapes of the policy's weights in a checkpoint, by its own keys."""
-    found = dist_checkpointing.load_tensors_metadata(str(folder))
+    with _readable(folder):
+        found = dist_checkpointing.load_tensors_metadata(str(folder))
     return {key: tuple(t.global_shape) for key, t in found.items() if not key.startswith(OF_A_RUN)}
 
 
@@ -90,6 +103,18 @@ def wanted_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:
     """Full shapes that a checkpoint of this model has, by its own keys."""
     sharded, _ = save_preprocess({"model0": model.sharded_state_dict()}, validate_access_integrity=False)
     return {t.key: tuple(t.global_shape) for t in nested_values(sharded) if isinstance(t, ShardedTensor)}
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """CheckpointError for what reading a damaged checkpoint raises: its file is in the reason, where it is known."""
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: damaged, incomplete, or of no model that is known here ({reason[:200]}). Copy it again."
+        ) from error
 
 
 def _trim() -> None:

@@ -87,7 +87,8 @@ def to_hugging_face(
 
     Raises:
         ConfigError: config.json is missing or of a model that is not supported.
-        ConversionError: the checkpoint is incomplete or of another model, or the folder cannot be written.
+        CheckpointError: a file of the checkpoint is missing, damaged or cut short.
+        ConversionError: the checkpoint is of another model, or the folder cannot be written.
     """
     _check_absent(target)
     if not (source / "metadata.json").is_file():

@@ -21,7 +21,7 @@ from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.config import ModelConfig, TrainConfig
-from gspo_megatron.errors import ConfigError, ConversionError
+from gspo_megatron.errors import CheckpointError, ConfigError, ConversionError
 from gspo_megatron.hf import convert, round_trip
 from gspo_megatron.hf.export import write_side
 from gspo_megatron.hf.round_trip import LAYOUTS, TINY, differences, write_model
@@ -130,11 +130,14 @@ def refusals(rank: int, world_size: int, folder: Path) -> dict[str, str]:
         "exists": lambda: convert.to_megatron(other, good, None, False, quiet),
         "other model": lambda: convert.to_hugging_face(good, folder / "new", None, False, quiet, other),
         "no config": lambda: convert.to_hugging_face(folder / "bare", folder / "new", None, False, quiet),
+        "damaged": lambda: convert.to_hugging_face(folder / "damaged", folder / "new", None, False, quiet),
+        "lost": lambda: convert.to_hugging_face(folder / "lost", folder / "new", None, False, quiet),
+        "no index": lambda: convert.to_hugging_face(folder / "no index", folder / "new", None, False, quiet),
         "nowhere": lambda: convert.to_megatron(other, Path("/proc/nowhere"), None, False, quiet),
     }
     said = {}
     for name, attempt in attempts.items():
-        with pytest.raises((ConversionError, ConfigError)) as caught:
+        with pytest.raises((ConversionError, CheckpointError, ConfigError)) as caught:
             attempt()
         said[name] = str(caught.value)
     return said
@@ -150,12 +153,19 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
     path = folder / "cut short/model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     shutil.copytree(folder / "qwen3_moe.megatron", folder / "bare", ignore=shutil.ignore_patterns("hf"))
+    for name in ("damaged", "lost", "no index"):
+        shutil.copytree(folder / "qwen3_moe.megatron", folder / name)
+    os.truncate(folder / "damaged/__3_0.distcp", 1000)
+    os.remove(folder / "lost/__3_0.distcp")
+    os.truncate(folder / "no index/.metadata", 100)
     said = spawn(refusals, 1, folder)[0]
     assert f"1 tensor ({lost}) missing" in said["lacks"]
     assert "cut short/model.safetensors: damaged or cut short" in said["cut short"]
     assert "exists already" in said["exists"]
     assert "left over, which the model of config.json does not have" in said["other model"]
     assert "bare/hf/config.json" in said["no config"] and "no such file" in said["no config"]
+    for name in ("damaged", "lost", "no index"):
+        assert f"{name}: damaged, incomplete" in said[name]
     assert "/proc/nowhere: cannot be written" in said["nowhere"]
     assert not (folder / "new").exists() and not list(folder.glob("*.unfinished"))
 
