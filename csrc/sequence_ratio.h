@@ -124,9 +124,9 @@ GSPO_INLINE double mean_log_ratio(const double* partials) {
   return tokens > 0 ? mean : 0.0;
 }
 
-// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so a sequence's
-// tokens enter by the sum of their positive and of their negative advantages alone. Comparisons let a ratio that is not a
-// number through. Nothing here is a branch, so that a loop over sequences becomes one of vectors.
+// min(s A, clip(s) A) is A min(s, high) for A > 0 and A max(s, low) for A < 0 (there s is at most dual), so the tokens
+// of a sequence enter by the sum of their positive and of their negative advantages alone. Comparisons let a ratio that
+// is not a number through. Nothing here is a branch, so that a loop over sequences becomes one of vectors.
 template <bool kByToken>
 GSPO_INLINE SequenceResult result_at_ratio(double s, const double* partials, double advantage, ClipBounds clip) {
   SequenceResult out = {s, 0.0, 0.0, 0.0, 0.0, 0.0};

@@ -1,5 +1,5 @@
-// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc
-// and token_surrogate.inc.
+// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc,
+// sequence_results.inc and token_surrogate.inc.
 #pragma once
 
 #include <stdint.h>

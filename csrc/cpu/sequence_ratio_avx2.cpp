@@ -12,10 +12,13 @@
 #define GSPO_ISA avx2
 #define GSPO_LANES 4
 #include "sequence_ratio.inc"
+#include "sequence_results.inc"
 #include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx2Kernels = {"avx2", avx2::partials, avx2::results, avx2::gradient, avx2::surrogate_forward,
-                              avx2::surrogate_backward};
+const Kernels kAvx2Kernels = {
+    "avx2", avx2::partials, avx2::results, avx2::gradient,
+    avx2::surrogate_forward, avx2::surrogate_backward,
+};
 }
 #endif

@@ -12,10 +12,13 @@
 #define GSPO_ISA avx512
 #define GSPO_LANES 8
 #include "sequence_ratio.inc"
+#include "sequence_results.inc"
 #include "token_surrogate.inc"
 
 namespace gspo {
-const Kernels kAvx512Kernels = {"avx512", avx512::partials, avx512::results, avx512::gradient, avx512::surrogate_forward,
-                                avx512::surrogate_backward};
+const Kernels kAvx512Kernels = {
+    "avx512", avx512::partials, avx512::results, avx512::gradient,
+    avx512::surrogate_forward, avx512::surrogate_backward,
+};
 }
 #endif
