@@ -216,6 +216,9 @@ def bare(
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
         chunks.append(gpt)
+    if arch.qk_norm == "all_heads":
+        # Each tensor rank has another part of such a norm; with this on, Megatron would add up their gradients.
+        config.qk_layernorm = False
     return chunks
 
 

@@ -31,8 +31,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        # Norms of all heads together are not Megatron's (layer_spec); told of them, it would add their gradients up.
-        qk_layernorm=arch.qk_norm == "head",
+        qk_layernorm=arch.has_qk_norm,
         moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
