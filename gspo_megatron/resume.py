@@ -84,10 +84,19 @@ def plan(config: TrainConfig) -> Plan:
 
 
 def hold(run_dir: Path) -> TextIO:
-    """Take a run folder for this process until it ends, however it ends. Returns the file that holds it."""
+    """Take a run folder for this process until it ends, however it ends. Returns the file that holds it.
+
+    Raises BlockingIOError where another process has it. A file system without locks lets every process have it.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("w")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        pass
     return file
 
 
