@@ -215,6 +215,9 @@ def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | 
             lock = resume.hold(chosen[0].folder)
         except CheckpointError as caught:
             error = caught
+        except BlockingIOError:
+            folder = chosen[0].folder
+            error = CheckpointError(f"{folder}: another process began to train there at this moment. Start again.")
     raise_together(error)
     dist.broadcast_object_list(chosen, src=0)
     return chosen[0], lock
