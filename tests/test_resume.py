@@ -177,7 +177,7 @@ def end_by(launch, number: signal.Signals, moment: Callable[[], bool]) -> None:
     everyone = [p.pid for p in torchrun.children(recursive=True)]
     os.kill(random.choice(ranks), number)
     assert launch.wait(20) != 0
-    assert gone(everyone)  # no helper of a checkpoint's writing outlives its rank
+    assert gone(everyone)  # no process of a checkpoint's writing outlives its rank
 
 
 @pytest.mark.slow
