@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 from gspo_megatron.backend import optimizer_state
 from gspo_megatron.backend.agreement import raise_together
 from gspo_megatron.backend.network import Network
+from gspo_megatron.backend.optimizer_state import ParameterState
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.errors import CheckpointError
 
@@ -56,7 +57,7 @@ def save(
         # Megatron would start a server process for this queue, which asynchronous saving needs. Here both its ends are
         # in this process; and the server outlives a rank that is killed, with 270 MB.
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(_sharded(networks, reference), str(unfinished))
+    dist_checkpointing.save(_sharded(networks, reference, ParameterState.read), str(unfinished))
     counters = {prefix: _counters(network) for prefix, network in networks.items() if network.optimizer}
     if is_main:
         (unfinished / "progress.json").write_text(json.dumps({"counters": counters, "progress": progress or {}}))
@@ -76,10 +77,10 @@ def save(
 
 
 @torch.no_grad()
-def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReference | None = None) -> dict:
+def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReference | None = None) -> None:
     """Fill networks, their optimizers and schedules, and the reference, from a checkpoint saved under any layout.
 
-    A collective over all ranks. The networks must have fresh optimizers. Returns the progress that save() was given.
+    A collective over all ranks. The networks must have fresh optimizers.
 
     Raises:
         CheckpointError: there is no complete checkpoint at `folder`, or it lacks what is asked for.
@@ -90,20 +91,18 @@ def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReferen
             raise CheckpointError(
                 f"{folder}: has no optimizer state of {prefix or 'policy'}: the run was of another kind."
             )
-    state = dist_checkpointing.load(_sharded(networks, reference), str(folder))
+    state = dist_checkpointing.load(_sharded(networks, reference, ParameterState.room), str(folder))
     for prefix, network in networks.items():
         _load_weights(network, state, prefix)
         if network.optimizer:
             steps, scheduled = counters[prefix]
-            places = list(optimizer_state.each(network.optimizer))
-            for number, place in enumerate(places):
+            for number, place in enumerate(optimizer_state.each(network.optimizer)):
                 place.write(state[f"{prefix}optimizer"][str(number)], steps)
             optimizer_state.set_steps(network.optimizer, steps)
             network.schedule.num_steps = 0
             network.schedule.step(increment=scheduled)
     if reference:
         reference.load([state["reference"][str(i)] for i in range(len(reference.weights))])
-    return read_progress(folder)
 
 
 def load_weights(network: Network, folder: Path) -> None:
@@ -113,7 +112,7 @@ def load_weights(network: Network, folder: Path) -> None:
         CheckpointError: there is no complete checkpoint at `folder`.
     """
     if not (folder / "metadata.json").is_file():
-        raise CheckpointError(f"{folder}: no complete checkpoint. Give a folder named step_NNNNNN of a run.")
+        raise _incomplete(folder)
     _load_weights(network, dist_checkpointing.load(_weights(network, ""), str(folder)), "")
 
 
@@ -122,7 +121,11 @@ def read_progress(folder: Path, part: str = "progress") -> dict:
     try:
         return json.loads((folder / "progress.json").read_text())[part]
     except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{folder}: no complete checkpoint. Give a folder named step_NNNNNN of a run.") from None
+        raise _incomplete(folder) from None
+
+
+def _incomplete(folder: Path) -> CheckpointError:
+    return CheckpointError(f"{folder}: no complete checkpoint. Give a folder named step_NNNNNN of a run.")
 
 
 def verify(folder: Path) -> None:
@@ -151,26 +154,30 @@ def verify(folder: Path) -> None:
 # ---- What is in it ----
 
 
-def _sharded(networks: Mapping[str, Network], reference: FrozenReference | None) -> dict:
-    """This rank's part of everything, each tensor with its place in the whole."""
+def _sharded(
+    networks: Mapping[str, Network], reference: FrozenReference | None,
+    tensors: Callable[[ParameterState], dict[str, torch.Tensor]],
+) -> dict:  # fmt: skip
+    """This rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state, filled to be
+    saved or with room to load into."""
     state: dict = {}
+    places: dict[int, object] = {}  # id of a parameter -> its sharded tensor
     for prefix, network in networks.items():
         weights = _weights(network, prefix)
         state |= weights
+        places |= _by_parameter(weights)
         if network.optimizer:
-            own = _by_parameter(weights)
             state[f"{prefix}optimizer"] = {
                 str(number): {
-                    name: make_sharded_optimizer_tensor(own[id(place.model)], value, f"{prefix}adam.{name}")
-                    for name, value in place.read().items()
+                    name: make_sharded_optimizer_tensor(places[id(one.model)], value, f"{prefix}adam.{name}")
+                    for name, value in tensors(one).items()
                 }
-                for number, place in enumerate(optimizer_state.each(network.optimizer))
+                for number, one in enumerate(optimizer_state.each(network.optimizer))
             }
     if reference:
-        own = _by_parameter(_weights(networks[""], ""))
         pairs = zip(reference.parameters, reference.weights, strict=True)
         state["reference"] = {
-            str(number): make_sharded_optimizer_tensor(own[id(parameter)], weight, "reference")
+            str(number): make_sharded_optimizer_tensor(places[id(parameter)], weight, "reference")
             for number, (parameter, weight) in enumerate(pairs)
         }
     return state

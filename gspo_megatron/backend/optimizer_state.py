@@ -38,7 +38,7 @@ class ParameterState:
     def read(self) -> dict[str, torch.Tensor]:
         """Each of MOMENTS, and "main" where it is kept, in the parameter's shape. A collective if there are pieces."""
         found = {}
-        for name in (*MOMENTS, *(["main"] if self.keeps_main else [])):
+        for name in self._names:
             local = self._local(name)
             if self.piece is None:
                 found[name] = local
@@ -50,6 +50,11 @@ class ParameterState:
             found[name] = whole.view(self.model.shape)
         return found
 
+    def room(self) -> dict[str, torch.Tensor]:
+        """Tensors as `read` gives them, with nothing in them yet."""
+        dtype = torch.float32 if self.piece is not None else self.main.dtype
+        return {name: torch.empty(self.model.shape, dtype=dtype, device=self.model.device) for name in self._names}
+
     def write(self, values: dict[str, torch.Tensor], steps: int) -> None:
         """The inverse of `read`; `steps` is how many Adam has made."""
         if self.main is None:
@@ -59,8 +64,12 @@ class ParameterState:
         state = self.adam.state[self.main]
         for name in MOMENTS:
             state[name] = self._cut(values[name]).to(self.main.dtype, copy=True)
-        if isinstance(self.adam, torch.optim.Optimizer) and _counts_by_parameter(self.adam):
+        if _counts_by_parameter(self.adam):
             state["step"] = torch.tensor(float(steps))
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*MOMENTS, "main") if self.keeps_main else MOMENTS
 
     def _cut(self, whole: torch.Tensor) -> torch.Tensor:
         return whole if self.piece is None else whole.reshape(-1)[self.piece]
@@ -81,32 +90,32 @@ def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
 
 def each(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
     """Every model parameter that this rank's optimizers train, in the same order on all ranks of a stage."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.is_stub_optimizer:
-            continue
-        if isinstance(part, DistributedOptimizer):
-            yield from _distributed(part)
-        else:
-            yield from _whole(part)
+    for part in _parts(optimizer):
+        yield from _distributed(part) if isinstance(part, DistributedOptimizer) else _whole(part)
 
 
 def steps_made(optimizer: MegatronOptimizer) -> int:
     """Adam steps so far: the same for every parameter, because none is ever stepped alone."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer:
-            counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
-            counts += [group["step"] for group in part.optimizer.param_groups if "step" in group]
-            if counts:
-                return int(counts[0])
+    for part in _parts(optimizer):
+        counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
+        counts += [group["step"] for group in part.optimizer.param_groups if "step" in group]
+        if counts:
+            return int(counts[0])
     return 0
 
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """For the Adams that count in the group; the others are told by ParameterState.write."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not part.is_stub_optimizer and not _counts_by_parameter(part.optimizer):
+    for part in _parts(optimizer):
+        if not _counts_by_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = steps
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """One for experts and one for the rest, or fewer; those without parameters on this rank have nothing to say."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not part.is_stub_optimizer]
 
 
 def _whole(part: MegatronOptimizer) -> Iterator[ParameterState]:
