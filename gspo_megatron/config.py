@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gspo_megatron.config_algorithm import GROUP_NORMALISED, AlgorithmConfig
+from gspo_megatron.config_faults import FaultsConfig
 from gspo_megatron.requirements import STRICT, positive, require
 
 # The padded vocabulary is a multiple of this in every layout, so tensor-parallel sizes must divide it. Padded ids are
@@ -260,6 +261,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
         positive("train", self, "eval_interval", "max_tokens_per_microbatch")

@@ -4,6 +4,9 @@ Left out: a reward for each step of a response (there is one, at its last token)
 the policy's first.
 """
 
+import functools
+import operator
+
 import torch
 import torch.distributed as dist
 
@@ -23,12 +26,12 @@ class CriticAdvantages:
 
     def __init__(self, config: TrainConfig, policy: Policy, critic: Critic):
         self.config, self.policy, self.critic = config, policy, critic
-        self._learned: ValueStatistics | None = None  # of this rollout batch's minibatches so far
+        self._learned: list[ValueStatistics | None] = []  # of this rollout batch's minibatches so far
 
     @torch.no_grad()
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
         """See AdvantageEstimator. Sets values, advantages and returns [T] of every batch on the last stage."""
-        self._learned = None
+        self._learned.clear()
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]
         self.critic.fill_values(batches)
         rewards = shaped_rewards(groups, self.config)
@@ -45,9 +48,10 @@ class CriticAdvantages:
 
     def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
         """One critic step; value/* of the minibatches since `fill`, so that the last ones are the whole batch's."""
-        step = self.critic.update(minibatch.batches, counts)
-        self._learned = step if self._learned is None else self._learned + step
-        return self._learned.metrics()
+        self._learned.append(self.critic.update(minibatch.batches, counts))
+        done = [step for step in self._learned if step is not None]
+        metrics = functools.reduce(operator.add, done).metrics() if done else {}
+        return metrics | {"value/not_finite": float(len(self._learned) - len(done))}
 
     def _estimate(self, batch: PackedBatch, rewards: torch.Tensor) -> None:
         """rewards: [S] fp64, of whole responses."""

@@ -1,8 +1,8 @@
-"""What is wrong with the numbers of a run's first step, though no number is: looked at once, said once.
+"""What is wrong with a run's numbers though training goes on, in sentences for the user.
 
-Each finding is a sentence about what works but spoils the ratio. Only the last pipeline stage has old log-probs, so it
-tells the others whether it found something, by the channel that results of an update take. Rank 0 prints, so the
-replica that is looked at is rank 0's; the others are filled by the same code.
+`findings` looks at the first step, once, for what works but spoils the ratio; `update_findings` at every step. Only the
+last pipeline stage has old log-probs, so it tells the others whether it found something, by the channel that results of
+an update take. Rank 0 prints, so the replica that is looked at is rank 0's; the others are filled by the same code.
 
 Left out: old log-probs of another packing than the update's. train.py updates on the very batch objects that were
 filled, so that cannot happen there, and `check.warnings` speaks of old_logprobs = rollout, where it does.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.policy import Policy, UpdateResult
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.types import Minibatch, PackedBatch, TrainSequence
 
@@ -39,6 +39,21 @@ def findings(policy: Policy, minibatches: Sequence[Minibatch], sequences: Sequen
             "give algorithm.old_logprobs recomputed."
         )
     return found + mask_findings(minibatches, sequences)
+
+
+def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float) -> list[str]:
+    """Sentences about updates that were skipped for a number that is not finite, and about a ratio above max_ratio."""
+    found = [f"update {number} of {len(results)} was skipped on all ranks: {result.not_finite}"
+             for number, result in enumerate(results, 1) if result.not_finite]  # fmt: skip
+    largest = row.get("ratio/max", 0.0)
+    if largest > max_ratio:
+        found.append(
+            f"ratio/max is {largest:.3g}, above faults.max_ratio = {max_ratio:g}: a response is now that many times as "
+            "likely a token as when it was sampled. Where its advantage is negative, its gradient is as many times too "
+            "large before optimizer.clip_grad. Lower optimizer.lr or num_minibatches, or bound it by "
+            "algorithm.clip_ratio_dual; if it is so from the first minibatch, old log-probs are of another model."
+        )
+    return found
 
 
 def is_stored_in_bf16(batches: Sequence[PackedBatch]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gspo_megatron import health, whereabouts
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.algorithms.contract import Loss
 from gspo_megatron.algorithms.dpo import PREFERENCE_LOSSES
@@ -25,7 +26,7 @@ from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import answer_tokens, question_tokens
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.metrics.clock import StepClock
-from gspo_megatron.metrics.reduce import gather_rows, global_loss, load_metrics
+from gspo_megatron.metrics.reduce import gather_rows, load_metrics, optimizer_metrics
 from gspo_megatron.run import Run
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs
 from gspo_megatron.types import PackedBatch, TrainSequence
@@ -64,6 +65,7 @@ def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair
     held = pack_held_out(run, held_out)
     run.reporter.phase("dpo", config.steps, max(first - 1, 0))
     for step in range(first, config.steps + 1):
+        whereabouts.step("dpo", step)
         row = run_step(run, loss, train, step) if step else {"phase": "dpo", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= evaluate_pairs(run, held)
@@ -85,8 +87,8 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
         counts = global_counts(batches, topology)
         result = policy.update(batches, loss, counts)
     log_ratios = gather_rows(result.stats.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
-    row = {"phase": "dpo", "step": step, "loss": global_loss([result], topology.dp_group), "lr": result.learning_rate,
-           "grad_norm": result.grad_norm, "update/skipped": float(not result.stepped)}  # fmt: skip
+    row = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
+    run.reporter.tell(step, health.update_findings([result], row, config.faults.max_ratio))
     row |= {f"dpo/{name}": value for name, value in pair_metrics(log_ratios, preference).items() if name != "loss"}
     row |= clock.read()
     tokens = sum(len(sequence.token_ids) for sequence in flat([pairs[i] for i in chosen]))

@@ -6,13 +6,16 @@ a failed rank leaves with os._exit. torchrun ends all ranks when the first one e
 an echo of another's waits for that before it speaks.
 
 SIGUSR1, which a scheduler sends before its time limit, ends nothing by itself: the run asks `is_told_to_stop` after
-each step, writes a checkpoint and raises StopRequested.
+each step, writes a checkpoint and raises StopRequested. SIGTERM does the same to a run that asks, but leaves it only
+TERM_SECONDS; and it ends a rank at once where another rank of this launcher is dead, because then torchrun sends it and
+the step can never be finished.
 
 Left out: restarts (torchrun's or Slurm's), and the time limit of collectives, which the process group has itself. A
 thread's own uncaught exception ends only that thread.
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -22,12 +25,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from gspo_megatron.errors import GspoError, LostRankError, StopRequested
 
 ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fail up to a second apart
 BAD_INPUT = 2
 DEFECT = 1
+TERM_SECONDS = 25.0  # torchrun, and Slurm's KillWait, send SIGKILL 30 s after SIGTERM
 REQUEUE = (
     85  # what Slurm's RequeueExit is commonly set to; torchrun makes it 1, so a batch script looks for a checkpoint
 )
@@ -37,10 +42,12 @@ LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pi
 
 
 _told_to_stop = threading.Event()
+_is_asking = threading.Event()  # something looks at the other one now and then
 
 
 def is_told_to_stop() -> bool:
-    """This rank got SIGUSR1."""
+    """This rank got SIGUSR1 or SIGTERM, and should write a checkpoint and end."""
+    _is_asking.set()
     return _told_to_stop.is_set()
 
 
@@ -61,25 +68,25 @@ def guard() -> Iterator[None]:
     try:
         yield
     except StopRequested as error:
-        _exit(REQUEUE, str(error) if rank() == 0 else None)
+        leave(REQUEUE, str(error) if rank() == 0 else None)
     except LostRankError as error:
         _wait_for_first(True)
-        _exit(DEFECT, f"rank {rank()}: {error}")
+        leave(DEFECT, f"rank {rank()}: {error}")
     except GspoError as error:
         _wait_for_first(rank() != 0)
         where = f"rank {rank()}: " if rank() else ""
-        _exit(BAD_INPUT, f"{where}error: {error}")
+        leave(BAD_INPUT, f"{where}error: {error}")
     except SystemExit as error:  # the command line's own --help and complaints, already printed
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         _wait_for_first(status != 0 and rank() != 0)
-        _exit(status, error.code if isinstance(error.code, str) else None)
+        leave(status, error.code if isinstance(error.code, str) else None)
     except BaseException as error:
         lost = isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in LOST_PEER)
         _wait_for_first(lost or rank() != 0)
         if lost:
             reason = str(error).strip().splitlines()[0]
-            _exit(DEFECT, f"rank {rank()}: lost the connection to another rank, which ended first ({reason})")
-        _exit(DEFECT, f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
+            leave(DEFECT, f"rank {rank()}: lost the connection to another rank, which ended first ({reason})")
+        leave(DEFECT, f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
     finally:
         restore()
 
@@ -90,15 +97,21 @@ def _wait_for_first(is_echo: bool) -> None:
         time.sleep(ECHO_SECONDS)
 
 
-def _exit(status: int, message: str | None = None) -> None:
+def leave(status: int, message: str | None = None) -> None:
+    """End this process now, from any thread, whatever its main thread is blocked in."""
     # A reader of our output that has gone away must not keep us from ending, nor a lock that a blocked thread holds.
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(1.0)
     if message:
-        with contextlib.suppress(OSError):
-            os.write(2, f"{message}\n".encode())
+        say(message)
     os._exit(status)
+
+
+def say(message: str) -> None:
+    """A line on stderr that no buffer holds back and no other rank's line cuts in two."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
 
 
 def _flush() -> None:
@@ -141,6 +154,7 @@ def _answer_signals() -> Callable[[], None]:
 
 
 def _watch(receive: socket.socket, launcher: int | None) -> None:
+    deadline = math.inf
     while True:
         ready, _, _ = select.select([receive], [], [], 1.0)
         if ready:
@@ -150,7 +164,29 @@ def _watch(receive: socket.socket, launcher: int | None) -> None:
             number = signal.Signals(numbers[0])
             if number == signal.SIGUSR1:
                 _told_to_stop.set()
+            elif number == signal.SIGTERM and _is_asking.is_set() and _all_ranks_live(launcher):
+                # A scheduler tells every process of a job, and torchrun its ranks again: the first one counts.
+                if deadline == math.inf and rank() == 0:
+                    say(f"rank 0: SIGTERM: this step is finished and a checkpoint written, if {TERM_SECONDS:g} s do")
+                deadline = min(deadline, time.monotonic() + TERM_SECONDS)
+                _told_to_stop.set()
             elif number in SIGNALS:
-                _exit(128 + number, f"rank 0: ended by {number.name}" if rank() == 0 else None)
+                leave(128 + number, f"rank 0: ended by {number.name}" if rank() == 0 else None)
         elif launcher is not None and os.getppid() != launcher:
-            _exit(DEFECT, "rank 0: ended because torchrun is gone" if rank() == 0 else None)
+            leave(DEFECT, "rank 0: ended because torchrun is gone" if rank() == 0 else None)
+        if time.monotonic() > deadline:
+            text = f"rank 0: ended by SIGTERM: the step was not over after {TERM_SECONDS:g} s"
+            leave(128 + signal.SIGTERM, text if rank() == 0 else None)
+
+
+def _all_ranks_live(launcher: int | None) -> bool:
+    """torchrun still has all of this machine's ranks; where nobody can tell, so it is."""
+    expected = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if launcher is None:
+        return True
+    try:
+        children = [pid for f in Path(f"/proc/{launcher}/task").glob("*/children") for pid in f.read_text().split()]
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in children]
+    except OSError:  # gone in this moment
+        return False
+    return sum(state != "Z" for state in states) >= expected

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gspo_megatron import process, recipe, resume
+from gspo_megatron import process, recipe, resume, whereabouts
 from gspo_megatron.backend import batches
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import topology as topologies
@@ -34,6 +34,7 @@ from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
+from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.types import PackedBatch, Prompt, TrainSequence
 
@@ -67,6 +68,10 @@ class Reporter:
     def warn(self, text: str) -> None:
         if self.console:
             self.console.warn(text)
+
+    def tell(self, step: int, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.warn(f"step {step}: {sentence}")
 
     def close(self) -> None:
         if self.console:
@@ -125,6 +130,7 @@ class Run:
         progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
         folder = self.folder / "checkpoints" / progress.folder
         dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
+        whereabouts.detail("checkpoint")
         save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
              lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
         if self.runtime.is_main:
@@ -176,7 +182,10 @@ def start(config: TrainConfig) -> Run:
     checkpoint, resumed, notes = _intact(plan)
     if resumed and runtime.is_main:
         resume.cut_back(folder, resumed)
-    mixture = TaskMixture(config.tasks, config.seed)
+    scorers = ScoringProcess(config.faults)
+    if topology.is_first_of_replica:
+        scorers.start()  # it comes up while the model is built
+    mixture = TaskMixture(config.tasks, config.seed, scorers)
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
     shape = ModelShape.of(config.model, len(tokenizer))

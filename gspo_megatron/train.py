@@ -7,7 +7,7 @@ preferences.py. What of a run is kept, and where it goes on, is in run.py and re
 
 import dataclasses
 
-from gspo_megatron import health
+from gspo_megatron import health, whereabouts
 from gspo_megatron import run as runs
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.batches import global_counts
@@ -27,6 +27,7 @@ from gspo_megatron.rollout.collect import collect
 from gspo_megatron.run import Run
 from gspo_megatron.types import Minibatch
 from gspo_megatron.warm_start import warm_start
+from gspo_megatron.watchdog import Watchdog
 
 SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
@@ -34,6 +35,7 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 def train(config: TrainConfig, layout: ParallelConfig) -> None:
     """Warm start, then RL or DPO. `layout` has every size filled in and has been checked (check.py)."""
     run = runs.start(dataclasses.replace(config, parallel=layout))
+    watchdog = Watchdog(run.topology.coordinates, config.faults)
     if config.algorithm.name == "dpo":
         pairs = encode_pairs(run)  # before the warm start, because a pair may be too long
         warm_start(run)
@@ -48,6 +50,7 @@ def train(config: TrainConfig, layout: ParallelConfig) -> None:
     if run.runtime.is_main:
         pictures = draw(run.folder)
         run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {len(pictures)} plots")
+    watchdog.stop()
     runs.stop(run)
 
 
@@ -61,6 +64,7 @@ def reinforce(run: Run) -> None:
     first = run.first_step("rl", estimator.critic)
     run.reporter.phase("rl", config.steps, max(first - 1, 0))
     for step in range(first, config.steps + 1):
+        whereabouts.step("rl", step)
         row = run_step(run, estimator, step) if step else {"phase": "rl", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
             row |= held_out_accuracy(run)
@@ -107,6 +111,7 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     row |= rollouts.group_metrics(groups, advantages, run.mixture.names, run.topology, run.runtime.device)
     row |= load_metrics(policy.expert_load.take()) | clock.read()
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
+    run.reporter.tell(step, health.update_findings(results, row, config.faults.max_ratio))
     if row["update/skipped"]:
         run.reporter.note(f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "
                           "their gradient was exactly 0 (no advantage, or all clipped or masked)")  # fmt: skip
@@ -135,7 +140,8 @@ def fill_log_probs(run: Run, minibatches: list[Minibatch]) -> None:
 def held_out_accuracy(run: Run) -> dict[str, float]:
     """eval/* metrics with the seconds they took."""
     clock = StepClock(run.runtime.device)
-    return evaluate(run) | {"time/eval": clock.read()["time/step"]}
+    with whereabouts.part("evaluation"):
+        return evaluate(run) | {"time/eval": clock.read()["time/step"]}
 
 
 def step_seed(config: TrainConfig, step: int) -> int:

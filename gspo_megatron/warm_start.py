@@ -4,12 +4,13 @@ The labelled set is fixed, and stop_accuracy ends this phase while RL has room; 
 rewards alone.
 """
 
+from gspo_megatron import health, whereabouts
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.data.epochs import epoch_batch, share_of
 from gspo_megatron.evaluation import evaluate
 from gspo_megatron.metrics.clock import StepClock
-from gspo_megatron.metrics.reduce import global_loss
+from gspo_megatron.metrics.reduce import optimizer_metrics
 from gspo_megatron.run import Run
 from gspo_megatron.types import TrainSequence
 
@@ -24,18 +25,19 @@ def warm_start(run: Run) -> None:
     first = max(run.first_step("warm_start"), 1)
     run.reporter.phase("warm_start", config.steps, first - 1)
     for step in range(first, config.steps + 1):
+        whereabouts.step("warm_start", step)
         clock = StepClock(run.runtime.device)
         chosen = epoch_batch(run.config.seed, step, config.batch_size, len(examples))
         mine = share_of(chosen, run.topology.dp_rank, run.topology.dp_size)
         batches = run.microbatches([examples[i] for i in mine])
         counts = global_counts(batches, run.topology)
         result = run.policy.update(batches, supervised_loss, counts)
-        loss = global_loss([result], run.topology.dp_group)
-        row = {"phase": "warm_start", "step": step, "loss": loss, "lr": result.learning_rate,
-               "grad_norm": result.grad_norm} | clock.read()  # fmt: skip
+        row = {"phase": "warm_start", "step": step} | optimizer_metrics([result], run.topology.dp_group) | clock.read()
+        run.reporter.tell(step, health.update_findings([result], row, run.config.faults.max_ratio))
         if step % config.eval_interval == 0 or step == config.steps:
             clock = StepClock(run.runtime.device)
-            row |= evaluate(run)
+            with whereabouts.part("evaluation"):
+                row |= evaluate(run)
             row["time/eval"] = clock.read()["time/step"]
         run.reporter.row(row)
         run.keep("warm_start", step, row)

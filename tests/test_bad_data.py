@@ -19,6 +19,7 @@ from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import AlgorithmConfig, ParallelConfig
 from gspo_megatron.config_algorithm import ALGORITHMS, GROUP_NORMALISED
+from gspo_megatron.config_faults import FaultsConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.validate import check_batch
 from gspo_megatron.errors import ConfigError, GspoError
@@ -77,6 +78,14 @@ MALFORMED = {
     "short rewards": (cut("rewards"), "rewards = [3]: must have shape [4]"),
     "short advantages": (cut("advantages"), "advantages = [3]"),
 }
+
+
+def far_away(batch: PackedBatch) -> None:
+    """Old log-probs of the sequence whose advantage is negative, so that nothing clips its ratio of exp(994 or so)."""
+    batch.advantages = -torch.ones_like(batch.advantages)
+    batch.old_logprobs = torch.where(batch.loss_mask > 0, -1000.0, 0.0)
+
+
 # What is found in the update: log-probs that arrive after packing, advantages from rewards.
 POISONED = {
     "old nan": (replace_item("old_logprobs", BAD_PLACE, NAN), "old_logprobs[17] = nan, token 3 of sequence 2"),
@@ -84,6 +93,7 @@ POISONED = {
     "old -inf": (replace_item("old_logprobs", BAD_PLACE + 1, -INF), "old_logprobs[18] = -inf, token 4 of sequence 2"),
     "advantages nan": (replace_item("advantages", 3, NAN), "advantages[3] = nan must be finite"),
     "advantages inf": (replace_item("advantages", 3, -INF), "advantages[3] = -inf must be finite"),
+    "ratio": (far_away, "logprobs["),
 }
 
 
@@ -113,7 +123,7 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 def everywhere(rank: int, world_size: int) -> dict:
     results = {}
     for name, layout in LAYOUTS.items():
-        policy = small_policy(layout)
+        policy = small_policy(layout, faults=FaultsConfig(max_skipped_updates=len(POISONED) - 1))
         # Bad data comes up in the last data-parallel replica, or in the last stage: never on rank 0.
         cut, mine = policy.topology, sequences(policy.topology.dp_rank)
         is_bad = cut.dp_rank == cut.dp_size - 1
@@ -165,6 +175,8 @@ def updates(policy: Policy, mine: list[TrainSequence], is_bad: bool) -> dict:
         before, results = state(policy), []
         counts = global_counts(batches, policy.topology)
         text = message(lambda: results.append(policy.update(batches, loss, counts)))
+        if results and results[0].not_finite:
+            text = results[0].not_finite
         return text, same(before, state(policy)), results[0].stepped if results else None
 
     results = {
@@ -271,12 +283,19 @@ def test_sequences_that_do_not_fit_together(both):
 
 
 @pytest.mark.parametrize("case", POISONED)
-def test_a_poisoned_update_is_refused_and_changes_nothing(both, case):
-    """By every rank alike; weights, moments and learning rate are the same bits as before."""
+def test_a_poisoned_update_is_skipped_and_changes_nothing(both, case):
+    """By every rank alike; weights, moments and learning rate are the same bits as before. One is let pass less than
+    there are, so the last one stops the run."""
     assert both[0]["poisoned"][case] == both[1]["poisoned"][case]
     text, unchanged, stepped = both[0]["poisoned"][case]
-    assert text.startswith("TrainingError: microbatch 0 of 1: " + POISONED[case][1])
-    assert unchanged and stepped is None
+    reason = "rank 1, microbatch 0 of 1: " + POISONED[case][1]
+    if case == list(POISONED)[-1]:
+        assert text.startswith("TrainingError: 6 updates of the policy in a row were skipped "
+                               "(faults.max_skipped_updates = 5). The last: " + reason)  # fmt: skip
+        assert "the ratio exp(99" in text and stepped is None
+    else:
+        assert text.startswith(reason) and stepped is False
+    assert unchanged
 
 
 @pytest.mark.parametrize("case", ["no advantage", "no token"])

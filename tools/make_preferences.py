@@ -16,6 +16,7 @@ import tyro
 
 from gspo_megatron import recipe as recipes
 from gspo_megatron.errors import GspoError
+from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct
 from gspo_megatron.types import TaskItem
 
@@ -45,7 +46,8 @@ def main(
         if target is None or count < 1 or split not in ("train", "warm_start"):
             print("error: give --output, a --count of 1 or more and a --split of train or warm_start", file=sys.stderr)
             return 2
-        rows = pairs(TaskMixture(config.tasks, config.seed), split, count, random.Random(seed))
+        mixture = TaskMixture(config.tasks, config.seed, ScoringProcess(config.faults))
+        rows = pairs(mixture, split, count, random.Random(seed))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except (GspoError, OSError) as error:

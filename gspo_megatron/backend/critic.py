@@ -20,11 +20,11 @@ from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.runtime import Runtime
+from gspo_megatron.backend.skipped import SkippedUpdates
 from gspo_megatron.backend.targets import Targets
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.backend.value_head import ValueModel
 from gspo_megatron.config import TrainConfig
-from gspo_megatron.errors import TrainingError
 from gspo_megatron.types import PackedBatch
 
 
@@ -69,6 +69,7 @@ class Critic:
         sharded = config.parallel.use_distributed_optimizer
         chunks = model_builder.build(shape, config.model, topology, runtime, config.seed, sharded, dtype, ValueModel)
         self.network = Network(chunks, topology)
+        self.skipped = SkippedUpdates(config.faults.max_skipped_updates, "critic")
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -113,15 +114,17 @@ class Critic:
 
         self.network.run(batches, keep, forward_only=True)
 
-    def update(self, batches: Sequence[PackedBatch], counts: GlobalCounts) -> ValueStatistics:
+    def update(self, batches: Sequence[PackedBatch], counts: GlobalCounts) -> ValueStatistics | None:
         """One optimizer step on the returns of this replica's microbatches. A collective over all ranks.
 
         Args:
             batches: with values and returns [T] on the last stage; every replica gives the same number.
             counts: denominators of the whole step (batches.global_counts).
 
+        None: the gradient is not finite, and nothing has changed.
+
         Raises:
-            TrainingError: the gradient is not finite; on every rank. The weights are as before.
+            TrainingError: that happened more than faults.max_skipped_updates times in a row; on every rank.
         """
         sums: list[torch.Tensor] = []
         clip = self.config.algorithm.critic.clip_value
@@ -136,14 +139,16 @@ class Critic:
 
         step = self.network.step(batches, share)
         total = self._add_up(sums)
-        if not step.stepped and not math.isfinite(step.grad_norm):
-            raise TrainingError(
-                f"the critic's gradient norm is {step.grad_norm} at learning rate {step.learning_rate:g}: over "
-                f"{total.tokens:.0f} tokens the mean value is {total.value / max(total.tokens, 1):g} and the mean "
-                f"return {total.returns / max(total.tokens, 1):g}. The critic's weights are as before this step. If "
-                "the return is finite, lower algorithm.critic.lr, else look at the rewards."
-            )
-        return total
+        if math.isfinite(step.grad_norm):
+            self.skipped.passed()
+            return total
+        self.skipped.skipped(
+            f"the critic's gradient norm is {step.grad_norm} at learning rate {step.learning_rate:g}: over "
+            f"{total.tokens:.0f} tokens the mean value is {total.value / max(total.tokens, 1):g} and the mean "
+            f"return {total.returns / max(total.tokens, 1):g}. The critic's weights are as before this step. If "
+            "the return is finite, lower algorithm.critic.lr, else look at the rewards."
+        )
+        return None
 
     def _add_up(self, sums: list[torch.Tensor]) -> ValueStatistics:
         """The microbatches' sums, over all ranks, on every stage."""

@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from gspo_megatron import whereabouts
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
 from gspo_megatron.backend.attention import PackedPlan
@@ -62,7 +63,8 @@ class Network:
         work = [(batch, self.plan(batch)) for batch in batches]
 
         def forward_step(iterator: Iterator, model: torch.nn.Module):
-            batch, plan = next(iterator)
+            number, (batch, plan) = next(iterator)
+            whereabouts.detail(f"microbatch {number} of {len(batches)}")
             tokens, positions = batch.tokens, batch.position_ids
             if plan.rows is not None:
                 tokens, positions = tokens[plan.rows], positions[plan.rows]
@@ -74,7 +76,7 @@ class Network:
         schedule = get_forward_backward_func()
         schedule(
             forward_step_func=forward_step,
-            data_iterator=[iter(work) for _ in self.chunks],
+            data_iterator=[iter(enumerate(work, 1)) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
             seq_length=max(batch.num_tokens for batch in batches),
@@ -105,6 +107,7 @@ class Network:
 
         self.run(batches, scaled, forward_only=False)
         drained()
+        whereabouts.detail("optimizer")
         rate = optimizers.learning_rate(self.optimizer)
         # Asked before the step: Megatron would step first and tell afterwards.
         self.optimizer.prepare_grads()

@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from gspo_megatron.algorithms.contract import GlobalCounts, Loss, LossInputs, LossOutputs, alone
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
 from gspo_megatron.backend import publication
-from gspo_megatron.backend.agreement import raise_together
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.publication import PendingStats
 from gspo_megatron.backend.router_hooks import ExpertLoad
 from gspo_megatron.backend.runtime import Runtime
+from gspo_megatron.backend.skipped import SkippedUpdates
 from gspo_megatron.backend.targets import Targets
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.validate import first_not_finite
-from gspo_megatron.errors import TrainingError
 from gspo_megatron.hf import load
 from gspo_megatron.ops.collectives import reduce_tables
 from gspo_megatron.ops.linear_logprobs import linear_logprobs
@@ -39,7 +39,8 @@ class UpdateResult:
     stats: SequenceStats  # of this data-parallel replica
     grad_norm: float  # before clipping, over all ranks
     learning_rate: float
-    stepped: bool  # False: the gradient was exactly 0, and nothing changed
+    stepped: bool  # False: nothing changed, because the gradient was exactly 0 or not finite
+    not_finite: str | None = None  # what of it was not, in words, the same on every rank
 
 
 class Policy:
@@ -58,6 +59,7 @@ class Policy:
         if source is not None:
             load.load(self.models, topology, source, shape.architecture, config.model.load_hf_drop_mtp)
         self.expert_load = ExpertLoad(self.models)
+        self.skipped = SkippedUpdates(config.faults.max_skipped_updates, "policy")
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -108,6 +110,9 @@ class Policy:
     ) -> UpdateResult:
         """One optimizer step over the microbatches of this replica. A collective over all ranks.
 
+        Where a log-prob, an advantage or the gradient is not finite, on any rank, nothing changes on all of them, and
+        the result says so.
+
         Args:
             batches: this replica's microbatches; every replica gives the same number. A batch without old_logprobs
                 gets the log-probs of this very forward, so its ratio is 1.
@@ -116,8 +121,8 @@ class Policy:
             step, minibatch: the loop's numbers, which every rank must have alike; they come back in the result.
 
         Raises:
-            TrainingError: a log-prob, an advantage or the gradient is not finite; on every rank, with the first bad
-                place. The weights are as before. Also where another pipeline stage is at another step.
+            TrainingError: that happened more than faults.max_skipped_updates times in a row; on every rank, with the
+                first bad place. Also where another pipeline stage is at another step.
         """
         outputs: dict[int, LossOutputs] = {}
         seen: dict[int, torch.Tensor] = {}
@@ -142,9 +147,12 @@ class Policy:
         with self._hidden_states():
             done = self.network.step(batches, share, drained=publish)
         stats = published[0].wait()
-        if not done.stepped and done.grad_norm != 0.0:
-            self._explain(batches, seen, done.grad_norm, done.learning_rate)
-        return UpdateResult(stats, done.grad_norm, done.learning_rate, done.stepped)
+        if done.stepped or done.grad_norm == 0.0:
+            self.skipped.passed()
+            return UpdateResult(stats, done.grad_norm, done.learning_rate, done.stepped)
+        reason = self._what_is_not_finite(batches, seen, done.grad_norm, done.learning_rate)
+        self.skipped.skipped(reason)
+        return UpdateResult(stats, done.grad_norm, done.learning_rate, done.stepped, reason)
 
     def publish(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
         """See Network.publish."""
@@ -225,15 +233,16 @@ class Policy:
             logprobs, entropy = vocab_logprobs(output, tokens, self.temperature, group)
         return targets.scatter(logprobs), targets.scatter(entropy), targets.own
 
-    def _explain(self, batches: Sequence[PackedBatch], seen: dict, grad_norm: float, rate: float) -> None:
-        """Raise on every rank, with the first number of any rank's batches that is not finite."""
-        found = None
+    def _what_is_not_finite(self, batches: Sequence[PackedBatch], seen: dict, grad_norm: float, rate: float) -> str:
+        """The first such number of any rank's batches, in words; the same on every rank. A collective."""
+        mine = None
         for index, logprobs in sorted(seen.items()):
             where = first_not_finite(batches[index], logprobs)
-            if where and found is None:
-                found = f"microbatch {index} of {len(batches)}: {where}"
-        raise_together(TrainingError(found) if found else None)
-        raise TrainingError(
+            if where and mine is None:
+                mine = f"rank {self.runtime.rank}, microbatch {index} of {len(batches)}: {where}"
+        found: list[str | None] = [None] * self.runtime.world_size
+        dist.all_gather_object(found, mine)
+        return next(filter(None, found), None) or (
             f"the gradient's norm is {grad_norm} at learning rate {rate:g}, though every log-prob and advantage is "
             "finite. The weights are as before this step. Lower optimizer.lr (warm_start.lr in the warm start), or "
             "look at loss and ratio/* in the run's metrics.jsonl."

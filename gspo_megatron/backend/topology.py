@@ -54,6 +54,11 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """Of the ranks that hold one copy of the model; it scores."""
+        return dist.get_rank(self.model_parallel_group) == 0
+
+    @property
     def stage_ranks(self) -> list[int]:
         """Global ranks of the pipeline stages, first to last."""
         return dist.get_process_group_ranks(self.pp_group)
@@ -87,6 +92,14 @@ class Topology:
         replica in generation is tp neighbours.
         """
         return self.tp_size % (self.ep_size * self.etp_size) != 0
+
+    @property
+    def coordinates(self) -> str:
+        """This rank's place in the layout, for people: `TP0 PP1 DP0 EP1`."""
+        places = {"TP": (self.tp_rank, self.tp_size), "CP": (self.cp_rank, self.cp_size),
+                  "PP": (self.pp_rank, self.pp_size), "DP": (self.dp_rank, self.dp_size),
+                  "EP": (self.ep_rank, self.ep_size)}  # fmt: skip
+        return " ".join(f"{name}{rank}" for name, (rank, size) in places.items() if size > 1 or name == "PP")
 
     def describe(self) -> str:
         """For people: `tensor 2 (sequence parallel) x pipeline 2 x data 1, experts over 2`."""

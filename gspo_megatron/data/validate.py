@@ -10,6 +10,7 @@ from gspo_megatron.errors import RolloutError
 from gspo_megatron.types import PackedBatch
 
 TOKEN_FIELDS = ("position_ids", "loss_mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
+OVERFLOW = 88.0  # exp of more is infinite in fp32
 SEQUENCE_FIELDS = ("rewards", "group_id", "truncated")
 
 
@@ -37,23 +38,40 @@ def check_batch(batch: PackedBatch) -> None:
 
 
 def first_not_finite(batch: PackedBatch, logprobs: torch.Tensor) -> str | None:
-    """The first trained token whose log-prob, or first sequence or token whose advantage, is not finite; in words."""
+    """The first trained token whose log-prob, or first sequence or token whose advantage, is not finite; in words.
+
+    Where all are, the trained token with the largest log-ratio, if its exponential overflows in fp32.
+    """
     trained = batch.loss_mask > 0
     fields = {"logprobs": logprobs}
     fields |= {name: getattr(batch, name) for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs")}
     for name, values in fields.items():
         bad = None if values is None else _first(trained & ~torch.isfinite(values))
         if bad is not None:
-            sequence = int(torch.searchsorted(batch.cu_seqlens[1:].contiguous(), bad, right=True))
-            token = bad - int(batch.cu_seqlens[sequence])
             return (
-                f"{name}[{bad}] = {float(values[bad])}, token {token} of sequence {sequence}, must be finite. The "
-                "weights are as before this step; if they are finite, lower the learning rate and resume before it"
+                f"{name}[{bad}] = {float(values[bad])}, {_place(batch, bad)}, must be finite. The weights are as "
+                "before this step; if they are finite, lower the learning rate and resume before it"
             )
     bad = _first(~torch.isfinite(batch.advantages))
     if bad is not None:
         return f"advantages[{bad}] = {float(batch.advantages[bad])} must be finite. Check the rewards"
-    return None
+    if batch.old_logprobs is None or not bool(trained.any()):
+        return None
+    log_ratio = torch.where(trained, logprobs - batch.old_logprobs, 0.0)
+    worst = int(log_ratio.argmax())
+    if float(log_ratio[worst]) < OVERFLOW:
+        return None
+    return (
+        f"logprobs[{worst}] = {float(logprobs[worst]):g} and old_logprobs[{worst}] = "
+        f"{float(batch.old_logprobs[worst]):g}, {_place(batch, worst)}: the ratio exp({float(log_ratio[worst]):g}) "
+        "overflows. The weights are as before this step. Old log-probs are of another model or text, or the policy has "
+        "run away: lower optimizer.lr"
+    )
+
+
+def _place(batch: PackedBatch, position: int) -> str:
+    sequence = int(torch.searchsorted(batch.cu_seqlens[1:].contiguous(), position, right=True))
+    return f"token {position - int(batch.cu_seqlens[sequence])} of sequence {sequence}"
 
 
 def _check_bounds(batch: PackedBatch) -> None:

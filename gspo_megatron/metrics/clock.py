@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from gspo_megatron import whereabouts
+
 
 class StepClock:
     """Adds up named parts; whatever no part covers is `other`."""
@@ -18,7 +20,8 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         started = self._now()
-        yield
+        with whereabouts.part(name):
+            yield
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - started
 
     def read(self) -> dict[str, float]:

@@ -3,6 +3,8 @@
 Sums and extremes are taken over the gathered rows; a mean of the ranks' means would weigh ranks, not responses.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -28,6 +30,25 @@ def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:
     return float(loss.mean())
 
 
+def optimizer_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
+    """Loss, gradient norm and learning rate of one or more updates; how many of them changed nothing. A collective.
+
+    update/not_finite counts those that were skipped for a number that is not finite; the rest is of the others.
+    """
+    finite = _finite(results)
+    return {
+        "loss": global_loss(finite, group) if finite else math.nan,
+        "grad_norm": sum(r.grad_norm for r in finite) / len(finite) if finite else math.nan,
+        "lr": results[-1].learning_rate,
+        "update/skipped": float(sum(not r.stepped for r in finite)),
+        "update/not_finite": float(len(results) - len(finite)),
+    }
+
+
+def _finite(results: list[UpdateResult]) -> list[UpdateResult]:
+    return [result for result in results if result.not_finite is None]
+
+
 def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
     """Ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
 
@@ -35,14 +56,11 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         results: one a minibatch, of this replica.
         group: data-parallel ranks.
     """
-    table = SequenceTable(gather_rows(torch.cat([r.stats.table.values for r in results]), group))
+    metrics = optimizer_metrics(results, group)
+    if not _finite(results):
+        return metrics
+    table = SequenceTable(gather_rows(torch.cat([r.stats.table.values for r in _finite(results)]), group))
     counted = SequenceTable(table.values[table.column("num_tokens") > 0])
-    metrics = {
-        "loss": global_loss(results, group),
-        "grad_norm": sum(r.grad_norm for r in results) / len(results),
-        "lr": results[-1].learning_rate,
-        "update/skipped": float(sum(not r.stepped for r in results)),
-    }
     if counted.values.numel() == 0:
         return metrics
     lengths = counted.column("num_tokens")

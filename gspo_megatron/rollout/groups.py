@@ -48,7 +48,7 @@ def score(groups: list[RolloutGroup], mixture: TaskMixture, topology: Topology, 
     size = sum(len(group.completions) for group in groups)
     rewards = torch.zeros(size, dtype=torch.float64, device=device)
     ranks = dist.get_process_group_ranks(topology.model_parallel_group)
-    if dist.get_rank() == ranks[0]:
+    if topology.is_first_of_replica:
         try:
             values = [_score(group, i, mixture) for group in groups for i in range(len(group.texts))]
             rewards.copy_(torch.tensor(values, dtype=torch.float64))

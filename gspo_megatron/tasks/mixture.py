@@ -23,6 +23,7 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 from gspo_megatron.config import TaskConfig, require
 from gspo_megatron.errors import ConfigError, RolloutError
+from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 from gspo_megatron.types import TaskItem
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ VIRTUAL_SIZE = 2**31 - 1
 TABLE_TASKS = ("acre", "gsm_symbolic", "list_functions", "word_ladder")
 TABLE_SIZE = 10_000
 
-# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string.
+# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string: they run
+# in a process of their own alone (isolation.py).
 EVAL_TASKS = (
     "binary_matrix",
     "countdown",
@@ -60,7 +62,7 @@ LIST_ALL = 'List them with: python -c "from gspo_megatron.tasks.mixture import t
 
 def task_names() -> list[str]:
     """Names that a recipe's `tasks` table may use, sorted."""
-    return sorted(set(DATASETS) - set(EVAL_TASKS) - {"composite"})
+    return sorted(set(DATASETS) - {"composite"})
 
 
 def split_of(question: str) -> str:
@@ -82,18 +84,22 @@ class TaskMixture:
     """Questions of several tasks, drawn by weight.
 
     `tasks`: the recipe's table, reasoning-gym name -> weight and options. `seed`: any integer; another seed is another
-    order of questions within the same splits. Raises ConfigError for a name, option or scorer that cannot be used.
+    order of questions within the same splits. `process`: where scorers run; None: in this one, for text that no model
+    wrote. Raises ConfigError for a name, option or scorer that cannot be used.
     """
 
-    def __init__(self, tasks: dict[str, TaskConfig], seed: int):
+    def __init__(self, tasks: dict[str, TaskConfig], seed: int, process: ScoringProcess | None = None):
         require(len(tasks) > 0, "tasks", tasks, "must name at least one task", "For example spell_backward: {}.")
         self.seed = seed
         self.names = sorted(tasks)  # so that the order of lines in a recipe does not matter
         self._thresholds = list(itertools.accumulate(tasks[name].weight for name in self.names))
-        self._datasets = {name: _build(name, tasks[name].options, seed) for name in self.names}
+        self._specs = {name: _spec(name, tasks[name].options, seed) for name in self.names}
+        self._datasets = {name: _build(self._specs[name], tasks[name].options) for name in self.names}
+        self._process: ScoringProcess | None = None
         self._warned: set[str] = set()
         for name in self.names:
             self._check_scorer(name)
+        self._process = process  # from here on; the checks score no model's text
 
     def item(self, split: str, index: int) -> TaskItem:
         """Question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
@@ -109,16 +115,22 @@ class TaskMixture:
     def score(self, item: TaskItem, response_text: str) -> float:
         """Reward of a response by the task's own scorer, at most 1 (see `is_correct`).
 
-        A scorer that raises on this response, but not on the gold answer, met text it cannot parse: 0. Raises
-        RolloutError for a response that is no string, a scorer that always raises, a score that is no finite number.
+        A scorer that raises on this response, or takes too long, but not on the gold answer, met text it cannot parse:
+        0. Raises RolloutError for a response that is no string, a scorer that always raises, a score that is no finite
+        number.
         """
+        if item.task in EVAL_TASKS and self._process is None:
+            raise ValueError(f"tasks.{item.task}: its scorer runs the response as code, so it needs a ScoringProcess.")
+        return self._score(item, response_text)
+
+    def _score(self, item: TaskItem, response_text: str) -> float:
         if not isinstance(response_text, str):
             raise RolloutError(
                 f"tasks.{item.task}: a response of type {type(response_text).__name__} cannot be scored, "
                 "it must be str. Decode the token ids first."
             )
         try:
-            value = float(self._datasets[item.task].score_answer(response_text, item.entry))
+            value = self._ask(item, response_text)
         except Exception as error:
             self._excuse(item, response_text, error)
             return 0.0
@@ -130,6 +142,11 @@ class TaskMixture:
         # spell_backward adds up 1/n a letter; at n = 9, 11, 18, ... the right letters followed by more text reach
         # 1 + 2e-16, and only an exact answer may count as correct.
         return value if value <= 1.0 else BELOW_FULL
+
+    def _ask(self, item: TaskItem, text: str) -> float:
+        if self._process is not None:
+            return self._process.score(self._specs[item.task], text, item.entry)
+        return float(self._datasets[item.task].score_answer(text, item.entry))
 
     def _draw(self, name: str, split: str, index: int) -> TaskItem:
         dataset = self._datasets[name]
@@ -158,10 +175,10 @@ class TaskMixture:
     def _excuse(self, item: TaskItem, response_text: str, error: Exception) -> None:
         """Return if the scorer can score at all; raise the error of a broken scorer otherwise."""
         try:
-            self._datasets[item.task].score_answer(item.answer, item.entry)
+            self._ask(item, item.answer)
         except Exception:
             raise RolloutError(
-                f"tasks.{item.task}: the scorer raised {type(error).__name__}: {error} on the response "
+                f"tasks.{item.task}: the scorer raised {_in_words(error)} on the response "
                 f"{response_text[:80]!r}, and raises on the gold answer too. Take the task out of "
                 "the recipe."
             ) from error
@@ -170,14 +187,14 @@ class TaskMixture:
             log.warning(
                 "tasks.%s: the scorer raised %s on %r; such responses score 0 (told once).",
                 item.task,
-                type(error).__name__,
+                _in_words(error),
                 response_text[:80],
             )
 
     def _check_scorer(self, name: str) -> None:
         item = self._draw(name, "train", 0)
         if item.entry["answer"] is not None:
-            gold = self.score(item, item.answer)
+            gold = self._score(item, item.answer)
             require(
                 is_correct(gold),
                 f"tasks.{name}",
@@ -185,7 +202,7 @@ class TaskMixture:
                 "the scorer does not give the gold answer full marks",
                 "Take the task out of the recipe.",
             )
-        nonsense = self.score(item, HOPELESS_RESPONSE)
+        nonsense = self._score(item, HOPELESS_RESPONSE)
         require(
             not is_correct(nonsense),
             f"tasks.{name}",
@@ -201,16 +218,13 @@ def _hash64(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _build(name: str, options: dict[str, Any], seed: int):
-    """The reasoning-gym dataset of one task; every way to get its name or options wrong is a ConfigError."""
+def _spec(name: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Arguments of create_dataset for one task. Raises ConfigError for a wrong name or an unknown option."""
     require(name != "composite", "tasks", name, "is not supported", "Name its parts in the recipe's table instead.")
-    require(
-        name not in EVAL_TASKS, "tasks", name, "its scorer runs the response as code", f"Choose another. {LIST_ALL}"
-    )
     require(
         name in DATASETS, "tasks", name, "is no task of reasoning-gym", _did_you_mean(name, task_names()) + LIST_ALL
     )
-    valid = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+    valid = _options(name)
     for option, value in options.items():
         require(
             option not in ("seed", "size"),
@@ -235,13 +249,27 @@ def _build(name: str, options: dict[str, Any], seed: int):
         "Set PYTHONHASHSEED=0 in the environment of every rank.",
     )
     size = TABLE_SIZE if name in TABLE_TASKS else VIRTUAL_SIZE
+    return {"name": name, "seed": _hash64("dataset", seed) % 2**31, "size": size} | options
+
+
+def _options(name: str) -> list[str]:
+    return [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
+
+
+def _build(spec: dict[str, Any], options: dict[str, Any]):
+    """The reasoning-gym dataset of one task. Raises ConfigError for options that it refuses."""
     try:
-        return create_dataset(name, seed=_hash64("dataset", seed) % 2**31, size=size, **options)
+        return create_dataset(**spec)
     except Exception as error:  # the tasks check their options with assert, which may as well end in a TypeError
         raise ConfigError(
-            f"tasks.{name}.options = {options!r}: the task refuses it ({type(error).__name__}: {error}). "
-            f"Valid options: {', '.join(valid)}."
+            f"tasks.{spec['name']}.options = {options!r}: the task refuses it ({_in_words(error)}). "
+            f"Valid options: {', '.join(_options(spec['name']))}."
         ) from error
+
+
+def _in_words(error: Exception) -> str:
+    """What was raised; a ScorerError tells that itself."""
+    return str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
 
 
 def _did_you_mean(word: str, choices: list[str]) -> str:

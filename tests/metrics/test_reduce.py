@@ -61,6 +61,7 @@ def test_metrics_of_two_replicas_by_hand(ranks):
         "grad_norm": 2.0,
         "lr": 5e-4,
         "update/skipped": 0.0,
+        "update/not_finite": 0.0,
         "ratio/mean": 1.5,
         "ratio/std": math.sqrt(4 / 5),
         "ratio/min": 0.5,
@@ -88,7 +89,7 @@ def test_two_replicas_give_what_one_with_all_rows_gives(ranks):
 
 def test_a_batch_without_trained_tokens_has_no_ratio(ranks):
     for _, _, empty, *_ in ranks:
-        assert empty == {"loss": 0.0, "grad_norm": 0.0, "lr": 1e-3, "update/skipped": 0.0}
+        assert empty == {"loss": 0.0, "grad_norm": 0.0, "lr": 1e-3, "update/skipped": 0.0, "update/not_finite": 0.0}
 
 
 def test_rows_are_gathered_in_rank_order(ranks):

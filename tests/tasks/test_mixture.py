@@ -74,7 +74,7 @@ def test_tasks_are_drawn_by_weight_and_the_order_of_the_recipe_does_not_matter()
 def test_unknown_task_names_close_matches_and_how_to_list_all():
     with pytest.raises(ConfigError, match=r"tasks = 'spel_backwards'.*Did you mean spell_backward\?.*task_names"):
         TaskMixture({"spel_backwards": TaskConfig()}, seed=1)
-    assert "spell_backward" in task_names() and "countdown" not in task_names()
+    assert {"spell_backward", "countdown"} <= set(task_names())
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,6 @@ def test_unknown_task_names_close_matches_and_how_to_list_all():
 def test_bad_options_name_task_option_and_valid_fields(options, told):
     with pytest.raises(ConfigError, match=rf"tasks\.spell_backward\.options.*{told}"):
         TaskMixture({"spell_backward": TaskConfig(options=options)}, seed=1)
-
-
-def test_a_scorer_that_runs_the_response_as_code_is_refused():
-    with pytest.raises(ConfigError, match="tasks = 'countdown': its scorer runs the response as code"):
-        TaskMixture({"countdown": TaskConfig()}, seed=1)
 
 
 def test_a_scorer_that_likes_nonsense_is_refused():

@@ -1,0 +1,100 @@
+"""A rank's side of the process that runs its scorers; what happens in there is in scoring_process.py."""
+
+import contextlib
+import json
+import os
+import pickle
+import select
+import subprocess
+import sys
+import time
+
+from gspo_megatron.config_faults import FaultsConfig
+from gspo_megatron.tasks.scoring_process import LENGTH
+
+PROGRAM = "gspo_megatron.tasks.scoring_process"
+PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONHASHSEED", "LD_LIBRARY_PATH", "TMPDIR")  # no keys, no tokens
+STARTING = 60.0  # seconds that the process may take to come up, beside those of the first request
+
+
+class ScorerError(Exception):
+    """A scorer raised, took too long, or ended its process; the text says which."""
+
+
+class ScoringProcess:
+    """Started at the first score (or `start`), started anew after a scorer has spoilt it."""
+
+    def __init__(self, config: FaultsConfig):
+        self.seconds, self.memory = config.reward_timeout, int(config.reward_memory_gb * 2**30)
+        self._child: subprocess.Popen | None = None
+        self._fresh = True
+        self._buffer = b""
+
+    def start(self) -> None:
+        """Returns at once; the process comes up in the background."""
+        if self._child is None:
+            paths = os.pathsep.join(path for path in sys.path if path)
+            env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONPATH": paths}
+            command = [sys.executable, "-m", PROGRAM, str(self.memory), str(self.seconds)]
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           stderr=subprocess.DEVNULL, env=env, cwd="/")  # fmt: skip
+            self._fresh, self._buffer = True, b""
+
+    def score(self, spec: dict, text: str, entry: dict) -> float:
+        """What the task's scorer gives for a response; may be any number, a NaN too.
+
+        Args:
+            spec: keyword arguments of reasoning_gym's create_dataset.
+            entry: the task generator's own record.
+
+        Raises:
+            ScorerError: it raised, or took longer than faults.reward_timeout.
+        """
+        self.start()
+        request = pickle.dumps((spec, text, entry))
+        deadline = time.monotonic() + self.seconds + (STARTING if self._fresh else 1.0)
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self._child.stdin.write(LENGTH.pack(len(request)) + request)
+            self._child.stdin.flush()
+        answer = self._line(deadline)
+        if answer is None:
+            raise ScorerError(self._why_not())
+        self._fresh = False
+        found = json.loads(answer)
+        if "error" in found:
+            raise ScorerError(found["error"])
+        return float(found["score"])
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._child is not None:
+            self._child.kill()
+            for pipe in (self._child.stdin, self._child.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            self._child.wait()
+            self._child = None
+
+    def _line(self, deadline: float) -> bytes | None:
+        """The next line of the process, None where it ends or says nothing in time."""
+        pipe = self._child.stdout
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([pipe], [], [], max(deadline - time.monotonic(), 0.0))
+            part = os.read(pipe.fileno(), 65536) if ready else b""
+            if not part:
+                return None
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _why_not(self) -> str:
+        """In words; the process is ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(0.2)
+        status, was_fresh = self._child.returncode, self._fresh
+        self.close()
+        if status is None or status == -14:  # SIGALRM, by which it ends itself
+            return f"TimeoutError: no reward after {self.seconds:g} s (faults.reward_timeout)"
+        if was_fresh and status > 0:
+            return f"the process of the scorers ended with status {status} (python -m {PROGRAM})"
+        return f"the scorer ended its process (status {status}; faults.reward_memory_gb = {self.memory / 2**30:g})"
