@@ -178,7 +178,9 @@ def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
     steps = ("encode_pairs", "warm_start", "train_preferences", "reinforce")
     for owner, name in ((runs, "stop"), *((train, name) for name in steps)):
         monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
-    stand_in = SimpleNamespace(policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False))
+    stand_in = SimpleNamespace(policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False),
+                               topology=SimpleNamespace(coordinates=""))  # fmt: skip
+    monkeypatch.setattr(train, "Watchdog", lambda *_: SimpleNamespace(stop=lambda: None))
     monkeypatch.setattr(runs, "start", lambda config: stand_in)
     layout = LAYOUTS["DP2"]
     train.train(configured(tmp_path / "pairs.jsonl", layout), layout)

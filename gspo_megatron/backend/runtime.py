@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.rendezvous import fresh_store
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -58,7 +60,8 @@ def start(device: str = "auto") -> Runtime:
     if not dist.is_initialized():
         # No device_id, as in Megatron-LM: with it NCCL would put all sends and receives of a group into one queue, and
         # the interleaved schedule relies on their independence.
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        store = fresh_store(rank, world_size, TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     if not use_cuda:
         kernels = "Megatron local layers, PyTorch attention"
     elif has_transformer_engine():
