@@ -52,7 +52,7 @@ class Rows:
     def ignore(self, *args) -> None:
         """Progress, notes and samples are for people."""
 
-    phase = note = sample = close = ignore
+    phase = note = sample = tell = close = ignore
 
 
 def learn(rank: int, world_size: int, folder: str) -> dict:

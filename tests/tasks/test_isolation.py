@@ -66,8 +66,8 @@ def test_what_ends_a_scorer_ends_neither_the_rank_nor_the_next_scorer(scorers, t
     assert scorers.score(SPELL, "nus", {"answer": "nus", "metadata": {"word": "sun"}}) == 1.0
 
 
-# The scorer of spiral_matrix swallows what its eval() raises and gives a right list 0.1: so would each of these get, if it
-# were allowed.
+# The scorer of spiral_matrix swallows what its eval() raises and gives a right list 0.1: so would each of these get,
+# if it were allowed.
 ATTEMPTS = {
     "memory": "[0] * 10**10 and [1, 2, 3]",  # 80 GB, the limit is 1
     "shell": "__import__('os').system('rm FILE') or [1, 2, 3]",
