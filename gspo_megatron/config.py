@@ -219,6 +219,8 @@ class CheckpointConfig:
     """Those of every so many steps are kept as well; 0: none."""
     keep_best: bool = True
     """The one with the highest eval/accuracy is kept as well, of those written at a step with an evaluation."""
+    asynchronous: bool = True
+    """Training goes on while a thread of each rank writes; that takes a copy of what the rank writes in host memory."""
 
     def __post_init__(self) -> None:
         for name in ("interval", "keep_every"):

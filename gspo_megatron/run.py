@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -16,22 +16,23 @@ from gspo_megatron.backend import batches
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import topology as topologies
 from gspo_megatron.backend.agreement import raise_together
-from gspo_megatron.backend.checkpoint import load, read_progress, save, verify
+from gspo_megatron.backend.checkpoint import load, read_progress
+from gspo_megatron.backend.checkpoint_files import verify
 from gspo_megatron.backend.critic import Critic
 from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.network import Network
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.reference import FrozenReference
 from gspo_megatron.backend.runtime import Runtime
+from gspo_megatron.backend.saver import Saver
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import AlgorithmConfig, RolloutConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import CheckpointError, StopRequested
 from gspo_megatron.hf import export
-from gspo_megatron.metrics.console import Console
-from gspo_megatron.metrics.tracker import Tracker
 from gspo_megatron.ops import library
+from gspo_megatron.reporter import Reporter
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.tasks.isolation import ScoringProcess
@@ -39,44 +40,6 @@ from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.types import PackedBatch, Prompt, TrainSequence
 
 TOKENIZER_EXAMPLES_PER_TASK = 400
-
-
-class Reporter:
-    """Console, metrics.jsonl and TensorBoard on rank 0; nothing on the others."""
-
-    def __init__(self, run_dir: Path, is_main: bool):
-        self.console = Console() if is_main else None
-        self.tracker = Tracker(run_dir, warn=self.console.warn) if is_main else None
-
-    def phase(self, name: str, total: int, done: int = 0) -> None:
-        if self.console:
-            self.console.phase(name, total, done)
-
-    def row(self, row: dict) -> None:
-        if self.console:
-            self.tracker.log(row)
-            self.console.step(row)
-
-    def sample(self, row: dict) -> None:
-        if self.tracker:
-            self.tracker.sample(row)
-
-    def note(self, text: str) -> None:
-        if self.console:
-            self.console.note(text)
-
-    def warn(self, text: str) -> None:
-        if self.console:
-            self.console.warn(text)
-
-    def tell(self, step: int, sentences: list[str]) -> None:
-        for sentence in sentences:
-            self.warn(f"step {step}: {sentence}")
-
-    def close(self) -> None:
-        if self.console:
-            self.console.close()
-            self.tracker.close()
 
 
 @dataclass
@@ -98,6 +61,7 @@ class Run:
     checkpoint: Path | None = None  # what this start goes on from
     resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
+    saver: Saver = field(default_factory=Saver)
 
     @property
     def is_past_warm_start(self) -> bool:
@@ -117,27 +81,48 @@ class Run:
         return self.resumed.step + 1
 
     def keep(self, phase: str, step: int, row: dict, critic: Critic | None = None) -> None:
-        """Write a checkpoint where the recipe wants one after this step, whose metric row is in the record already.
+        """Begin a checkpoint where the recipe wants one after this step, whose metric row is in the record already.
+
+        A collective over all ranks.
 
         Raises:
             StopRequested: on every rank, once a checkpoint is written, because one of them was told to stop.
+            CheckpointError: on every rank, because one of them could not write.
         """
         config = self.config.checkpoint
+        self.publish_written()
+        is_told = self._any(process.is_told_to_stop())
         is_last = phase != "warm_start" and step == self.config.steps
-        must_stop = self._is_told_to_stop() and not is_last
+        must_stop = is_told and not is_last
         if not (is_last or must_stop) and (step == 0 or config.interval == 0 or step % config.interval):
             return
-        progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
-        folder = self.folder / "checkpoints" / progress.folder
-        dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
-        whereabouts.detail("checkpoint")
-        save(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
-             lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
-        if self.runtime.is_main:
-            resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
+        with whereabouts.part("checkpoint"):
+            self._publish()  # waits for the one before
+            folder = self._begin_checkpoint(phase, step, row, critic)
+            if is_last or must_stop or not config.asynchronous:
+                self._publish()
         if must_stop:
             self.reporter.close()
             raise StopRequested(f"stopped as asked, after {phase} step {step}. The same command goes on from {folder}")
+
+    def _begin_checkpoint(self, phase: str, step: int, row: dict, critic: Critic | None) -> Path:
+        progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
+        folder = self.folder / "checkpoints" / progress.folder
+        dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
+        self.saver.begin(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
+                         lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
+        return folder
+
+    def publish_written(self) -> None:
+        """Make the checkpoint under way visible once all ranks have written it. A collective; nothing where none is."""
+        if self.saver.is_begun and not self._any(self.saver.is_writing):
+            self._publish()
+
+    def _publish(self) -> None:
+        """Make the checkpoint under way visible, if there is one, and remove what it makes superfluous."""
+        config = self.config.checkpoint
+        if self.saver.finish() and self.runtime.is_main:
+            resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
 
     def hf_files(self) -> tuple[dict, list[Path]]:
         """The policy's Hugging Face config, and folders with its tokenizer and generation config."""
@@ -147,11 +132,11 @@ class Run:
         ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         return hf | ids, [self.folder / "tokenizer"]
 
-    def _is_told_to_stop(self) -> bool:
-        """Any rank was. A collective: all must stop after the same step."""
-        told = torch.tensor([float(process.is_told_to_stop())], device=self.runtime.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
+    def _any(self, flag: bool) -> bool:
+        """It is true on any rank. A collective: all must do the same after the same step."""
+        on_any = torch.tensor([float(flag)], device=self.runtime.device)
+        dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
+        return bool(on_any)
 
     def _networks(self, critic: Critic | None) -> dict[str, Network]:
         return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})

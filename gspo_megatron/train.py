@@ -89,6 +89,7 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     seed = step_seed(config, step)
 
     groups, sampling = collect(run, seed, clock)
+    run.publish_written()  # the longest part of a step is over: a kill from here on finds the last step's checkpoint
     sequences = rollouts.train_sequences(groups)
     parts = rollouts.minibatch_indices(groups, config.algorithm.num_minibatches, (config.seed, step))
     minibatches = [Minibatch(part, run.microbatches([sequences[i] for i in part])) for part in parts]

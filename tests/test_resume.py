@@ -44,10 +44,10 @@ CONFIG = TrainConfig(
     warm_start=WarmStartConfig(steps=3, num_examples=64, batch_size=16, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
     rollout=RolloutConfig(num_prompts=4, group_size=4, max_response_length=6),
-    checkpoint=CheckpointConfig(interval=1),
+    checkpoint=CheckpointConfig(interval=1, asynchronous=False),  # each is visible when its step ends
 )  # fmt: skip
-GRPO = AlgorithmConfig(name="grpo", num_minibatches=2, kl=KlConfig(coef=0.05))  # has a reference
-PPO = AlgorithmConfig(name="ppo", num_minibatches=2)  # has a critic and, for its KL, a reference
+GRPO = AlgorithmConfig(name="grpo", num_minibatches=2, entropy_coef=0.01, kl=KlConfig(coef=0.05))  # has a reference
+PPO = AlgorithmConfig(name="ppo", num_minibatches=2, entropy_coef=0.01)  # has a critic and, for its KL, a reference
 CASES = {  # layout, algorithm, dtype, where the first start ends: after so many steps of a phase, before its checkpoint
     "warm start": (DP2, GRPO, "fp32", ("warm_start", 2)),
     "grpo": (DP2, GRPO, "bf16", ("rl", 2)),

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from gspo_megatron.backend import parameters
+from gspo_megatron.backend import parameters, safe_loading
 from gspo_megatron.backend.model import PackedModel
 from gspo_megatron.backend.parameters import FullParameter
 from gspo_megatron.backend.topology import Topology
@@ -63,8 +63,9 @@ def load(
         model: a bare chunk that is the whole model, of the checkpoint's type.
 
     Raises:
-        CheckpointError: a file is missing, damaged or cut short.
+        CheckpointError: a file is missing, damaged or cut short, or names code (safe_loading.py).
     """
+    safe_loading.check(folder)
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     sharded = model.sharded_state_dict()
     by_key: dict[str, list[FullParameter]] = {}
@@ -88,12 +89,14 @@ def load(
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """Of a checkpoint's weights."""
+    safe_loading.check(folder)
     with _readable(folder):
         return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Full shapes of the policy's weights in a checkpoint, by its own keys."""
+    safe_loading.check(folder)
     with _readable(folder):
         found = dist_checkpointing.load_tensors_metadata(str(folder))
     return {key: tuple(t.global_shape) for key, t in found.items() if not key.startswith(OF_A_RUN)}

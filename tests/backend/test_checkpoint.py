@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_megatron.backend import checkpoint, parameters, topology
+from gspo_megatron.backend import checkpoint, parameters, saver, topology
 from gspo_megatron.config import ParallelConfig
 from gspo_megatron.errors import CheckpointError
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
@@ -14,7 +14,7 @@ from tests.distributed import spawn
 
 def save(layout: ParallelConfig, folder: Path) -> dict:
     policy = small_policy(layout)
-    checkpoint.save({"": policy.network}, folder)
+    saver.save({"": policy.network}, folder)
     return parameters.gather_full(policy.models, policy.topology)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend import checkpoint, parameters
+from gspo_megatron.backend import checkpoint, parameters, saver
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.batches import global_counts
 from gspo_megatron.backend.critic import Critic
@@ -78,7 +78,7 @@ def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, fol
     gradient = parameters.gather_full(critic.models, cut, lambda p: p.main_grad)
     weights = None
     if folder is not None and layout is TP2_PP2_EP2:
-        checkpoint.save({"": critic.network}, folder)
+        saver.save({"": critic.network}, folder)
         weights = parameters.gather_full(critic.models, cut)
     return {
         "values": values, "wanted": wanted, "statistics": statistics, "names": names, "weights": weights,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_megatron import convert as command
-from gspo_megatron.backend import checkpoint, runtime, topology
+from gspo_megatron.backend import checkpoint, runtime, saver, topology
 from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.reference import FrozenReference
@@ -99,7 +99,7 @@ def in_another_layout(rank: int, world_size: int, folder: Path) -> dict[str, flo
         checkpoint.load_weights(policy.network, folder / f"{name}.megatron")
         policy.start_optimizer()  # so that what is saved has more in it than weights
         errors[name] = round_trip.logits_error(policy.network, torch.load(folder / name / "logits.pt"))
-        checkpoint.save(
+        saver.save(
             {"": policy.network}, folder / f"{name}.cut", reference=FrozenReference(policy.models),
             add=lambda unfinished, hf=shape.hf: write_side(unfinished, hf, [], torch.float32),
         )  # fmt: skip
@@ -165,7 +165,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
     assert "left over, which the model of config.json does not have" in said["other model"]
     assert "bare/hf/config.json" in said["no config"] and "no such file" in said["no config"]
     for name in ("damaged", "lost", "no index"):
-        assert f"{name}: damaged, incomplete" in said[name]
+        assert name in said[name] and "damaged" in said[name]
     assert "/proc/nowhere: cannot be written" in said["nowhere"]
     assert not (folder / "new").exists() and not list(folder.glob("*.unfinished"))
 

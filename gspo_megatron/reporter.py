@@ -1,0 +1,44 @@
+"""What a run tells: the console for people, metrics.jsonl and TensorBoard for programs. From rank 0 alone."""
+
+from pathlib import Path
+
+from gspo_megatron.metrics.console import Console
+from gspo_megatron.metrics.tracker import Tracker
+
+
+class Reporter:
+    """Console, metrics.jsonl and TensorBoard on rank 0; nothing on the others."""
+
+    def __init__(self, run_dir: Path, is_main: bool):
+        self.console = Console() if is_main else None
+        self.tracker = Tracker(run_dir, warn=self.console.warn) if is_main else None
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        if self.console:
+            self.console.phase(name, total, done)
+
+    def row(self, row: dict) -> None:
+        if self.console:
+            self.tracker.log(row)
+            self.console.step(row)
+
+    def sample(self, row: dict) -> None:
+        if self.tracker:
+            self.tracker.sample(row)
+
+    def note(self, text: str) -> None:
+        if self.console:
+            self.console.note(text)
+
+    def warn(self, text: str) -> None:
+        if self.console:
+            self.console.warn(text)
+
+    def tell(self, step: int, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.warn(f"step {step}: {sentence}")
+
+    def close(self) -> None:
+        if self.console:
+            self.console.close()
+            self.tracker.close()
