@@ -4,8 +4,8 @@ Started without torchrun, `train` and `doctor` check everything first and then s
 same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that
 is cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
 
-Left out: several machines (call torchrun or srun yourself; the ranks only need its environment variables), and the
-subcommands eval, study, plan and report.
+Left out: several machines without Slurm (call torchrun yourself; the ranks only need its environment variables), and
+the subcommands eval, study, plan and report.
 """
 
 import ctypes
@@ -23,11 +23,13 @@ USAGE = """\
 usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron convert SOURCE TARGET [--dtype bf16 ...]
+       gspo-megatron slurm RECIPE.yaml --nodes N [--some.override VALUE ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
 doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
 convert Hugging Face folder to Megatron checkpoint, or back; `gspo-megatron convert --help` lists the options
+slurm   write a batch script for a recipe, checked against its nodes; `gspo-megatron slurm --help` lists the options
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
 
@@ -48,7 +50,7 @@ except ChildFailedError as error:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "doctor": _doctor, "convert": _convert}
+    commands = {"train": _train, "doctor": _doctor, "convert": _convert, "slurm": _slurm}
     if argv[:1] in (["-h"], ["--help"]):
         if process.rank() == 0:
             print(USAGE)
@@ -126,6 +128,12 @@ def _convert(argv: list[str]) -> int:
     return convert.main(argv)
 
 
+def _slurm(argv: list[str]) -> int:
+    from gspo_megatron import slurm
+
+    return slurm.main(argv)
+
+
 def _layout(config: "TrainConfig") -> "tuple[ParallelConfig, int]":
     """Every size of the layout filled in, and the number of ranks there are or will be."""
     from gspo_megatron import check
@@ -164,3 +172,7 @@ def _start_ranks(count: int, torchrun: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
     os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *sys.argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,9 +33,8 @@ ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fa
 BAD_INPUT = 2
 DEFECT = 1
 TERM_SECONDS = 25.0  # torchrun, and Slurm's KillWait, send SIGKILL 30 s after SIGTERM
-REQUEUE = (
-    85  # what Slurm's RequeueExit is commonly set to; torchrun makes it 1, so a batch script looks for a checkpoint
-)
+REQUEUE = 85  # what Slurm's RequeueExit is commonly set to
+STATUS_FILE = "GSPO_MEGATRON_STATUS_FILE"  # an environment variable: where a batch script looks for REQUEUE
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What Gloo and NCCL say when the other side of a connection has died.
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
@@ -60,15 +59,16 @@ def rank() -> int:
 def guard() -> Iterator[None]:
     """Run the body of one rank; everything that ends it early ends the process here.
 
-    A GspoError prints its message and exits with status 2 (1 where another rank was lost, REQUEUE where the run was
-    told to stop), every other exception prints its trace and exits with status 1, SIGINT and SIGTERM print one line on
-    rank 0 and exit with 130 and 143, also while the main thread is blocked in C++. Must be entered on the main thread.
+    A GspoError prints its message and exits with status 2 (1 where another rank was lost, that of _tell_scheduler
+    where the run was told to stop), every other exception prints its trace and exits with status 1, SIGINT and SIGTERM
+    print one line on rank 0 and exit with 130 and 143, also while the main thread is blocked in C++. Must be entered
+    on the main thread.
     """
     restore = _answer_signals()
     try:
         yield
     except StopRequested as error:
-        leave(REQUEUE, str(error) if rank() == 0 else None)
+        leave(_tell_scheduler(), str(error) if rank() == 0 else None)
     except LostRankError as error:
         _wait_for_first(True)
         leave(DEFECT, f"rank {rank()}: {error}")
@@ -89,6 +89,20 @@ def guard() -> Iterator[None]:
         leave(DEFECT, f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
     finally:
         restore()
+
+
+def _tell_scheduler() -> int:
+    """The exit status of a run that stopped with a checkpoint to go on from.
+
+    torchrun makes every status 1, and starts the ranks again where it may. So REQUEUE goes into a file, where the batch
+    script has named one, and torchrun sees a success.
+    """
+    path = os.environ.get(STATUS_FILE)
+    if not path:
+        return REQUEUE
+    if rank() == 0:
+        Path(path).write_text(str(REQUEUE))
+    return 0
 
 
 def _wait_for_first(is_echo: bool) -> None:

@@ -56,15 +56,8 @@ def verify(folder: Path) -> None:
         wanted = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         wanted, problem = {}, f"{folder / MANIFEST}: cannot be read ({error})"
-    for name in _my_share(wanted):
-        size, wanted_sha = wanted[name]
-        path = folder / name
-        if not path.is_file():
-            problem = f"{path}: missing"
-        elif path.stat().st_size != size:
-            problem = f"{path}: has {path.stat().st_size} bytes, and {size} were written"
-        elif _sha256(path) != wanted_sha:
-            problem = f"{path}: its contents changed after it was written (SHA-256 differs)"
+    found = (_problem(folder / name, *wanted[name]) for name in _my_share(wanted))
+    problem = problem or next((text for text in found if text), None)
     raise_together(CheckpointError(problem) if problem else None)
 
 
@@ -72,6 +65,17 @@ def digest(path: Path) -> Digest:
     """Of a file, which is on its disk afterwards."""
     _to_disk(path)
     return path.stat().st_size, _sha256(path)
+
+
+def _problem(path: Path, size: int, wanted_sha: str) -> str | None:
+    """What distinguishes a file from the one that was written."""
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != size:
+        return f"{path}: has {path.stat().st_size} bytes, and {size} were written"
+    if _sha256(path) != wanted_sha:
+        return f"{path}: its contents changed after it was written (SHA-256 differs)"
+    return None
 
 
 def _my_share(names: Iterable[str]) -> list[str]:

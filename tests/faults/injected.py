@@ -4,8 +4,10 @@ FAULTS in the environment is a JSON list of [fault, rank, phase, step, start]: w
 which start of torchrun (its restart count). Everything up to that moment, and all other ranks, are untouched.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gspo_megatron import cli, whereabouts
-from gspo_megatron.backend import network, policy
+from gspo_megatron.backend import network, policy, saver
 from gspo_megatron.tasks import isolation
 
 
@@ -152,6 +154,20 @@ def _spoil_old_log_probs(phase: str, step: int, change: float) -> None:
     policy.Policy.fill_old_log_probs = spoiled
 
 
+def full_disk(phase: str, step: int) -> None:
+    """Somebody else's file takes all but 1 MB of the disk, after the room for the checkpoint was found sufficient."""
+    stage = saver._in_host_memory
+
+    def filled(request):
+        here = whereabouts.here()
+        if (here.phase, here.step) == (phase, step):
+            with Path("runs/filler").open("wb") as filler, contextlib.suppress(OSError):
+                filler.write(bytes(shutil.disk_usage("runs").free - (1 << 20)))
+        return stage(request)
+
+    saver._in_host_memory = filled
+
+
 def scorers(kind: str):
     def install(phase: str, step: int) -> None:
         isolation.PROGRAM = "tests.faults.scorers"
@@ -184,7 +200,8 @@ FAULTS = {
     "rollout": in_rollout, "forward": in_forward, "backward": in_backward, "optimizer": in_optimizer,
     "checkpoint": in_checkpoint, "hang": hang, "absent": absent, "nan gradient": nan_gradient,
     "inf gradient": inf_gradient, "nan loss": nan_loss, "exploding ratio": exploding_ratio,
-    "overflowing ratio": overflowing_ratio, "scorer raises": scorers("raises"), "scorer hangs": scorers("hangs"),
+    "overflowing ratio": overflowing_ratio, "full disk": full_disk,
+    "scorer raises": scorers("raises"), "scorer hangs": scorers("hangs"),
     "scorer gives nan": scorers("nan"), "scorer always raises": scorers("always raises"),
 }  # fmt: skip
 
