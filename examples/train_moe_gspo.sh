@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Megatron's checkpoint writers start processes that import this file again: those must not train.
+# A process that imports this file, as those of multiprocessing do, must not train.
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from gspo_megatron.cli import main

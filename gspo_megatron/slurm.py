@@ -19,6 +19,7 @@ from gspo_megatron.config import ParallelConfig, TrainConfig, require
 from gspo_megatron.process import REQUEUE, STATUS_FILE
 
 PROGRAM = "gspo-megatron slurm"
+NODE_LOST = 900  # seconds; Slurm calls a node down after SlurmdTimeout, 300 unless the cluster changed it
 TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)$")  # [days-][hours:]minutes:seconds
 TEMPLATE = """\
 #!/bin/bash
@@ -35,12 +36,15 @@ TEMPLATE = """\
 # So many seconds before the end every rank gets SIGUSR1: the step is finished and a checkpoint written.
 #SBATCH --signal=USR1@@GRACE@
 #SBATCH --open-mode=append
+# Slurm makes no folders, and without this one the job fails without a word: mkdir -p @LOGS@
 #SBATCH --output=@LOGS@/%x-%j.log
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
 python=@PYTHON@
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Since 22.05 srun does not take this over from sbatch by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # The network interface, where the default one is not what joins the nodes:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
@@ -53,7 +57,7 @@ rendezvous=$head:$((20000 + SLURM_JOB_ID % 20000))
 echo "$(date -Is) start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, rendezvous at $rendezvous"
 
 # SIGUSR1 reaches every process of the step: torchrun must ignore it, the ranks answer it.
-srun --kill-on-bad-exit=1 --open-mode=append --output="@LOGS@/%x-%j-%N.log" \\
+srun --kill-on-bad-exit=1 --open-mode=append --output="@LOGS@/%x-%j-%n-%N.log" \\
     bash -c 'trap "" USR1; exec "$@"' torchrun \\
     "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node @RANKS@ \\
     --max-restarts @RESTARTS@ --rdzv-backend c10d --rdzv-endpoint "$rendezvous" \\
@@ -67,6 +71,11 @@ if [ "$(cat "$@STATUS_FILE@" 2>/dev/null)" = @REQUEUE@ ]; then
     # Slurm ends this script while it sleeps. Where users may not requeue, RequeueExit=@REQUEUE@ in slurm.conf does it.
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
     exit @REQUEUE@
+fi
+# A node that is lost fails the step before Slurm has noticed its silence, and a job that ends now would not go on.
+if [ $status -ne 0 ] && ! timeout 90 srun --overlap --quiet true; then
+    echo "$(date -Is) a node does not answer: Slurm takes the job back into the queue when it has noticed that"
+    sleep @NODE_LOST@
 fi
 echo "$(date -Is) ended with status $status"
 exit $status
@@ -149,7 +158,7 @@ def main(argv: list[str]) -> int:
             "Give --overwrite to replace it, or another name.")  # fmt: skip
     require(target.absolute().parent.is_dir(), "--output", str(target), "its folder does not exist",
             "Make the folder first.")  # fmt: skip
-    options.logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders, and loses the output without a word
+    options.logs.mkdir(parents=True, exist_ok=True)
     target.write_text(render(options, config, rest))
     for sentence in [*warnings(options, layout), *checks.warnings(config)]:
         print(f"warning: {sentence}", file=sys.stderr)
@@ -174,7 +183,7 @@ def check(options: Options, config: TrainConfig) -> None:
             f"leaves no time to train before the run is told to stop, --grace {options.grace} s before (Slurm does so "
             "up to 60 s early)", "Give a longer limit, or a shorter grace.")  # fmt: skip
     require(config.resume == "auto", "resume", config.resume, "the job could not go on after a requeue", "Give auto.")
-    require(re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", str(options.logs)) is not None, "--logs", str(options.logs),
+    require(re.fullmatch(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", str(options.logs)) is not None, "--logs", str(options.logs),
             "must be a folder below the current one, of plain characters", "Give logs.")  # fmt: skip
     require(options.array is None or re.fullmatch(r"[\d,\-:]+(%\d+)?", options.array) is not None, "--array",
             options.array, "is no list of seeds", "Write 1-5, or 1,3,7.")  # fmt: skip
@@ -216,6 +225,7 @@ def render(options: Options, config: TrainConfig, overrides: list[str]) -> str:
         "RESOURCES": "\n".join(resources) or "# No resources beyond the nodes.", "GRACE": options.grace,
         "LOGS": options.logs, "PYTHON": shlex.quote(options.python),
         "RESTARTS": options.max_restarts, "TRAIN": " ".join(train), "STATUS_FILE": STATUS_FILE, "REQUEUE": REQUEUE,
+        "NODE_LOST": NODE_LOST,
     }  # fmt: skip
     return re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), TEMPLATE)
 

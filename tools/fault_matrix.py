@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def cells(row: Row, folder: Path, whole: Whole) -> tuple[list[str], str | None]:
         seen, reads = "not run", f"a small disk cannot be mounted: {error}"
     except Exception as error:  # whatever it is, the other rows are tried
         seen, reads, problem = "NOT AS EXPECTED", type(error).__name__, f"{row.fault}: {error}"
-    reads = reads.replace("|", "\\|").replace(str(folder), "")
-    return [row.fault, row.expected, seen, f"{time.monotonic() - began:.0f}", reads[:160]], problem
+    reads = textwrap.shorten(reads.replace("|", "\\|").replace(f"{folder}/", ""), 170, placeholder=" ...")
+    return [row.fault, row.expected, seen, f"{time.monotonic() - began:.0f}", reads], problem
 
 
 def markdown(table: list[list[str]]) -> str:

@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import select
+import signal
 import subprocess
 import sys
 import time
 
 from gspo_megatron.config_faults import FaultsConfig
+from gspo_megatron.process import SIGNALS
 from gspo_megatron.tasks.scoring_process import LENGTH
 
 PROGRAM = "gspo_megatron.tasks.scoring_process"
@@ -36,8 +38,14 @@ class ScoringProcess:
             paths = os.pathsep.join(path for path in sys.path if path)
             env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONPATH": paths}
             command = [sys.executable, "-m", PROGRAM, str(self.memory), str(self.seconds)]
-            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=subprocess.DEVNULL, env=env, cwd="/")  # fmt: skip
+            # A scheduler signals every process of a step. The rank answers, by a checkpoint; until that is written the
+            # scorers are needed, and afterwards the end of stdin ends them. A child inherits what is blocked.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                               stderr=subprocess.DEVNULL, env=env, cwd="/")  # fmt: skip
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             self._fresh, self._buffer = True, b""
 
     def score(self, spec: dict, text: str, entry: dict) -> float:

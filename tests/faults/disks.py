@@ -58,42 +58,44 @@ def intact_and_whole(folder: Path) -> None:
     assert found and not [name for name in found if "unfinished" in name], found
 
 
-def spoiled(folder: Path, whole: Whole, harm: Callable[[Path], Path]) -> str:
-    """A killed run's newest checkpoint is harmed: its file is named, and the run goes on from the one before."""
+def spoiled(folder: Path, whole: Whole, harm: Callable[[Path], list[Path]]) -> str:
+    """A killed run's newest checkpoint is harmed: a harmed file is named, and the run goes on from the one before."""
     with running(folder, ("forward", 0, "rl", 4, 0)) as launch:
         assert launch.wait(LONG) == 1, launch.stderr
     checkpoints = sorted((folder / "runs/moe_gspo/checkpoints").glob("step_*"))
     assert [path.name for path in checkpoints] == ["step_000002", "step_000003"]
-    victim = harm(checkpoints[-1])
+    victims = [f"{path.parent.name}/{path.name}:" for path in harm(checkpoints[-1])]
     with running(folder) as launch:
         assert launch.wait(LONG) == 0, launch.stderr
-        text = " ".join(launch.stdout.replace("\n", "").split())
+        text = " ".join(launch.stdout.split())
     assert "goes on after rl step 2" in text, text[-3000:]
     same(result(folder), whole)
-    place = text.index(f"{victim.parent.name}/{victim.name}:")
-    return text[place : place + 130]
+    places = [text.index(victim) for victim in victims if victim in text]
+    assert places, f"none of {victims} is named:\n{text[-3000:]}"
+    return text[places[0] :]
 
 
-def flip(folder: Path) -> Path:
+def flip(folder: Path) -> list[Path]:
     """One bit."""
     victim = sorted(folder.glob("*.distcp"))[0]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    return victim
+    return [victim]
 
 
-def truncate(folder: Path) -> Path:
+def truncate(folder: Path) -> list[Path]:
     victim = sorted(folder.glob("*.distcp"))[-1]
     os.truncate(victim, victim.stat().st_size // 2)
-    return victim
+    return [victim]
 
 
-def half_delete(folder: Path) -> Path:
+def half_delete(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.distcp"))
-    for file in files[: len(files) // 2]:
+    lost = files[: len(files) // 2]
+    for file in lost:
         file.unlink()
-    return files[0]
+    return lost
 
 
 def corrupt_line(folder: Path) -> str:

@@ -135,3 +135,17 @@ process.score({SPIRAL!r}, "sum(range(10**13))", {ENTRY!r})
     os.kill(rank.pid, signal.SIGKILL)
     rank.wait()
     assert gone([child], 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_schedulers_signal_costs_no_reward(number):
+    """Slurm signals every process of a step; the step that is finished after it must get its rewards."""
+    process = ScoringProcess(FaultsConfig(reward_timeout=5.0))
+    try:
+        process.start()
+        os.kill(process._child.pid, number)  # before it has come up
+        assert process.score(SPELL, "cba", {"answer": "cba"}) == 1.0
+        os.kill(process._child.pid, number)
+        assert process.score(SPELL, "cba", {"answer": "cba"}) == 1.0
+    finally:
+        process.close()
