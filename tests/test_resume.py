@@ -53,9 +53,11 @@ CASES = {  # layout, algorithm, dtype, where the first start ends: after so many
     "grpo": (DP2, GRPO, "bf16", ("rl", 2)),
     "ppo": (DP2, PPO, "fp32", ("rl", 3)),
 }
-MOVED = {
-    "TP2": ParallelConfig(2, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
-    "EP2": ParallelConfig(1, 1, None, 2, 1), "DP2": DP2,
+EP2 = ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True)
+MOVED = {  # from the first layout of each row to the others
+    "PP2": {"PP2": PP2, "TP2": ParallelConfig(2, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
+            "EP2": ParallelConfig(1, 1, None, 2, 1), "DP2": DP2},
+    "EP2": {"EP2": EP2, "DP2, EP1": DP2, "PP2, EP1": PP2},
 }  # fmt: skip
 
 
@@ -125,13 +127,13 @@ def test_resumed_equals_never_ended(ended, name):
     assert samples[0] == samples[1]
 
 
-def moved(rank: int, world_size: int, folder: Path) -> dict:
-    """A run ended after two RL steps under PP2, and its last step under other layouts."""
+def moved(rank: int, world_size: int, folder: Path, origin: str) -> dict:
+    """A run ended after two RL steps under one layout, and its last step under that and others."""
     config = dataclasses.replace(CONFIG, algorithm=GRPO.resolved())
-    start = dataclasses.replace(config, parallel=PP2, output_dir=folder / "start")
+    start = dataclasses.replace(config, parallel=MOVED[origin][origin], output_dir=folder / "start")
     train_once(start, ("rl", 3))
     results = {}
-    for name, layout in {"PP2": PP2, **MOVED}.items():
+    for name, layout in MOVED[origin].items():
         if rank == 0:
             shutil.copytree(folder / "start", folder / name)
         dist.barrier()
@@ -143,13 +145,14 @@ def read_after(result: dict) -> dict:
     return {"rows": read_metrics(result["folder"]), "weights": result["weights"]}
 
 
-def test_another_layout_goes_on_with_the_same_numbers(tmp_path):
+@pytest.mark.parametrize("origin", MOVED)
+def test_another_layout_goes_on_with_the_same_numbers(tmp_path, origin):
     """Step 3 after a resume elsewhere: the same loss and reward, the gradient's norm to fp32's rounding.
 
     Sampled tokens can differ where two logits are closer than rounding; here they do not (the reward is the same).
     """
-    found = spawn(moved, 2, tmp_path, timeout=250)[0]
-    expected = found.pop("PP2")["rows"][-1]
+    found = spawn(moved, 2, tmp_path, origin, timeout=250)[0]
+    expected = found.pop(origin)["rows"][-1]
     assert expected["step"] == 3
     for name, result in found.items():
         row = result["rows"][-1]

@@ -1,10 +1,10 @@
 """Is a training that was killed the training that was not? Kills random ranks at random moments, and compares bits.
 
-    python tools/kill_resume.py [--kills 10] [--steps 30] [--seed 1] [--markdown FILE]
+    python tools/kill_resume.py [--kills 10] [--steps 40] [--window 5] [--seed 1] [--markdown FILE]
 
 For each layout (DP2 with the distributed optimizer, TP2 x PP2, EP2 x PP2) a short training of the example recipe runs
 to its end undisturbed. Then the same training is started under torchrun once, and kill -9 takes a random rank of every
-start, most often within 2.5 s of training, sometimes while the start imports, connects or loads. torchrun starts the
+start, most often within --window seconds of training, sometimes while the start imports, connects or loads. torchrun starts the
 ranks again. The last checkpoint's tensors (weights, Adam's moments, fp32 copies) must have the same SHA-256, file by
 file, and metrics.jsonl each step once with the same numbers. All layouts take about ten minutes.
 
@@ -27,7 +27,8 @@ COLUMNS = ("layout", "ranks", "kills", "last checkpoint, metrics.jsonl", "second
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, metavar="N", help="a layout (10)")
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="RL steps of the training (30)")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="RL steps of the training (40)")
+    parser.add_argument("--window", type=float, default=5.0, metavar="S", help="seconds of training before a kill (5)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of moments and ranks (1)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to this file")
     options = parser.parse_args()
@@ -41,7 +42,8 @@ def cells(layout: Layout, folder: Path, options: argparse.Namespace) -> tuple[li
     """(the row of the table, whether all is well)."""
     try:
         whole = undisturbed(folder / "undisturbed", layout, options.steps)
-        killed = survive(folder / "killed", layout, whole, options.kills, options.steps, options.seed)
+        killed = survive(folder / "killed", layout, whole, options.kills, options.steps, options.seed,
+                         options.window)  # fmt: skip
     except AssertionError as problem:
         print(f"FAIL {layout.name}: {problem}", file=sys.stderr)
         return [layout.name, str(layout.ranks), str(options.kills), "NOT THE SAME", "", ""], False

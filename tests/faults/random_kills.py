@@ -14,8 +14,6 @@ import psutil
 from tests.faults.scenarios import LONG, Whole, ranks_of, result, running, same
 from tests.launching import Launch, wait_until
 
-# A start makes this much of the training before it is killed, at most; more than a step, so that the run gets on.
-WINDOW = 2.5  # seconds
 ANYWHERE = 0.2  # the share of the kills that may hit the start itself too: imports, rendezvous, loading
 START = 8.0  # seconds that such a kill may come after the ranks have started
 STARTED = "RL: "  # the head of the table that a start prints when its training begins
@@ -51,14 +49,18 @@ class Killed:
     seconds: float
 
 
-def survive(folder: Path, layout: Layout, whole: Whole, kills: int, steps: int, seed: int) -> Killed:
-    """Kill, `kills` times. Raises AssertionError unless weights and record are those of `whole`."""
+def survive(folder: Path, layout: Layout, whole: Whole, kills: int, steps: int, seed: int, window: float) -> Killed:
+    """Kill, `kills` times, most often within `window` seconds after a start has begun to train.
+
+    Raises:
+        AssertionError: weights or record are not those of `whole`, or the training was over before the last kill.
+    """
     chance, moments, began = random.Random(seed), [], time.monotonic()
     with running(folder, extra=(*layout.options, "--steps", str(steps)), ranks=layout.ranks, restarts=kills) as launch:
         killed: set[int] = set()
         for number in range(kills):
             pids = _fresh_ranks(launch, layout.ranks, killed)
-            _wait_a_while(launch, chance)
+            _wait_a_while(launch, chance, window)
             assert launch.process.poll() is None, f"the training ended before kill {number + 1}: take more steps"
             rank = chance.randrange(layout.ranks)
             moments.append(f"rank {rank}, {_last_step(folder)}")
@@ -85,13 +87,13 @@ def _fresh_ranks(launch: Launch, count: int, killed: set[int]) -> dict[int, int]
     return found
 
 
-def _wait_a_while(launch: Launch, chance: random.Random) -> None:
+def _wait_a_while(launch: Launch, chance: random.Random, window: float) -> None:
     starts = launch.stdout.count(STARTED)
     if chance.random() < ANYWHERE:
         time.sleep(chance.uniform(0, START))
         return
     assert wait_until(lambda: launch.stdout.count(STARTED) > starts, LONG), launch.stderr[-3000:]
-    time.sleep(chance.uniform(0, WINDOW))
+    time.sleep(chance.uniform(0, window))
 
 
 def _last_step(folder: Path) -> str:
