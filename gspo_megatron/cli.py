@@ -23,12 +23,14 @@ USAGE = """\
 usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron convert SOURCE TARGET [--dtype bf16 ...]
+       gspo-megatron upcycle SOURCE TARGET [--experts 8 ...]
        gspo-megatron slurm RECIPE.yaml --nodes N [--some.override VALUE ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
 doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
 convert Hugging Face folder to Megatron checkpoint, or back; `gspo-megatron convert --help` lists the options
+upcycle dense Hugging Face folder to a MoE whose experts are copies; `gspo-megatron upcycle --help` lists the options
 slurm   write a batch script for a recipe, checked against its nodes; `gspo-megatron slurm --help` lists the options
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
@@ -50,7 +52,7 @@ except ChildFailedError as error:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "doctor": _doctor, "convert": _convert, "slurm": _slurm}
+    commands = {"train": _train, "doctor": _doctor, "convert": _convert, "upcycle": _upcycle, "slurm": _slurm}
     if argv[:1] in (["-h"], ["--help"]):
         if process.rank() == 0:
             print(USAGE)
@@ -126,6 +128,12 @@ def _convert(argv: list[str]) -> int:
     from gspo_megatron import convert
 
     return convert.main(argv)
+
+
+def _upcycle(argv: list[str]) -> int:
+    from gspo_megatron import upcycle
+
+    return upcycle.main(argv)
 
 
 def _slurm(argv: list[str]) -> int:

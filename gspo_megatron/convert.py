@@ -1,7 +1,7 @@
 """gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, by one process on the CPU.
 
 What SOURCE is decides the direction. torch is imported only after the options and the folders have been looked at.
-Left out: several processes, hashes of the tensors, comparing logits.
+Left out: several processes, hashes of the tensors.
 """
 
 import os
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gspo_megatron.config import require
 
 PROGRAM = "gspo-megatron convert"
+LIMIT = 1e-5  # of the logits' difference, as a share of the largest: fp32's rounding over tens of layers
 Direction = Literal["hf_to_megatron", "megatron_to_hf"]
 
 
@@ -46,6 +47,9 @@ class Options:
     max_shard_size: float = 5.0
     """To Hugging Face: GB (10^9 bytes) of one safetensors file."""
 
+    verify: tuple[str, ...] = ()
+    """Prompts on which the logits of both sides are compared afterwards, in fp32 by transformers and by Megatron."""
+
 
 def main(argv: list[str], direction: Direction | None = None, program: str = PROGRAM) -> int:
     """Run the command. Returns the exit status 0.
@@ -66,7 +70,7 @@ def main(argv: list[str], direction: Direction | None = None, program: str = PRO
 
     dtype = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     console = Console(stderr=True)
-    with _bar(console, options.source.name) as progress:
+    with bar(console, options.source.name) as progress:
         if direction == "hf_to_megatron":
             convert.to_megatron(options.source, options.target, dtype, options.drop_mtp, progress)
         else:
@@ -74,7 +78,30 @@ def main(argv: list[str], direction: Direction | None = None, program: str = PRO
             convert.to_hugging_face(options.source, options.target, dtype, options.stacked_experts, progress,
                                     options.hf_config, size)  # fmt: skip
     print(f"done: {options.target}")
+    if options.verify:
+        folders = (options.source, options.target)
+        verify(*(folders if direction == "hf_to_megatron" else folders[::-1]), options)
     return 0
+
+
+def verify(folder: Path, checkpoint: Path, options: Options) -> None:
+    """Print how far the logits are apart.
+
+    Args:
+        folder: Hugging Face's side.
+
+    Raises:
+        ConversionError: farther than rounding explains, where no type was changed.
+    """
+    from gspo_megatron.errors import ConversionError
+    from gspo_megatron.hf.verify import compare
+
+    for found in compare(folder, checkpoint, options.verify):
+        print(f"logits of {found.prompt!r}, {found.tokens} tokens: differ by at most {found.largest:.1e} (largest "
+              f"{found.scale:.1f}), {'the same' if found.same_choices else 'NOT the same'} choices")  # fmt: skip
+        if options.dtype == "same" and found.largest > LIMIT * max(found.scale, 1.0):
+            raise ConversionError(f"{options.target}: its logits of {found.prompt!r} differ from the source's by "
+                                  f"{found.largest:.1e}, more than rounding explains. Do not use it.")  # fmt: skip
 
 
 def check(options: Options, direction: Direction | None) -> Direction:
@@ -95,7 +122,7 @@ def check(options: Options, direction: Direction | None) -> Direction:
 
 
 @contextmanager
-def _bar(console: Console, name: str) -> Iterator:
+def bar(console: Console, name: str) -> Iterator:
     """A progress bar on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -4,9 +4,9 @@
 
 For each layout (DP2 with the distributed optimizer, TP2 x PP2, EP2 x PP2) a short training of the example recipe runs
 to its end undisturbed. Then the same training is started under torchrun once, and kill -9 takes a random rank of every
-start, most often within --window seconds of training, sometimes while the start imports, connects or loads. torchrun starts the
-ranks again. The last checkpoint's tensors (weights, Adam's moments, fp32 copies) must have the same SHA-256, file by
-file, and metrics.jsonl each step once with the same numbers. All layouts take about ten minutes.
+start, most often within --window seconds of training, sometimes while the start imports, connects or loads. torchrun
+starts the ranks again. The last checkpoint's tensors (weights, Adam's moments, fp32 copies) must have the same SHA-256,
+file by file, and metrics.jsonl each step once with the same numbers. All layouts take about ten minutes.
 
 Exit status: 0 all are the same, 1 one is not, 2 bad input.
 """

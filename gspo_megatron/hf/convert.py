@@ -5,7 +5,8 @@ Both sides are written aside and get their name when they are complete.
 
 A checkpoint made here, or by a run, has config.json and tokenizer in its folder hf/, so that it can be converted back.
 
-Left out: reading slices on several machines, comparing logits, hashes of the tensors, upcycling, quantised sources.
+Left out: reading slices on several machines, hashes of the tensors, quantised sources. verify.py compares logits,
+upcycle.py makes experts of a dense model.
 """
 
 import os
@@ -62,7 +63,7 @@ def to_megatron(
         fill(parameter, entries.get(parameter.name), files, arch)
         filled.add(parameter.name)
 
-    with _one_process_model(shape, dtype) as (model, topology), _written_aside(target) as folder:
+    with one_process_model(shape, dtype) as (model, topology), _written_aside(target) as folder:
         with torch.no_grad():
             streaming.save(model, topology, folder, from_source, progress, group_bytes)
         if forgotten := entries.keys() - filled:
@@ -98,7 +99,7 @@ def to_hugging_face(
     kept = streaming.stored_dtype(source)
     arch = shape.architecture
     entries = table.entries(arch, is_stacked)
-    with _one_process_model(shape, kept) as (model, topology):
+    with one_process_model(shape, kept) as (model, topology):
         _check_stored(source, model)
         forms = {p.name: p for p in streaming.stored(model, topology)}
         held = {name: export.Held(p.full_shape, None, p.local.dtype, (0,)) for name, p in forms.items()}
@@ -142,7 +143,7 @@ def _check_stored(source: Path, model: PackedModel) -> None:
 
 
 @contextmanager
-def _one_process_model(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[PackedModel, Topology]]:
+def one_process_model(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[PackedModel, Topology]]:
     """The whole model, allocated and not filled, in a process group of this process alone."""
     if dtype not in NAMES:
         raise ConversionError(f"{dtype} is not supported. Give one of: {', '.join(map(str, NAMES))}.")

@@ -1,0 +1,77 @@
+"""Do a Hugging Face folder and a Megatron checkpoint hold the same model? Compares their logits on given prompts.
+
+Both models are whole in memory here, in fp32, one after the other. Left out: other layouts than one process
+(tools/conversion_matrix.py), and families that transformers cannot run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gspo_megatron.backend import streaming
+from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.model import ModelShape
+from gspo_megatron.errors import ConversionError
+from gspo_megatron.hf.convert import one_process_model
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of the logits of one prompt."""
+
+    prompt: str
+    tokens: int
+    largest: float  # absolute difference, over all tokens and the vocabulary
+    scale: float  # largest absolute logit
+    same_choices: bool  # the most likely next token is the same after each token
+
+
+def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Difference]:
+    """Logits of transformers' model in `folder` against those of Megatron's in `checkpoint`, a row a prompt.
+
+    Raises:
+        ConversionError: the folder has no tokenizer, or a prompt has no tokens.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{folder}: prompts need its tokenizer, which cannot be read ({error}).") from None
+    texts = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    for prompt, tokens in zip(prompts, texts, strict=True):
+        if not len(tokens):
+            raise ConversionError(f"--verify {prompt!r}: has no tokens. Give a text.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = [model(tokens[None]).logits[0] for tokens in texts]
+    del model
+    ours = megatron_logits(folder, checkpoint, texts)
+    found = []
+    for prompt, a, b in zip(prompts, theirs, ours, strict=True):
+        same = torch.equal(a.argmax(1), b.argmax(1))
+        found.append(Difference(prompt, len(a), float((a - b).abs().max()), float(a.abs().max()), same))
+    return found
+
+
+@torch.no_grad()
+def megatron_logits(folder: Path, checkpoint: Path, texts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """[T, V] fp32 of each text, by a model in fp32 whatever the checkpoint's type.
+
+    Args:
+        folder: has the model's config.json.
+        texts: token ids, [T] int64 each.
+    """
+    shape = ModelShape.of_folder(folder)
+    with one_process_model(shape, streaming.stored_dtype(checkpoint)) as (model, topology):
+        loaded = streaming.load(model, topology, checkpoint)  # each is valid until the next
+        full = {name: tensor.to(torch.float32, copy=True) for name, tensor in loaded}
+        for parameter in streaming.stored(model, topology):
+            parameter.local.data = full.pop(parameter.name)
+        found = []
+        for tokens in texts:
+            plan = PackedPlan.from_cu_seqlens(torch.tensor([0, len(tokens)], dtype=torch.int32))
+            places = torch.arange(len(tokens))[None]
+            found.append(model(tokens[None], places, None, packed_seq_params=plan))
+        return found
