@@ -1,0 +1,41 @@
+"""convert --verify: the same model has the same logits, and a tensor that differs is found."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from gspo_megatron import convert as command
+from gspo_megatron.data.tokenizer import train_tokenizer
+from gspo_megatron.errors import ConversionError
+from gspo_megatron.hf import convert, verify
+from gspo_megatron.hf.round_trip import TINY, write_model
+from tests.distributed import spawn
+
+PROMPTS = ("one", "two words")
+
+
+def compared(rank: int, world_size: int, folder: Path) -> tuple[list, str]:
+    write_model(folder / "hf", TINY["qwen3_moe"] | {"vocab_size": 320})
+    train_tokenizer(PROMPTS, 260).save_pretrained(folder / "hf")
+    convert.to_megatron(folder / "hf", folder / "megatron", None, False, lambda done, total: None)
+    found = verify.compare(folder / "hf", folder / "megatron", PROMPTS)
+    shutil.copytree(folder / "hf", folder / "swapped")
+    tensors = load_file(folder / "hf/model.safetensors")
+    names = [f"model.layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(2)]
+    tensors |= {names[0]: tensors[names[1]].clone(), names[1]: tensors[names[0]].clone()}
+    save_file(tensors, folder / "swapped/model.safetensors", {"format": "pt"})
+    options = command.Options(folder / "hf", folder / "megatron", verify=PROMPTS)
+    with pytest.raises(ConversionError) as caught:
+        command.verify(folder / "swapped", folder / "megatron", options)
+    return found, str(caught.value)
+
+
+def test_the_same_model_agrees_and_swapped_experts_do_not(tmp_path):
+    """fp32's rounding over four layers against two experts of one layer that trade places."""
+    found, refused = spawn(compared, 1, tmp_path)[0]
+    assert [one.prompt for one in found] == list(PROMPTS)
+    for one in found:
+        assert one.tokens > 0 and one.same_choices and one.largest < 2e-5 * max(one.scale, 1)
+    assert "megatron: its logits of 'one' differ from the source's by" in refused and "Do not use it" in refused
