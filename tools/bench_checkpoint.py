@@ -38,9 +38,7 @@ LARGER = {"hidden_size": 512, "num_hidden_layers": 8, "moe_intermediate_size": 3
 
 def steps_of(run: runs.Run, estimator, mode: str, first: int, count: int) -> list[float]:
     """Seconds of each step with its checkpoint."""
-    checkpoint = dataclasses.replace(run.config.checkpoint, interval=0 if mode == "none" else 1,
-                                     asynchronous=mode == "asynchronous")  # fmt: skip
-    run.config = dataclasses.replace(run.config, checkpoint=checkpoint, steps=10**6)
+    set_mode(run, mode)
     seconds = []
     for step in range(first, first + count):
         dist.barrier()
@@ -48,8 +46,21 @@ def steps_of(run: runs.Run, estimator, mode: str, first: int, count: int) -> lis
         run.keep("rl", step, train.run_step(run, estimator, step))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
-    run._publish()
+    wait_until_visible(run)
     return seconds
+
+
+def set_mode(run: runs.Run, mode: str) -> None:
+    checkpoint = dataclasses.replace(run.config.checkpoint, interval=0 if mode == "none" else 1,
+                                     asynchronous=mode == "asynchronous")  # fmt: skip
+    run.config = dataclasses.replace(run.config, checkpoint=checkpoint, steps=10**6)
+
+
+def wait_until_visible(run: runs.Run) -> None:
+    while run.saver.is_writing:
+        time.sleep(0.002)
+    dist.barrier()
+    run.publish_written()
 
 
 def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
@@ -76,13 +87,15 @@ def sizes(rank: int, world_size: int, folder: Path, hf_config: str, dtype: str) 
     words = ("--model.hf-config", hf_config, "--model.params-dtype", dtype, "--name", dtype)
     run = runs.start(load(folder, ParallelConfig(1, 2, None, 1, 1), *words))
     run.policy.start_optimizer()
+    set_mode(run, "asynchronous")
     began = time.perf_counter()
-    checkpoint = run._begin_checkpoint("rl", 1, {}, None)
+    run.keep("rl", 1, {})
     waited = time.perf_counter() - began
-    run._publish()
+    wait_until_visible(run)
     total = time.perf_counter() - began
     own = torch.tensor(float(sum(p.numel() for model in run.policy.models for p in model.parameters())))
     dist.all_reduce(own)
+    checkpoint = run.folder / "checkpoints/step_000001"
     bytes_ = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
     runs.stop(run)
     return int(own), bytes_, waited, total

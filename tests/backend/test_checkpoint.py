@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gspo_megatron.backend import checkpoint, parameters, saver, topology
+from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import ParallelConfig
 from gspo_megatron.errors import CheckpointError
-from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
+from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, small_policy
 from tests.distributed import spawn
 
 
@@ -26,6 +27,45 @@ def load(layout: ParallelConfig, folder: Path) -> dict:
                 parameter.zero_()
     checkpoint.load_weights(policy.network, folder)
     return parameters.gather_full(policy.models, policy.topology)
+
+
+def log_probs(policy: Policy) -> torch.Tensor | None:
+    """[T] of all targets of the fixed batches; None but on the last stage."""
+    batches = fixed_batches()
+    policy.fill_old_log_probs(batches)
+    return torch.cat([batch.old_logprobs for batch in batches]) if policy.topology.is_last_stage else None
+
+
+def log_probs_of(layout: ParallelConfig, folder: Path) -> torch.Tensor | None:
+    policy = small_policy(layout)
+    checkpoint.load_weights(policy.network, folder)
+    return log_probs(policy)
+
+
+def moved(rank: int, world_size: int, folder: Path) -> tuple[torch.Tensor | None, dict]:
+    policy = small_policy(TP2_PP2_EP2)
+    with torch.no_grad():
+        for model in policy.models:
+            for parameter in model.parameters():
+                parameter.mul_(1.1)  # what small_policy begins with must not pass for what was loaded
+    saver.save({"": policy.network}, folder)
+    saved = log_probs(policy)
+    topology.stop()
+    layouts = {"TP1 x PP4 x EP1": ParallelConfig(1, 4, None, 1, 1), "EP4": ParallelConfig(1, 1, None, 4, 1)}
+    return saved, in_layouts(rank, world_size, layouts, log_probs_of, folder)
+
+
+def test_the_same_log_probs_under_another_layout(tmp_path):
+    """Saved at TP2 x PP2 x EP2, loaded with four stages, and with one stage and two experts a rank: what the logits say
+    of each target differs by fp32's rounding alone. (Log-probs here go down to -10.)"""
+    results = spawn(moved, 4, tmp_path / "step_000001")
+    saved = next(found for found, _ in results if found is not None)
+    assert saved.std() > 0.5
+    for name in results[0][1]:
+        loaded = [found[name] for _, found in results if found[name] is not None]
+        assert len(loaded) == (1 if "PP4" in name else 4)
+        for one in loaded:
+            torch.testing.assert_close(one, saved, rtol=0, atol=2e-5)
 
 
 def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
