@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def stopped(folder: Path, whole: Whole) -> str:
         text = launch.stderr
     line_with(text, "rl step 2, update, microbatch 1 of")
     same(result(folder), whole)
-    return line_with(text, "is silent")
+    return line_with(text, "is silent").replace(socket.gethostname(), "HOST")
 
 
 def absent(folder: Path, whole: Whole) -> str:
