@@ -1,6 +1,6 @@
 """Whole folders converted by one process, and their checkpoints in other layouts.
 
-Left out: models larger than memory (tools/bench_conversion.py measures the peak).
+Left out: models larger than memory (tools/bench_convert.py measures the peak).
 """
 
 import json
