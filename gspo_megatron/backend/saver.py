@@ -41,6 +41,9 @@ POLL_SECONDS = 0.05
 
 # Megatron turns Python's garbage collector off while it writes, which a forked process needs and a thread must not do.
 write_file = inspect.unwrap(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
+# megatron-core 0.19 has two kinds of requests, and means nvidia-resiliency-ext's if it is not told.
+HAS_KINDS = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+OF_MEGATRON = {"async_strategy": "mcore"} if HAS_KINDS else {}
 
 
 @dataclass
@@ -117,7 +120,7 @@ class Saver:
         _on_main(lambda: unfinished.mkdir(parents=True))
         # Megatron would start a server process for this queue. Here both its ends are in this process.
         filesystem_async._results_queue = queue.Queue()
-        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True, **OF_MEGATRON)
         counters = {name: checkpoint.counters_of(network) for name, network in networks.items() if network.optimizer}
 
         def add_small_files() -> None:
