@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gspo_megatron.config_algorithm import GROUP_NORMALISED, AlgorithmConfig
 from gspo_megatron.config_faults import FaultsConfig
+from gspo_megatron.config_routing import RoutingConfig
 from gspo_megatron.requirements import STRICT, positive, require
 
 # The padded vocabulary is a multiple of this in every layout, so tensor-parallel sizes must divide it. Padded ids are
@@ -262,6 +263,7 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 

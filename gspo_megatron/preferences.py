@@ -26,7 +26,8 @@ from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import answer_tokens, question_tokens
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.metrics.clock import StepClock
-from gspo_megatron.metrics.reduce import gather_rows, load_metrics, optimizer_metrics
+from gspo_megatron.metrics.reduce import gather_rows, optimizer_metrics
+from gspo_megatron.routing.statistics import routing_metrics
 from gspo_megatron.run import Run
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs
 from gspo_megatron.types import PackedBatch, TrainSequence
@@ -98,7 +99,7 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
 
 @torch.no_grad()
 def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
-    """dpo/eval_* and the experts' load on the held-out pairs, by a forward pass. A collective over all ranks."""
+    """dpo/eval_*, by a forward pass, and route/* of the last update. A collective over all ranks."""
     clock = StepClock(run.runtime.device)
     policy = run.policy
     policy.fill_old_log_probs(held.batches)
@@ -106,7 +107,7 @@ def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
     log_ratios = gather_rows(unpacked(sums, held.batches).view(-1, 2), run.topology.dp_group)[: held.num_pairs]
     metrics = pair_metrics(log_ratios, run.config.algorithm.preference)
     row = {f"dpo/eval_{name}": value for name, value in metrics.items()} | {"dpo/eval_num": held.num_pairs}
-    return row | load_metrics(policy.expert_load.take()) | {"time/eval": clock.read()["time/step"]}
+    return row | routing_metrics(policy.routing.take(), policy.routing.topk) | {"time/eval": clock.read()["time/step"]}
 
 
 def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict[str, float]:

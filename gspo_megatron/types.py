@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gspo_megatron.routing.routes import Routes
+
 
 @dataclass(frozen=True)
 class TaskItem:
@@ -85,6 +87,7 @@ class PackedBatch:
     ref_logprobs: torch.Tensor | None = None  # [T] fp32, of the frozen reference
     values: torch.Tensor | None = None  # [T] fp32, the critic's at collection (PPO)
     returns: torch.Tensor | None = None  # [T] fp32, what the critic learns (PPO)
+    old_routes: Routes | None = None  # of the pass that computed old_logprobs; this rank's layers and tokens
     rollout_logprobs: torch.Tensor | None = None  # [T] fp32
     rewards: torch.Tensor | None = None  # [S] fp32
     group_id: torch.Tensor | None = None  # [S] int64

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
 from gspo_megatron.backend.context_parallel import ContextSplit
+from gspo_megatron.routing.routes import RouteTrace
 
 
 @dataclass
@@ -28,6 +29,7 @@ class PackedPlan(PackedSeqParams):
     max_len: int = 0
     padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
     split: ContextSplit | None = None  # None: this rank feeds all tokens
+    trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
 
     @classmethod
     def from_cu_seqlens(

@@ -25,6 +25,12 @@ from gspo_megatron.backend.publication import from_last_stage
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.types import PackedBatch
 
+Prepare = Callable[[list[tuple[PackedBatch, PackedPlan]]], None]
+
+
+def nothing(work: list[tuple[PackedBatch, PackedPlan]]) -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -55,12 +61,16 @@ class Network:
             batch.cu_seqlens, thd, self.topology.cp_group if self.topology.cp_size > 1 else None
         )
 
-    def run(self, batches: Sequence[PackedBatch], on_output: Callable, forward_only: bool) -> None:
+    def run(
+        self, batches: Sequence[PackedBatch], on_output: Callable, forward_only: bool, prepare: Prepare = nothing
+    ) -> None:
         """One pass of Megatron's schedule; on_output(batch, plan, output) is called on the last stage.
 
         The output has one row a token that this rank feeds: all tokens, or `plan.rows` under context parallelism.
+        prepare is given all (batch, plan) before the first of them runs.
         """
         work = [(batch, self.plan(batch)) for batch in batches]
+        prepare(work)
 
         def forward_step(iterator: Iterator, model: torch.nn.Module):
             number, (batch, plan) = next(iterator)
@@ -86,8 +96,9 @@ class Network:
         )
 
     def step(
-        self, batches: Sequence[PackedBatch], share: Callable, drained: Callable[[], None] = lambda: None
-    ) -> StepResult:
+        self, batches: Sequence[PackedBatch], share: Callable, drained: Callable[[], None] = lambda: None,
+        prepare: Prepare = nothing,
+    ) -> StepResult:  # fmt: skip
         """Gradients of all microbatches and one optimizer step. A collective over all ranks.
 
         A gradient of exactly zero, or one that is not finite, changes nothing: no weight, no moment, no learning rate.
@@ -96,6 +107,7 @@ class Network:
             batches: this replica's microbatches; every replica gives the same number.
             share: (batch, plan, output) -> the microbatch's share of the step's loss [], differentiable.
             drained: called once all microbatches have been through the pipeline, before the optimizer begins.
+            prepare: see run.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -105,7 +117,7 @@ class Network:
         def scaled(batch: PackedBatch, plan: PackedPlan, output: torch.Tensor) -> tuple[torch.Tensor, dict]:
             return share(batch, plan, output) * scale, {}
 
-        self.run(batches, scaled, forward_only=False)
+        self.run(batches, scaled, forward_only=False, prepare=prepare)
         drained()
         whereabouts.detail("optimizer")
         rate = optimizers.learning_rate(self.optimizer)

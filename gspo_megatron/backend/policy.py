@@ -15,9 +15,9 @@ from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import optimizer as optimizers
 from gspo_megatron.backend import publication
 from gspo_megatron.backend.attention import PackedPlan
-from gspo_megatron.backend.network import Network
+from gspo_megatron.backend.network import Network, Prepare, nothing
 from gspo_megatron.backend.publication import PendingStats
-from gspo_megatron.backend.router_hooks import ExpertLoad
+from gspo_megatron.backend.routing_watch import RoutingWatch
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.backend.skipped import SkippedUpdates
 from gspo_megatron.backend.targets import Targets
@@ -58,7 +58,7 @@ class Policy:
         self.network = Network(chunks, topology)
         if source is not None:
             load.load(self.models, topology, source, shape.architecture, config.model.load_hf_drop_mtp)
-        self.expert_load = ExpertLoad(self.models)
+        self.routing = RoutingWatch(config.routing, self.models, topology)
         self.skipped = SkippedUpdates(config.faults.max_skipped_updates, "policy")
 
     @property
@@ -89,21 +89,33 @@ class Policy:
         CPU. (On CUDA, Megatron adds expert outputs by atomics where a token has more than two experts: measure there.)
         Under context parallelism each rank has those of its own tokens, and 0 elsewhere.
         """
-        with self.expert_load.counting():
-            self._fill("old_logprobs", batches)
+        for batch, logprobs in zip(batches, self.log_probs(batches, self.routing.before_old), strict=True):
+            batch.old_logprobs = logprobs
+        self.routing.after_old()
 
     def fill_ref_log_probs(self, batches: Sequence[PackedBatch]) -> None:
         """Set ref_logprobs [T] fp32 likewise, at the weights as they are now (see reference.FrozenReference)."""
-        self._fill("ref_logprobs", batches)
+        for batch, logprobs in zip(batches, self.log_probs(batches), strict=True):
+            batch.ref_logprobs = logprobs
+
+    def log_probs_along_old_routes(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
+        """log_probs with every token sent to the experts of its batch's old_routes."""
+        found = self.log_probs(batches, self.routing.before_fixed)
+        self.routing.after_fixed()
+        return found
 
     @torch.no_grad()
-    def _fill(self, name: str, batches: Sequence[PackedBatch]) -> None:
+    def log_probs(self, batches: Sequence[PackedBatch], prepare: Prepare = nothing) -> list[torch.Tensor | None]:
+        """[T] fp32 (fp64 of an fp64 model) of every batch, None on all stages but the last."""
+        found: dict[int, torch.Tensor] = {}
+
         def keep(batch: PackedBatch, plan: PackedPlan, output: torch.Tensor, non_loss_data: bool = False) -> None:
             logprobs, _, _ = self._target_log_probs(batch, plan, output)
-            setattr(batch, name, logprobs.float() if logprobs.dtype is not torch.float64 else logprobs)
+            found[id(batch)] = logprobs.float() if logprobs.dtype is not torch.float64 else logprobs
 
         with self._hidden_states():
-            self.network.run(batches, keep, forward_only=True)
+            self.network.run(batches, keep, forward_only=True, prepare=prepare)
+        return [found.get(id(batch)) for batch in batches]
 
     def update(
         self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts, step: int = 0, minibatch: int = 0
@@ -145,8 +157,9 @@ class Policy:
             published.append(publication.start(self.topology, ordered, rows, step, minibatch, self.device))
 
         with self._hidden_states():
-            done = self.network.step(batches, share, drained=publish)
+            done = self.network.step(batches, share, drained=publish, prepare=self.routing.before_update)
         stats = published[0].wait()
+        self.routing.after_update(minibatch)
         if done.stepped or done.grad_norm == 0.0:
             self.skipped.passed()
             return UpdateResult(stats, done.grad_norm, done.learning_rate, done.stepped)

@@ -49,6 +49,20 @@ def _finite(results: list[UpdateResult]) -> list[UpdateResult]:
     return [result for result in results if result.not_finite is None]
 
 
+def published(results: list[UpdateResult], group: dist.ProcessGroup) -> SequenceTable:
+    """The sequences of several updates, of all replicas in rank order. A collective over data parallelism."""
+    return SequenceTable(gather_rows(torch.cat([result.stats.table.values for result in results]), group))
+
+
+def _noise_floor(first: UpdateResult, group: dist.ProcessGroup) -> dict[str, float]:
+    """ratio/noise_floor: rms of log s in the first minibatch, whose weights are those of the old log-probs. It is 0 but
+    for noise, which must stay far below the clip range."""
+    table = published([first], group)
+    log_ratio = table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)
+    log_ratio = log_ratio[(table.column("num_tokens") > 0) & torch.isfinite(log_ratio)]
+    return {"ratio/noise_floor": float(log_ratio.square().mean().sqrt())} if log_ratio.numel() else {}
+
+
 def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
     """Ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
 
@@ -59,7 +73,8 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
     metrics = optimizer_metrics(results, group)
     if not _finite(results):
         return metrics
-    table = SequenceTable(gather_rows(torch.cat([r.stats.table.values for r in _finite(results)]), group))
+    metrics |= _noise_floor(results[0], group)
+    table = published(_finite(results), group)
     counted = SequenceTable(table.values[table.column("num_tokens") > 0])
     if counted.values.numel() == 0:
         return metrics
@@ -85,17 +100,4 @@ def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dic
         "mismatch/mean": float(mismatch.mean()),
         "mismatch/max": float(mismatch.max()),
         "entropy": float(counted.column("sum_entropy").sum() / tokens),
-    }
-
-
-def load_metrics(load: torch.Tensor) -> dict[str, float]:
-    """Expert load imbalance from tokens an expert, [layers, E]: max over mean, 1 is perfectly even. Nothing was counted
-    where no pass computed old log-probs."""
-    if float(load.sum()) == 0:
-        return {}
-    imbalance = load.max(dim=1).values / load.mean(dim=1).clamp(min=1e-9)
-    return {
-        "route/load_imbalance": float(imbalance.mean()),
-        "route/load_imbalance_max": float(imbalance.max()),
-        "route/dead_experts": float((load == 0).sum()),
     }

@@ -1,7 +1,8 @@
 """The run's metric rows: written to metrics.jsonl and TensorBoard, read back by everything that looks at a run.
 
-metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or
-null}. TensorBoard is a view of the same rows. samples.jsonl holds a few prompts and responses for the eye.
+metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
+a list of them (by layer, by minibatch)}. TensorBoard is a view of the same rows, without the lists. samples.jsonl holds
+a few prompts and responses for the eye.
 
 Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files, hosted trackers.
 """
@@ -49,14 +50,14 @@ class Tracker:
         if row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
             raise ValueError(f"a metric row needs a phase of {PHASES} and an integer step, got {row!r}")
         plain = {key: value if key in ("phase", "step") else _number(value) for key, value in row.items()}
-        finite = {key: None if _not_finite(value) else value for key, value in plain.items()}
+        finite = {key: _finite(value) for key, value in plain.items()}
         lost = [f"{key} is {plain[key]}" for key in plain if _not_finite(plain[key])]
         if lost:
             self._warn(f"{row['phase']} step {row['step']}: {', '.join(lost)}; written as null")
         _append(self._metrics, finite)
         prefix = "warm_start/" if row["phase"] == "warm_start" else ""
         for key, value in finite.items():
-            if key not in ("phase", "step") and value is not None:
+            if key not in ("phase", "step") and value is not None and not isinstance(value, list):
                 self._events.add_scalar(prefix + key, value, global_step=row["step"])
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -114,12 +115,23 @@ def _append(file: BinaryIO, row: dict[str, Any]) -> None:
     file.flush()
 
 
-def _number(value: Any) -> int | float | None:
-    """A JSON number of a Python, NumPy or one-element torch value; None stays None."""
+def _number(value: Any) -> int | float | list | None:
+    """A JSON number of a Python, NumPy or one-element torch value, or a list of them; None stays None."""
+    if isinstance(value, list):
+        return [_number(each) for each in value]
     return value if value is None or isinstance(value, int) else float(value)
 
 
+def _finite(value: Any) -> Any:
+    """None in place of what JSON has no word for."""
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if _not_finite(value) else value
+
+
 def _not_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_not_finite(each) for each in value)
     return isinstance(value, float) and not math.isfinite(value)
 
 

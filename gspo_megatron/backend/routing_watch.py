@@ -1,0 +1,134 @@
+"""Routing in the passes of one policy: notes the old policy's routes, replays them where the recipe asks for it, proves
+that they were taken, and counts what has changed.
+
+Left out: generation's routes (R3), and the reference's and critic's, whose routing is always free.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from gspo_megatron.backend.agreement import raise_together
+from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.router_hooks import RouterTaps
+from gspo_megatron.backend.topology import Topology
+from gspo_megatron.config_routing import RoutingConfig
+from gspo_megatron.errors import TrainingError
+from gspo_megatron.routing.routes import RouteTrace, changed_experts
+from gspo_megatron.routing.statistics import MinibatchRouting, RoutingStatistics
+from gspo_megatron.types import PackedBatch
+
+Work = list[tuple[PackedBatch, PackedPlan]]
+# At the weights that made them, a router chooses the replayed experts itself, but for what kernels that add in no fixed
+# order flip (none on a CPU). Routes of another token agree by chance.
+MOST_DIFFERENT = 0.05
+
+
+class RoutingWatch:
+    """Of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
+
+    def __init__(self, config: RoutingConfig, chunks: list[torch.nn.Module], topology: Topology):
+        """chunks: unwrapped model chunks of this rank."""
+        model = chunks[0].config
+        self.config, self._is_on = config, bool(model.num_moe_experts) and config.statistics
+        self._taps = RouterTaps(chunks, topology)
+        self._recomputes = model.recompute_granularity == "full"
+        self._traces: list[tuple[PackedBatch, RouteTrace]] = []
+        self.topk = model.moe_router_topk
+        shape = (model.num_layers, model.num_moe_experts or 0)
+        self.statistics = RoutingStatistics(shape, topology.dp_size, topology.dp_rank)
+
+    def before_old(self, work: Work) -> None:
+        """Network.run's `prepare` for a pass of the old policy."""
+        self._traces = [(batch, self._taps.trace(batch, plan)) for batch, plan in work] if self._is_on else []
+
+    def after_old(self) -> None:
+        """Keep the routes of that pass with its batches."""
+        for batch, trace in self._traces:
+            batch.old_routes = trace.routes()
+
+    def before_update(self, work: Work) -> None:
+        """`prepare` for an update. With replay a collective over all ranks.
+
+        A batch without old routes (algorithm.old_logprobs first_minibatch: its own forward is the old pass) is free.
+        """
+        self._before_new(work, self.config.replay != "none")
+
+    def before_fixed(self, work: Work) -> None:
+        """`prepare` for a pass of the new policy along old routes, whatever the recipe says."""
+        self._before_new(work, replays=True)
+
+    def _before_new(self, work: Work, replays: bool) -> None:
+        if not self._is_on:
+            return
+
+        def trace_all() -> None:
+            self._traces = [
+                (batch, self._taps.trace(batch, plan, batch.old_routes if replays else None)) for batch, plan in work
+            ]
+
+        if replays:
+            _together(trace_all)
+        else:
+            trace_all()
+
+    def after_fixed(self) -> None:
+        """Prove that the routes were taken. A collective over all ranks."""
+        _together(lambda: self._prove(passes=1, minibatch=None))
+
+    def after_update(self, minibatch: int) -> None:
+        """Count, and with replay prove that the routes were taken; that is a collective over all ranks.
+
+        Raises:
+            TrainingError: they were not, by every layer, once in forward and once in recomputation, or, in the first
+                minibatch, they are not those that its routers choose.
+        """
+        if not self._is_on:
+            return
+        if self.config.replay != "none":
+            _together(lambda: self._prove(2 if self._recomputes else 1, minibatch))
+        traces = [trace for _, trace in self._traces]
+        # A first minibatch may have its old routes from this very pass.
+        old = [batch.old_routes or (trace.routes() if minibatch == 0 else None) for batch, trace in self._traces]
+        self.statistics.add(minibatch, traces, old, [batch.num_sequences for batch, _ in self._traces])
+        self._traces = []
+
+    def take(self) -> list[MinibatchRouting]:
+        """See RoutingStatistics.take. A collective over all ranks."""
+        return self.statistics.take()
+
+    def _prove(self, passes: int, minibatch: int | None) -> None:
+        for number, (_, trace) in enumerate(self._traces):
+            if trace.replay is None:
+                continue
+            found = trace.problem(passes)
+            if found is None and minibatch == 0:
+                found = self._strange(trace)
+            if found:
+                raise TrainingError(f"routing replay, microbatch {number}: {found}. Train with routing.replay none.")
+
+    def _strange(self, trace: RouteTrace) -> str | None:
+        """What tells that routes belong to other tokens, at the weights that made them."""
+        rows = trace.tokens.counted
+        if not trace.layers or rows.numel() == 0:
+            return None
+        changed = changed_experts(trace.chosen, trace.replay.experts, trace.layers, rows).double()
+        by_layer = changed.mean(1) / self.topk  # [L]
+        worst = int(by_layer.argmax())
+        if float(by_layer[worst]) <= MOST_DIFFERENT:
+            return None
+        percent = 100 * float(by_layer[worst])
+        return (
+            f"at the weights that made the routes, the routers of layer {trace.layers[worst]} would choose "
+            f"{percent:.0f}% other experts, so the routes are shifted or of another batch"
+        )
+
+
+def _together(fn: Callable[[], None]) -> None:
+    """Run it, and raise on every rank what any of them raised."""
+    error = None
+    try:
+        fn()
+    except TrainingError as caught:
+        error = caught
+    raise_together(error)
