@@ -85,7 +85,7 @@ def gpu_count() -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from gspo_megatron import check, recipe
+    from gspo_megatron import advice, check, recipe
 
     config = recipe.load(argv, quiet=process.rank() != 0)
     layout, world_size = _layout(config)
@@ -93,7 +93,7 @@ def _train(argv: list[str]) -> int:
     if "RANK" not in os.environ:
         _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"])
     if process.rank() == 0:
-        for sentence in check.warnings(config):
+        for sentence in advice.warnings(config):
             print(f"warning: {sentence}", file=sys.stderr)
     _hide_gpus(config)
     from gspo_megatron.train import train

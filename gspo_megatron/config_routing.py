@@ -22,5 +22,3 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         require(self.diagnostics_interval >= 0, "routing.diagnostics_interval", self.diagnostics_interval,
                 "must be 0 or more", "Give 0 for never.")  # fmt: skip
-        require(self.statistics or self.replay == "none", "routing.statistics", self.statistics,
-                "replay is checked by what the statistics note", "Leave it on.")  # fmt: skip

@@ -5,7 +5,7 @@ last pipeline stage has old log-probs, so it tells the others whether it found s
 an update take. Rank 0 prints, so the replica that is looked at is rank 0's; the others are filled by the same code.
 
 Left out: old log-probs of another packing than the update's. train.py updates on the very batch objects that were
-filled, so that cannot happen there, and `check.warnings` speaks of old_logprobs = rollout, where it does.
+filled, so that cannot happen there, and `advice.warnings` speaks of old_logprobs = rollout, where it does.
 `gspo-megatron doctor --noise-floor` measures what it costs.
 """
 

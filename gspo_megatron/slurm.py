@@ -145,8 +145,8 @@ def main(argv: list[str]) -> int:
         ConfigError: the recipe does not fit the nodes, or an option cannot work.
         SystemExit: 0 for --help, 2 for a value of the wrong type.
     """
+    from gspo_megatron import advice, recipe
     from gspo_megatron import check as checks
-    from gspo_megatron import recipe
 
     options, rest = tyro.cli(Options, prog=PROGRAM, args=argv, return_unknown_args=True)
     config = recipe.load([str(options.recipe), *rest], program=PROGRAM)
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
             "Make the folder first.")  # fmt: skip
     options.logs.mkdir(parents=True, exist_ok=True)
     target.write_text(render(options, config, rest))
-    for sentence in [*warnings(options, layout), *checks.warnings(config)]:
+    for sentence in [*warnings(options, layout), *advice.warnings(config)]:
         print(f"warning: {sentence}", file=sys.stderr)
     print(summary(options, config, layout, target))
     if options.submit:

@@ -21,7 +21,7 @@ from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.reduce import update_metrics
-from gspo_megatron.metrics.routing import step_routing
+from gspo_megatron.metrics.routing import ratio_parts, step_routing
 from gspo_megatron.preferences import encode_pairs, train_preferences
 from gspo_megatron.rollout import groups as rollouts
 from gspo_megatron.rollout.collect import collect
@@ -111,7 +111,12 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
 
     row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
     row |= rollouts.group_metrics(groups, advantages, run.mixture.names, run.topology, run.runtime.device)
-    row |= step_routing(policy, results) | clock.read()
+    row |= step_routing(policy, results)
+    interval = config.routing.diagnostics_interval
+    if interval and step % interval == 0:
+        with clock.part("diagnostics"):
+            row |= ratio_parts(policy, [batch for minibatch in minibatches for batch in minibatch.batches])
+    row |= clock.read()
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
     run.reporter.tell(step, health.update_findings(results, row, config.faults.max_ratio))
     if row["update/skipped"]:

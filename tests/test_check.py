@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gspo_megatron import check, recipe
+from gspo_megatron import advice, check, recipe
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 
@@ -225,16 +225,16 @@ def test_cuda_without_a_gpu():
 
 
 def test_warnings():
-    assert check.warnings(TrainConfig()) == []
-    found = check.warnings(configured("--algorithm.clip-ratio-high", "0.27", "--model.moe-aux-loss-coeff", "0.01"))
+    assert advice.warnings(TrainConfig()) == []
+    found = advice.warnings(configured("--algorithm.clip-ratio-high", "0.27", "--model.moe-aux-loss-coeff", "0.01"))
     assert len(found) == 2
     assert "algorithm.clip_ratio_high = 0.27" in found[0] and "4e-4" in found[0]
     assert "model.moe_aux_loss_coeff = 0.01" in found[1]
 
 
 def test_a_warm_start_of_trained_weights_is_warned_about():
-    assert "warm_start.steps = 200" in check.warnings(configured("--model.load-hf", "folder"))[0]
-    assert check.warnings(configured("--model.load-hf", "folder", "--warm-start.steps", "0")) == []
+    assert "warm_start.steps = 200" in advice.warnings(configured("--model.load-hf", "folder"))[0]
+    assert advice.warnings(configured("--model.load-hf", "folder", "--warm-start.steps", "0")) == []
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_warm_start_of_trained_weights_is_warned_about():
     ],
 )
 def test_a_ratio_other_than_the_papers_is_warned_about(argv, text):
-    assert text in " ".join(check.warnings(configured(*argv)))
+    assert text in " ".join(advice.warnings(configured(*argv)))
 
 
 def test_refusing_imports_neither_torch_nor_megatron():

@@ -4,10 +4,10 @@ With the old policy's log-probs l_old, the new policy's l_free along the routes 
 old policy's routes, every token's log-ratio is a sum of two:
 
     d = l_free - l_old = (l_fixed - l_old) + (l_free - l_fixed)
-                          what the weights do    what the changed routes add
+                         what the weights do  what the changed routes add
 
-The parts may be correlated, so their variances need not add up to that of d. The part of the routes has in it also what
-changed routes of earlier tokens do through attention.
+The parts may be correlated, so their variances need not add up to that of d. In the part of the routes there is also
+what changed routes of earlier tokens do through attention.
 """
 
 import torch
@@ -15,45 +15,31 @@ import torch
 PARTS = ("total", "weights", "routes")
 
 
-def token_moments(old: torch.Tensor, free: torch.Tensor, fixed: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """[3, 3] fp64: of each part over the counted tokens (number, sum, sum of squares). Add up over batches and ranks.
-
-    Args:
-        old, free, fixed: [T] log-probs.
-        counted: [T] bool.
-    """
-    return torch.stack([_moments(part[counted]) for part in _parts(old, free, fixed)])
-
-
-def sequence_moments(sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[3, 3] fp64: of each part's mean over a sequence (log s and its two parts), over sequences with a trained token.
-
-    Args:
-        sums: [N, 3] fp64, sum_t m_t of each part.
-        lengths: [N] fp64, |y|.
-    """
-    real = lengths > 0
-    return torch.stack([_moments(part) for part in (sums[real] / lengths[real].unsqueeze(1)).unbind(1)])
-
-
-def parts(old: torch.Tensor, free: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-    """[T, 3] fp64, in the order of PARTS."""
-    return torch.stack(_parts(old, free, fixed), dim=1)
-
-
-def variances(moments: torch.Tensor) -> dict[str, float]:
-    """Of each part, from [3, 3] moments; divisor n."""
-    number, total, squares = moments.unbind(1)
-    mean = total / number.clamp(min=1)
-    return {
-        name: float(value) for name, value in zip(PARTS, squares / number.clamp(min=1) - mean.square(), strict=True)
-    }
-
-
-def _parts(old: torch.Tensor, free: torch.Tensor, fixed: torch.Tensor) -> list[torch.Tensor]:
+def log_ratio_parts(old: torch.Tensor, free: torch.Tensor, fixed: torch.Tensor) -> list[torch.Tensor]:
+    """[T] log-probs -> the PARTS, [T] fp64 each."""
     old, free, fixed = old.double(), free.double(), fixed.double()
     return [free - old, fixed - old, free - fixed]
 
 
-def _moments(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values.new_tensor(float(values.numel())), values.sum(), values.square().sum()])
+def spread(lengths: torch.Tensor, sums: torch.Tensor, squares: torch.Tensor) -> dict[str, float]:
+    """Variances (divisor n) of each part over tokens, and over sequences of its mean (of log s and its two parts).
+
+    Args:
+        lengths: [N] fp64, |y_i|.
+        sums, squares: [N, 3] fp64, sum_t m_t x and sum_t m_t x^2 of each part.
+
+    Returns:
+        ratio_parts/token_<part>, ratio_parts/sequence_<part>; empty where no sequence has a trained token.
+    """
+    real = lengths > 0
+    if not bool(real.any()):
+        return {}
+    lengths, sums, squares = lengths[real], sums[real], squares[real]
+    tokens = lengths.sum()
+    by_token = squares.sum(0) / tokens - (sums.sum(0) / tokens).square()
+    by_sequence = (sums / lengths.unsqueeze(1)).var(0, correction=0)
+    return {
+        f"ratio_parts/{kind}_{part}": float(value)
+        for kind, values in (("token", by_token), ("sequence", by_sequence))
+        for part, value in zip(PARTS, values, strict=True)
+    }

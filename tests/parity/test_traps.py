@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from gspo_megatron import check, health
+from gspo_megatron import advice, health
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.algorithms.contract import GlobalCounts, LossInputs, LossOutputs
 from gspo_megatron.backend.policy import UpdateResult
@@ -163,8 +163,8 @@ def test_epsilon_of_grpo_with_a_sequence_ratio():
     out, _ = loss_of(example(), **settings)
     assert float(out.table.values[:, -2:].sum()) == 0 < float(loss_of(example())[0].table.values[:, -2:].sum())
     recipe = TrainConfig(algorithm=AlgorithmConfig(**settings))
-    assert sum("nothing would be clipped" in sentence for sentence in check.warnings(recipe)) == 2
-    assert not any("clipped" in sentence for sentence in check.warnings(TrainConfig()))
+    assert sum("nothing would be clipped" in sentence for sentence in advice.warnings(recipe)) == 2
+    assert not any("clipped" in sentence for sentence in advice.warnings(TrainConfig()))
 
 
 def test_masking_a_mismatch_shortens_the_response():

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from gspo_megatron import check, recipe
+from gspo_megatron import advice, check, recipe
 from gspo_megatron.config import TaskConfig
 from gspo_megatron.config_algorithm import PreferenceConfig
 from gspo_megatron.errors import ConfigError
@@ -142,12 +142,12 @@ def test_the_example_recipe_passes_with_pairs(tmp_path):
     for world_size in (1, 2, 4, 8):
         config = recipe.load([example, "--algorithm.preference.path", str(path)])
         check_in(config, world_size)
-        assert check.warnings(config) == []
+        assert advice.warnings(config) == []
 
 
 def test_warnings_about_what_dpo_does_not_use(tmp_path):
     path = written(tmp_path, *numbered(80))
-    found = check.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
+    found = advice.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
                                "--rollout.temperature", "0.5"))  # fmt: skip
     assert len(found) == 2 and "algorithm.num_minibatches, algorithm.kl." in found[0]
     assert "rollout.temperature = 0.5 divides the logits" in found[1]
