@@ -5,7 +5,7 @@ same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a ran
 is cheaper than a broadcast) and rank 0 alone prints. torch is imported only after all checks have passed.
 
 Left out: several machines without Slurm (call torchrun yourself; the ranks only need its environment variables), and
-the subcommands eval, study, plan and report.
+the subcommands eval, plan and report.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron convert SOURCE TARGET [--dtype bf16 ...]
        gspo-megatron upcycle SOURCE TARGET [--experts 8 ...]
        gspo-megatron slurm RECIPE.yaml --nodes N [--some.override VALUE ...]
+       gspo-megatron study routing-replay [--seeds 5 ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
@@ -32,6 +33,7 @@ doctor  measure how far the sequence ratio is from 1 at unchanged weights, besid
 convert Hugging Face folder to Megatron checkpoint, or back; `gspo-megatron convert --help` lists the options
 upcycle dense Hugging Face folder to a MoE whose experts are copies; `gspo-megatron upcycle --help` lists the options
 slurm   write a batch script for a recipe, checked against its nodes; `gspo-megatron slurm --help` lists the options
+study   does GSPO need routing replay? trains arms from the same starts and writes a report; `study --help` tells more
 
 Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU, or NPROC of them."""
 
@@ -52,7 +54,8 @@ except ChildFailedError as error:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "doctor": _doctor, "convert": _convert, "upcycle": _upcycle, "slurm": _slurm}
+    commands = {"train": _train, "doctor": _doctor, "convert": _convert, "upcycle": _upcycle, "slurm": _slurm,
+                "study": _study}  # fmt: skip
     if argv[:1] in (["-h"], ["--help"]):
         if process.rank() == 0:
             print(USAGE)
@@ -140,6 +143,12 @@ def _slurm(argv: list[str]) -> int:
     from gspo_megatron import slurm
 
     return slurm.main(argv)
+
+
+def _study(argv: list[str]) -> int:
+    from gspo_megatron.study import command
+
+    return command.main(argv)
 
 
 def _layout(config: "TrainConfig") -> "tuple[ParallelConfig, int]":
