@@ -94,7 +94,7 @@ def _train(argv: list[str]) -> int:
     layout, world_size = _layout(config)
     check.check(config, layout, world_size)
     if "RANK" not in os.environ:
-        _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"])
+        _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"], ["train", *argv])
     if process.rank() == 0:
         for sentence in advice.warnings(config):
             print(f"warning: {sentence}", file=sys.stderr)
@@ -117,7 +117,7 @@ def _doctor(argv: list[str]) -> int:
     stages = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     doctor.check_prompts(options, world_size // stages)
     if "RANK" not in os.environ:
-        _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN])
+        _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN], ["doctor", *argv])
     _hide_gpus(config)
     from gspo_megatron.noise_floor import measure
 
@@ -184,11 +184,13 @@ def _ranks_to_start(default: int) -> int:
     return int(given)
 
 
-def _start_ranks(count: int, torchrun: list[str]) -> None:
-    """Become torchrun, which runs this same command line once a rank. Does not return."""
+def _start_ranks(count: int, torchrun: list[str], command: list[str]) -> None:
+    """Become torchrun, which runs this same command once a rank. Does not return."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *sys.argv])
+    # As a module: torchrun puts the folder of a script into sys.path, where this package's types.py hides Python's.
+    module = ["-m", "gspo_megatron.cli", *command]
+    os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *module])
 
 
 if __name__ == "__main__":

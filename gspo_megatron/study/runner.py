@@ -34,9 +34,9 @@ from gspo_megatron.study.plan import SETTINGS, RunSpec, StartSpec
 
 KEPT = (  # of each step
     "reward/mean", "eval/accuracy", "loss", "grad_norm", "update/skipped", "update/not_finite", "ratio/std",
-    "ratio/max", "ratio/noise_floor", "clip/seq_low", "clip/seq_high", "clip/token", "kl/k3", "entropy", "response/length", "tokens",
-    "route/changed_tokens", "route/changed_experts", "route/changed_experts_one_update", "route/entropy",
-    "route/load_imbalance", "route/dead_experts", "route/changed_clipped", "route/changed_unclipped",
+    "ratio/max", "ratio/noise_floor", "clip/seq_low", "clip/seq_high", "clip/token", "kl/k3", "entropy",
+    "response/length", "tokens", "route/changed_tokens", "route/changed_experts", "route/changed_experts_one_update",
+    "route/entropy", "route/load_imbalance", "route/dead_experts", "route/changed_clipped", "route/changed_unclipped",
     "route/change_ratio_correlation", "route/by_layer/changed_experts", "ratio_parts/token_total",
     "ratio_parts/token_weights", "ratio_parts/token_routes", "ratio_parts/sequence_total",
     "ratio_parts/sequence_weights", "ratio_parts/sequence_routes", "time/rollout", "time/old_logprobs", "time/update",
