@@ -24,7 +24,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "step_time": ("step_time",),
     "preference": ("dpo_margin", "dpo_accuracy", "dpo_log_ratios"),
     "warm_start": ("warm_start_loss", "warm_start_accuracy"),
-    "routing": ("load_imbalance", "dead_experts"),
+    "routing": ("routing_change", "routing_map", "load_imbalance", "dead_experts"),
 }
 # The first six that have data.
 OVERVIEW = ("reward", "ratio", "clip_fraction", "response_length", "step_time", "load_imbalance",

@@ -1,2 +1,143 @@
-def write(folder):
-    return "no report yet"
+"""A study's report: report.html (self-contained), the same as README.md with plots beside it, and findings.json."""
+
+import base64
+import dataclasses
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+from gspo_megatron.study import figures, plan
+from gspo_megatron.study.findings import Cell, Comparison, Findings, find
+from gspo_megatron.study.results import RunResult, load
+from gspo_megatron.study.wording import say
+
+SETTING_COLUMNS = ["arm", "setting", "learning rate", "ranks", "seeds", "accuracy before", "accuracy after (95%)",
+                   "collapsed", "s a step"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with text, a table and pictures, as the templates show it."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+
+
+def write(folder: Path) -> str:
+    """Write the report of what data there are. Returns a line for people."""
+    results = load(folder)
+    if not results:
+        return f"{folder}: no finished run yet, so no report"
+    findings = find(results)
+    plots = folder / "plots"
+    plots.mkdir(exist_ok=True)
+    images = {}
+    for name, figure in figures.draw(results).items():
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110)
+        images[name] = picture.getvalue()
+        (plots / f"{name}.png").write_bytes(images[name])
+    values = {
+        "summary": _summary(results), "findings": findings, "sections": _sections(findings),
+        "images": {name: base64.b64encode(image).decode() for name, image in images.items()},
+    }  # fmt: skip
+    loader = jinja2.PackageLoader("gspo_megatron.study")
+    for target, escapes in (("report.html", True), ("report.md", False)):
+        environment = jinja2.Environment(loader=loader, autoescape=escapes, trim_blocks=not escapes)
+        text = environment.get_template(target).render(values)
+        (folder / target.replace("report.md", "README.md")).write_text(text.rstrip() + "\n", encoding="utf-8")
+    plain = json.dumps(dataclasses.asdict(findings), indent=1)
+    (folder / "findings.json").write_text(plain + "\n", encoding="utf-8")
+    return f"{folder / 'report.html'}: {len(results)} runs. {findings.conclusion[0]}"
+
+
+def _summary(results: list[RunResult]) -> str:
+    hours = sum(run.about["seconds"] for run in results) / 3600
+    return say("summary", runs=len(results), seeds=len({run.spec.seed for run in results}), hours=hours)
+
+
+def _sections(findings: Findings) -> list[Section]:
+    main = [c for c in findings.cells if c.setting == "main" and c.ranks == 1]
+    others = [c for c in findings.cells if c not in main]
+    edge = say("edge", outcome_from=plan.OUTCOME_FROM, collapse=plan.COLLAPSE)
+    settings = "; ".join(f"{name}: {setting.about}" for name, setting in plan.SETTINGS.items())
+    curves = ["edge", "accuracy_by_step", "accuracy_by_time", "reward_by_step"]
+    limits = [say("scale"), say("engines")] + ([say("starts")] if findings.starts_differ else [])
+    return [
+        Section("Where each arm breaks", [edge], SETTING_COLUMNS, [_row(cell) for cell in main], curves),
+        Section("Does replay change what GSPO reaches?", [say("equivalence", margin=plan.EQUIVALENCE_MARGIN)],
+                *_comparisons(findings.equivalence)),
+        Section("GSPO against GRPO, both without replay", [say("superiority")], *_comparisons(findings.superiority)),
+        Section("Does replay help GRPO anywhere?", [say("assay")], *_comparisons(findings.assay)),
+        Section("Other algorithms, more updates a batch, other models, four ranks",
+                [say("others", settings=settings), _minibatches(findings)], SETTING_COLUMNS, [_row(c) for c in others]),
+        Section("Four ranks against one", [say("layouts")], *_comparisons(findings.layouts)),
+        Section("What routing does", [say("routing")], *_routing(main), ["routing_change"]),
+        Section("What the ratio's spread comes from", [say("spread")], *_spread(main), ["ratio_spread", "clipping"]),
+        Section("What replay costs", [_cost(findings)]),
+        Section("What is not shown", limits),
+    ]  # fmt: skip
+
+
+def _row(cell: Cell) -> list[str]:
+    found = cell.outcome
+    spread = "" if found.count == 1 else f" [{found.low:.3f}, {found.high:.3f}]"
+    return [cell.arm, cell.setting, f"{cell.lr:g}", str(cell.ranks), str(found.count), f"{cell.start:.3f}",
+            f"{found.mean:.3f}{spread}", f"{cell.collapsed} of {found.count}", f"{cell.seconds:.2f}"]  # fmt: skip
+
+
+def _comparisons(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]]]:
+    rows = [[f"{each.ours} − {each.theirs}" + (" *" if each.decides else ""), each.setting, f"{each.lr:g}",
+             str(each.difference.count), str(each.difference)] for each in comparisons]  # fmt: skip
+    return ["difference", "setting", "learning rate", "seeds", "accuracy"], rows
+
+
+def _routing(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    keys = {"route/changed_experts_one_update": "one update", "route/changed_tokens": "sets, all updates",
+            "route/changed_clipped": "sets, clipped", "route/changed_unclipped": "sets, not clipped",
+            "route/change_ratio_correlation": "correlation", "route/entropy": "router entropy",
+            "route/load_imbalance": "load, max / mean"}  # fmt: skip
+    forms = {"correlation": "{:.2f}", "router entropy": "{:.2f}", "load, max / mean": "{:.1f}"}
+    return _metrics(cells, keys, forms, "{:.1%}")
+
+
+def _spread(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    keys = {"ratio_parts/sequence_total": "whole", "ratio_parts/sequence_weights": "weights",
+            "ratio_parts/sequence_routes": "routes", "ratio_parts/token_total": "tokens: whole",
+            "ratio_parts/token_routes": "tokens: routes"}  # fmt: skip
+    columns, rows = _metrics([_rooted(cell) for cell in cells], keys, {}, "{:.1e}")
+    floors = [cell.metrics.get("ratio/noise_floor") for cell in cells]
+    return [*columns, "noise floor"], [
+        [*row, "" if f is None else f"{f:.0e}"] for row, f in zip(rows, floors, strict=True)
+    ]
+
+
+def _rooted(cell: Cell) -> Cell:
+    """Standard deviations in place of mean variances."""
+    return dataclasses.replace(cell, metrics={k: max(v, 0.0) ** 0.5 for k, v in cell.metrics.items()})
+
+
+def _metrics(cells: list[Cell], keys: dict[str, str], forms: dict[str, str], form: str
+             ) -> tuple[list[str], list[list[str]]]:  # fmt: skip
+    rows = []
+    for cell in cells:
+        values = [(name, cell.metrics.get(key)) for key, name in keys.items()]
+        told = ["" if value is None else forms.get(name, form).format(value) for name, value in values]
+        rows.append([cell.arm, f"{cell.lr:g}", *told])
+    return ["arm", "learning rate", *keys.values()], rows
+
+
+def _minibatches(findings: Findings) -> str:
+    told = [f"{arm} {count or 'none of them'}" for arm, count in findings.stable_minibatches.items()]
+    return say("minibatches", lr=plan.OTHER_LEARNING_RATE, told=", ".join(told))
+
+
+def _cost(findings: Findings) -> str:
+    told = ", ".join(f"{arm} x{ratio:.2f}" for arm, ratio in findings.replay_time.items())
+    return say("cost", told=told or "no pair of runs yet")

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gspo_megatron.errors import GspoError
+from gspo_megatron.metrics.axes import smooth
 from gspo_megatron.metrics.learning import wilson_interval
-from gspo_megatron.metrics.panels import PANELS, smooth
+from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.plots import LOOK, draw, figures, run_title
 from gspo_megatron.metrics.record import RunRecord
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.policy import UpdateResult
-from gspo_megatron.metrics.reduce import gather_rows, load_metrics, update_metrics
+from gspo_megatron.metrics.reduce import gather_rows, update_metrics
 from gspo_megatron.types import SequenceStats, SequenceTable
 from tests.distributed import spawn
 
@@ -54,6 +54,7 @@ def test_metrics_of_two_replicas_by_hand(ranks):
 
     The mean of the replicas' means would be (1.25 + 5/3) / 2 = 1.458. Losses: (0.1 + 0.2) and (0.3 - 0.2), mean 0.2.
     Sum of d: (2 - 3) ln 2 + ln 3; of k3 0.5 + 1.5 + 0.25 + 0.25 + 0.5 = 3; of entropy 3 + 1 + 4 + 0.5 + 1.5 = 10.
+    The first updates' log s are ln 2, 0 and ln 3: the noise floor, did those come before any change, is their rms.
     Mismatch by sequence |0.2 / 2|, |-0.6 / 3|, 0, |0.3 / 1|, 0: mean 0.6 / 5. KL to the reference 6 / 12.
     """
     expected = {
@@ -62,6 +63,7 @@ def test_metrics_of_two_replicas_by_hand(ranks):
         "lr": 5e-4,
         "update/skipped": 0.0,
         "update/not_finite": 0.0,
+        "ratio/noise_floor": math.sqrt((LN2**2 + LN3**2) / 3),
         "ratio/mean": 1.5,
         "ratio/std": math.sqrt(4 / 5),
         "ratio/min": 0.5,
@@ -96,17 +98,3 @@ def test_rows_are_gathered_in_rank_order(ranks):
     for number, (*_, rows, own) in enumerate(ranks):
         assert rows.tolist() == [[0, 0.5], [0, 1.5], [1, 0.5], [1, 1.5]]
         assert own.tolist() == [[7.0 + number]]
-
-
-def test_expert_load_by_hand():
-    """Layer 1 is even (1). Layer 2 has mean 4 and max 8 (2), one expert without a token. Layer 3: max 16 (4), three."""
-    load = torch.tensor([[4, 4, 4, 4], [8, 0, 4, 4], [0, 16, 0, 0]], dtype=torch.float64)
-    expected = {"route/load_imbalance": 7 / 3, "route/load_imbalance_max": 4.0, "route/dead_experts": 4.0}
-    assert load_metrics(load) == pytest.approx(expected, abs=1e-15)
-
-
-def test_expert_load_of_a_layer_without_tokens_is_finite():
-    """No token in the second layer: 0 over the least mean 1e-9 is 0, and its four experts are without work."""
-    metrics = load_metrics(torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.float64))
-    assert metrics == {"route/load_imbalance": 0.5, "route/load_imbalance_max": 1.0, "route/dead_experts": 4.0}
-    assert load_metrics(torch.zeros(2, 4)) == {}  # nothing was counted

@@ -1,0 +1,180 @@
+"""The pictures of a routing-replay report, drawn from the runs' rows. Colours mean arms, in all of them."""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gspo_megatron.metrics.axes import BLUE, GREY, ORANGE, RED, SKY
+from gspo_megatron.metrics.plots import LOOK
+from gspo_megatron.metrics.record import series
+from gspo_megatron.study import plan
+from gspo_megatron.study.inference import interval
+from gspo_megatron.study.results import RunResult, of
+
+STYLE = {"gspo": (BLUE, "-"), "gspo_R2": (SKY, "--"), "grpo": (RED, "-"), "grpo_R2": (ORANGE, "--")}
+LABEL = {"gspo": "GSPO, routing free", "gspo_R2": "GSPO, R2", "grpo": "GRPO, routing free", "grpo_R2": "GRPO, R2"}
+
+
+def draw(results: list[RunResult]) -> dict[str, Figure]:
+    """By file name. Arms or learning rates without data are left out."""
+    rates = sorted({r.spec.lr for r in results if r.spec.setting == "main" and r.spec.arm in plan.MAIN_ARMS})
+    with matplotlib.rc_context(LOOK):
+        return {
+            "edge": _edge(results, rates),
+            "accuracy_by_step": _grid(results, rates, "eval/accuracy", "held-out accuracy", by_time=False),
+            "accuracy_by_time": _grid(results, rates, "eval/accuracy", "held-out accuracy", by_time=True),
+            "reward_by_step": _grid(results, rates, "reward/mean", "mean reward", by_time=False),
+            "routing_change": _routing(results, rates),
+            "ratio_spread": _spread(results, rates),
+            "clipping": _clipping(results, rates),
+        }
+
+
+def _edge(results: list[RunResult], rates: list[float]) -> Figure:
+    """Outcome by learning rate: a dot a seed, the mean with its interval; crosses for seeds that collapsed."""
+    figure = Figure(figsize=(7.6, 4.2))
+    ax = figure.subplots()
+    for number, arm in enumerate(plan.MAIN_ARMS):
+        colour, style = STYLE[arm]
+        shift = 1.0 + 0.035 * (number - 1.5)
+        means = []
+        for lr in rates:
+            runs = list(of(results, arm, "main", lr).values())
+            for marker, chosen in (
+                ("o", [r for r in runs if not r.collapsed]),
+                ("x", [r for r in runs if r.collapsed]),
+            ):
+                ax.plot([lr * shift] * len(chosen), [r.outcome for r in chosen], marker, color=colour, alpha=0.45,
+                        markersize=5, linestyle="")  # fmt: skip
+            if runs:
+                found = interval([r.outcome for r in runs], plan.CONFIDENCE)
+                means.append((lr * shift, found.mean))
+                if found.count > 1:
+                    ax.plot([lr * shift] * 2, [found.low, found.high], color=colour, linewidth=1.4)
+        if means:
+            ax.plot(*zip(*means, strict=True), color=colour, linestyle=style, marker="D", label=LABEL[arm])
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    ax.minorticks_off()
+    _finish(ax, "Held-out accuracy at the end, by learning rate", "learning rate (crosses: collapsed)", "accuracy")
+    return figure
+
+
+def _grid(results: list[RunResult], rates: list[float], key: str, label: str, by_time: bool) -> Figure:
+    figure = Figure(figsize=(3.4 * len(rates), 3.6))
+    axes = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    for ax, lr in zip(axes, rates, strict=True):
+        for arm in plan.MAIN_ARMS:
+            runs = list(of(results, arm, "main", lr).values())
+            if runs:
+                _band(ax, runs, key, by_time, *STYLE[arm], LABEL[arm])
+        _finish(ax, f"learning rate {lr:g}", "seconds of training" if by_time else "RL step", label, legend=False)
+    axes[0].legend(loc="lower left", fontsize=8)
+    return figure
+
+
+def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str, style: str, label: str) -> None:
+    """Mean over seeds and its 95% interval, at the steps that all runs have."""
+    found = [dict(zip(*series(run.rows, key), strict=True)) for run in runs]
+    steps = sorted(set.intersection(*(set(each) for each in found)))
+    values = np.array([[each[step] for step in steps] for each in found])
+    if not steps:
+        return
+    x = np.array(steps, dtype=float)
+    if by_time:
+        seconds = [{row["step"]: total for row, total in zip(run.rows, _seconds(run), strict=True)} for run in runs]
+        x = np.mean([[each[step] for step in steps] for each in seconds], axis=0)
+    bounds = [interval(column, plan.CONFIDENCE) for column in values.T.tolist()]
+    ax.plot(x, [each.mean for each in bounds], color=colour, linestyle=style, label=label)
+    if len(runs) > 1:
+        ax.fill_between(x, [each.low for each in bounds], [each.high for each in bounds], color=colour, alpha=0.13,
+                        linewidth=0)  # fmt: skip
+
+
+def _seconds(run: RunResult) -> np.ndarray:
+    """At the end of each row's step, without evaluations."""
+    return np.cumsum([row.get("time/step") or 0.0 for row in run.rows])
+
+
+def _routing(results: list[RunResult], rates: list[float]) -> Figure:
+    """Changed experts after one update by step at one learning rate, and by depth over the whole run."""
+    lr = plan.OTHER_LEARNING_RATE if plan.OTHER_LEARNING_RATE in rates else rates[0]
+    figure = Figure(figsize=(11.0, 3.8))
+    left, right = figure.subplots(1, 2)
+    for arm in plan.MAIN_ARMS:
+        runs = list(of(results, arm, "main", lr).values())
+        if not runs:
+            continue
+        colour, style = STYLE[arm]
+        key = "route/changed_experts_one_update"
+        found = [dict(zip(*series(run.rows, key), strict=True)) for run in runs]
+        steps = sorted(set.intersection(*(set(each) for each in found)))
+        left.plot(steps, [100 * np.mean([each[s] for each in found]) for s in steps], color=colour, linestyle=style,
+                  label=LABEL[arm])  # fmt: skip
+        depth = [row["route/by_layer/changed_experts"] for run in runs for row in run.rows
+                 if row.get("route/by_layer/changed_experts")]  # fmt: skip
+        if depth:
+            share = 100 * np.nanmean(np.array(depth, dtype=float), axis=0)
+            right.plot(range(1, len(share) + 1), share, color=colour, linestyle=style, marker="o", label=LABEL[arm])
+    _finish(left, f"Experts that change with one update (learning rate {lr:g})", "RL step", "of activated experts (%)")
+    _finish(right, "By depth, over all updates after a batch's first", "layer", "of activated experts (%)")
+    return figure
+
+
+def _spread(results: list[RunResult], rates: list[float]) -> Figure:
+    """Standard deviation of log s over sequences, whole and by what it comes from."""
+    figure = Figure(figsize=(7.6, 4.0))
+    ax = figure.subplots()
+    width, parts = 0.8 / len(plan.MAIN_ARMS), (("weights", 0.55), ("routes", 1.0))
+    for number, arm in enumerate(plan.MAIN_ARMS):
+        for place, lr in enumerate(rates):
+            runs = list(of(results, arm, "main", lr).values())
+            for part, alpha in parts:
+                found = [m for run in runs if (m := run.mean(f"ratio_parts/sequence_{part}")) is not None]
+                if found:
+                    ax.bar(place + (number - 1.5) * width, np.mean(found) ** 0.5, width * 0.92, color=STYLE[arm][0],
+                           alpha=alpha, label=f"{LABEL[arm]}: {part}" if place == 0 else None)  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+    _finish(ax, "Spread of the sequence log-ratio, by its cause", "learning rate",
+            "std. deviation of log s\n(pale: weights; full: changed routes)", legend=False)  # fmt: skip
+    return figure
+
+
+def _clipping(results: list[RunResult], rates: list[float]) -> Figure:
+    figure = Figure(figsize=(11.0, 3.6))
+    for ax, keys, title in zip(
+        figure.subplots(1, 2),
+        (("clip/seq_low", "clip/seq_high"), ("clip/token",)),
+        ("Responses", "Tokens"),
+        strict=True,
+    ):
+        _by_rate(ax, results, rates, lambda run, keys=keys: sum(100 * (run.mean(key) or 0.0) for key in keys))
+        _finish(ax, f"{title} that lost gradient to the clip", "learning rate", "clipped (%)")
+    return figure
+
+
+def _by_rate(ax: Axes, results: list[RunResult], rates: Sequence[float], value: Callable[[RunResult], float]) -> None:
+    for arm in plan.MAIN_ARMS:
+        points = [(lr, np.mean([value(run) for run in of(results, arm, "main", lr).values()])) for lr in rates
+                  if of(results, arm, "main", lr)]  # fmt: skip
+        if points:
+            colour, style = STYLE[arm]
+            ax.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o", label=LABEL[arm])
+    ax.set_xscale("log")
+    ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    ax.minorticks_off()
+
+
+def _finish(ax: Axes, title: str, x: str, y: str, legend: bool = True) -> None:
+    ax.set_title(title)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(color=GREY, alpha=0.15)
+    if ax.get_ylim()[0] > 0 and ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=0)
+    if legend:
+        ax.legend(fontsize=8)

@@ -1,0 +1,48 @@
+"""Intervals over seeds, by Student's t. Seeds are the only source of chance that is repeated here."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the interval around it."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+    @property
+    def above_zero(self) -> bool:
+        return self.low > 0
+
+    @property
+    def below_zero(self) -> bool:
+        return self.high < 0
+
+    def within(self, margin: float) -> bool:
+        return -margin < self.low and self.high < margin
+
+
+def interval(values: Sequence[float], confidence: float) -> Interval:
+    """Of the mean, two-sided; without bounds for a single value."""
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * deviation / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float], confidence: float) -> Interval | None:
+    """Of the mean difference ours - theirs, over the seeds that both have; None where there is none."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    return interval([ours[seed] - theirs[seed] for seed in seeds], confidence) if seeds else None
