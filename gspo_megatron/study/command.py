@@ -3,9 +3,11 @@
 torch is imported by the trainings alone, which are processes of their own.
 """
 
+import importlib
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +19,21 @@ from gspo_megatron.study import plan
 PROGRAM = "gspo-megatron study"
 USAGE = f"""\
 usage: {PROGRAM} routing-replay [--seeds 5] [--folder FOLDER] [--help]
+       {PROGRAM} algorithms [--seeds 3] [--folder FOLDER] [--help]
 
-routing-replay   does GSPO need routing replay, does GRPO? {{gspo, grpo, ...}} x {{free, R2}} from the same starts"""
+routing-replay   does GSPO need routing replay, does GRPO? {{gspo, grpo, ...}} x {{free, R2}} from the same starts
+algorithms       steps, tokens and seconds that each algorithm needs to the same held-out accuracy"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train every arm that has no data yet, then write report.html, findings.json and plots into the folder."""
+    """Train every arm that has no data yet, then write report.html, README.md, findings.json and plots."""
 
     recipe: Path = plan.RECIPE
     """What all arms share."""
 
     seeds: int = 5
-    """Of the main arms; the others have 3 at most."""
+    """Of the main arms; further arms and settings of routing-replay have 3 at most."""
 
     lr: tuple[float, ...] = plan.LEARNING_RATES
     """Learning rates of the main arms; they should reach from what is stable to what collapses."""
@@ -47,10 +51,27 @@ class Options:
     """A regular expression: train only runs whose names match, such as '^gspo' or 'seed1$'."""
 
     part: str = "1/1"
-    """I/N: the I-th of N parts of the runs, for the jobs of a Slurm array; the report is written by whoever is last."""
+    """I/N: the I-th of N parts of the runs, for the jobs of a Slurm array, which share the folder."""
 
     report_only: bool = False
     """Train nothing."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One study: its runs, its report, and what it has by default."""
+
+    runs: Callable[[int, tuple[float, ...]], list[plan.RunSpec]]
+    report: str  # a module with write(folder)
+    defaults: Options
+
+
+KINDS = {
+    "routing-replay": Kind(plan.routing_replay, "report", Options()),
+    "algorithms": Kind(plan.algorithms, "algorithms", Options(
+        seeds=3, lr=plan.ALGORITHM_LEARNING_RATES, folder=Path("docs/studies/algorithms"),
+        work=Path("runs/study-algorithms"))),
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -60,23 +81,27 @@ def main(argv: list[str]) -> int:
         ConfigError, StudyError: what cannot work.
         SystemExit: 0 for --help, 2 for a value of the wrong type.
     """
-    if argv[:1] != ["routing-replay"]:
-        wants_help = argv[:1] in (["-h"], ["--help"])
-        print(USAGE, file=sys.stdout if wants_help else sys.stderr)
-        raise SystemExit(0 if wants_help else 2)
-    options = tyro.cli(Options, prog=f"{PROGRAM} routing-replay", args=argv[1:])
-    specs = chosen(options)
-    from gspo_megatron.study import report, runner
+    if argv[:1] and argv[0] in KINDS:
+        return _study(KINDS[argv[0]], tyro.cli(Options, prog=f"{PROGRAM} {argv[0]}", args=argv[1:],
+                                               default=KINDS[argv[0]].defaults))  # fmt: skip
+    wants_help = argv[:1] in (["-h"], ["--help"])
+    print(USAGE, file=sys.stdout if wants_help else sys.stderr)
+    raise SystemExit(0 if wants_help else 2)
+
+
+def _study(kind: Kind, options: Options) -> int:
+    specs = chosen(kind, options)
+    from gspo_megatron.study import runner
 
     study = runner.Study(options.recipe, options.folder, options.work, options.slots)
     failures = [] if options.report_only else runner.run_all(study, specs)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    print(report.write(options.folder))
+    print(importlib.import_module(f"gspo_megatron.study.{kind.report}").write(options.folder))
     return int(bool(failures))
 
 
-def chosen(options: Options) -> list[plan.RunSpec]:
+def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
     """The runs of this call.
 
     Raises:
@@ -97,5 +122,5 @@ def chosen(options: Options) -> list[plan.RunSpec]:
     except re.error as error:
         require(False, "--only", options.only, f"is no regular expression ({error})", "Write '^gspo' or 'seed1$'.")
     number, parts = int(found[1]), int(found[2])
-    specs = plan.routing_replay(options.seeds, options.lr)
+    specs = kind.runs(options.seeds, options.lr)
     return [spec for spec in specs[number - 1 :: parts] if pattern.search(spec.name)]

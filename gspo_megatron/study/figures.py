@@ -118,9 +118,10 @@ def _routing(results: list[RunResult], rates: list[float]) -> Figure:
                  if row.get("route/by_layer/changed_experts")]  # fmt: skip
         if depth:
             share = 100 * np.nanmean(np.array(depth, dtype=float), axis=0)
+            right.set_xticks(range(1, len(share) + 1))
             right.plot(range(1, len(share) + 1), share, color=colour, linestyle=style, marker="o", label=LABEL[arm])
-    _finish(left, f"Experts that change with one update (learning rate {lr:g})", "RL step", "of activated experts (%)")
-    _finish(right, "By depth, over all updates after a batch's first", "layer", "of activated experts (%)")
+    _finish(left, f"Changed by one update (learning rate {lr:g})", "RL step", "of activated experts (%)")
+    _finish(right, "By depth, all updates after a batch's first", "layer", "of activated experts (%)")
     return figure
 
 
@@ -137,7 +138,6 @@ def _spread(results: list[RunResult], rates: list[float]) -> Figure:
                 if found:
                     ax.bar(place + (number - 1.5) * width, np.mean(found) ** 0.5, width * 0.92, color=STYLE[arm][0],
                            alpha=alpha, label=f"{LABEL[arm]}: {part}" if place == 0 else None)  # fmt: skip
-    ax.set_yscale("log")
     ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
     _finish(ax, "Spread of the sequence log-ratio, by its cause", "learning rate",
             "std. deviation of log s\n(pale: weights; full: changed routes)", legend=False)  # fmt: skip

@@ -20,16 +20,21 @@ ARMS: dict[str, dict[str, Any]] = {
     "gspo_token_R2": {"algorithm.name": "gspo_token", "routing.replay": "R2"},
     "dapo": {"algorithm.name": "dapo"},
     "dapo_R2": {"algorithm.name": "dapo", "routing.replay": "R2"},
+    "dr_grpo": {"algorithm.name": "dr_grpo"},
+    "ppo": {"algorithm.name": "ppo"},
 }
+ALGORITHM_ARMS = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "ppo")  # dpo has no rollouts and no reward by step
 MAIN_ARMS = ("gspo", "gspo_R2", "grpo", "grpo_R2")
 LEARNING_RATES = (2e-4, 4e-4, 6e-4, 1e-3)
 OTHER_LEARNING_RATE = 4e-4  # of arms and settings that are run at one
+ALGORITHM_LEARNING_RATES = (1e-4, 2e-4, 4e-4)  # each algorithm is compared at its own best
 
 # Beforehand: what counts as the outcome of a run, as collapse, and as the same.
 OUTCOME_FROM = 0.6  # a run's outcome is its held-out accuracy, mean over evaluations after this share of its steps
 COLLAPSE = 0.5  # a run has collapsed where its outcome is below this share of the accuracy it started from
 EQUIVALENCE_MARGIN = 0.05  # of accuracy: two arms are the same where the 90% interval of their difference is within it
 CONFIDENCE = 0.95  # of all other intervals
+THRESHOLD = 0.6  # held-out accuracy that the algorithms are timed to
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
     few, rate = min(seeds, 3), OTHER_LEARNING_RATE
     runs = [RunSpec(arm, "main", lr, seed) for seed in range(1, seeds + 1) for lr in rates for arm in MAIN_ARMS]
     some = range(1, few + 1)
-    runs += [RunSpec(arm, "main", rate, seed) for seed in some for arm in ARMS if arm not in MAIN_ARMS]
+    further = ("gspo_token", "gspo_token_R2", "dapo", "dapo_R2")
+    runs += [RunSpec(arm, "main", rate, seed) for seed in some for arm in further]
     runs += [RunSpec("gspo", "main", rate, seed, ranks=4) for seed in some]
     for name, setting in SETTINGS.items():
         if name != "main":
@@ -107,3 +113,8 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
             arms = ("grpo", "grpo_R2") if setting.model else MAIN_ARMS
             runs += [RunSpec(arm, name, rate, seed) for seed in some for arm in arms]
     return runs
+
+
+def algorithms(seeds: int, rates: tuple[float, ...] = ALGORITHM_LEARNING_RATES) -> list[RunSpec]:
+    """Every algorithm with rollouts, routing free, at every learning rate."""
+    return [RunSpec(arm, "main", lr, seed) for seed in range(1, seeds + 1) for lr in rates for arm in ALGORITHM_ARMS]

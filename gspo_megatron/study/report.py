@@ -1,32 +1,17 @@
-"""A study's report: report.html (self-contained), the same as README.md with plots beside it, and findings.json."""
+"""The report of the routing-replay study: its tables and pictures, in order."""
 
-import base64
 import dataclasses
-import io
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-
-from gspo_megatron.study import figures, plan
+from gspo_megatron.study import document, figures, plan
+from gspo_megatron.study.document import Document, Section
 from gspo_megatron.study.findings import Cell, Comparison, Findings, find
 from gspo_megatron.study.results import RunResult, load
 from gspo_megatron.study.wording import say
 
+TITLE = "Do I need routing replay?"
 SETTING_COLUMNS = ["arm", "setting", "learning rate", "ranks", "seeds", "accuracy before", "accuracy after (95%)",
                    "collapsed", "s a step"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with text, a table and pictures, as the templates show it."""
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    figures: list[str] = field(default_factory=list)
 
 
 def write(folder: Path) -> str:
@@ -35,26 +20,11 @@ def write(folder: Path) -> str:
     if not results:
         return f"{folder}: no finished run yet, so no report"
     findings = find(results)
-    plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
-    images = {}
-    for name, figure in figures.draw(results).items():
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=110)
-        images[name] = picture.getvalue()
-        (plots / f"{name}.png").write_bytes(images[name])
-    values = {
-        "summary": _summary(results), "findings": findings, "sections": _sections(findings),
-        "images": {name: base64.b64encode(image).decode() for name, image in images.items()},
-    }  # fmt: skip
-    loader = jinja2.PackageLoader("gspo_megatron.study")
-    for target, escapes in (("report.html", True), ("report.md", False)):
-        environment = jinja2.Environment(loader=loader, autoescape=escapes, trim_blocks=not escapes)
-        text = environment.get_template(target).render(values)
-        (folder / target.replace("report.md", "README.md")).write_text(text.rstrip() + "\n", encoding="utf-8")
-    plain = json.dumps(dataclasses.asdict(findings), indent=1)
-    (folder / "findings.json").write_text(plain + "\n", encoding="utf-8")
-    return f"{folder / 'report.html'}: {len(results)} runs. {findings.conclusion[0]}"
+    said = findings.conclusion
+    document.write(
+        Document(TITLE, _summary(results), said, _sections(findings), figures.draw(results), findings), folder
+    )
+    return f"{folder / 'report.html'}: {len(results)} runs. {said[0]}"
 
 
 def _summary(results: list[RunResult]) -> str:

@@ -33,17 +33,16 @@ from gspo_megatron.model_file import read_json
 from gspo_megatron.study.plan import SETTINGS, RunSpec, StartSpec
 
 KEPT = (  # of each step
-    "reward/mean", "eval/accuracy", "loss", "grad_norm", "update/skipped", "update/not_finite", "ratio/std",
-    "ratio/max", "ratio/noise_floor", "clip/seq_low", "clip/seq_high", "clip/token", "kl/k3", "entropy",
-    "response/length", "tokens", "route/changed_tokens", "route/changed_experts", "route/changed_experts_one_update",
-    "route/entropy", "route/load_imbalance", "route/dead_experts", "route/changed_clipped", "route/changed_unclipped",
-    "route/change_ratio_correlation", "route/by_layer/changed_experts", "ratio_parts/token_total",
-    "ratio_parts/token_weights", "ratio_parts/token_routes", "ratio_parts/sequence_total",
-    "ratio_parts/sequence_weights", "ratio_parts/sequence_routes", "time/rollout", "time/old_logprobs", "time/update",
-    "time/step", "time/eval",
+    "reward/mean", "eval/accuracy", "loss", "grad_norm", "update/skipped", "ratio/std", "ratio/noise_floor",
+    "clip/seq_low", "clip/seq_high", "clip/token", "entropy", "response/length", "perf/tokens_per_second",
+    "route/changed_tokens", "route/changed_experts", "route/changed_experts_one_update", "route/entropy",
+    "route/load_imbalance", "route/changed_clipped", "route/changed_unclipped", "route/change_ratio_correlation",
+    "route/by_layer/changed_experts", "ratio_parts/token_total", "ratio_parts/token_weights",
+    "ratio_parts/token_routes", "ratio_parts/sequence_total", "ratio_parts/sequence_weights",
+    "ratio_parts/sequence_routes", "time/update", "time/step", "time/eval",
 )  # fmt: skip
 NOT_FINITE = "faults.max_skipped_updates"  # in the last words of a run that found too many numbers not finite
-DIGITS = 4
+DIGITS = 4  # significant
 
 
 class StudyError(GspoError):
@@ -210,11 +209,17 @@ def _keep(study: Study, job: _Running, status: str) -> None:
              "recipe": study.fingerprint, "start": _digest(_weights(study, spec.start)),
              "seconds": round(time.monotonic() - job.began, 1)}  # fmt: skip
     rows = [row for row in read_metrics(run) if row["phase"] == "rl"]
-    lines = [about, *({"step": row["step"]} | {k: _short(row[k]) for k in KEPT if k in row} for row in rows)]
+    lines = [about, *(_measured(row) for row in rows)]
     target = study.data_file(spec)
     aside = target.with_suffix(".part")
     aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     aside.rename(target)
+
+
+def _measured(row: dict) -> dict:
+    """What is kept of a step; lists only where there is an evaluation, because they are long."""
+    kept = {key: _short(row[key]) for key in KEPT if key in row}
+    return {"step": row["step"]} | {k: v for k, v in kept.items() if not isinstance(v, list) or "eval/accuracy" in row}
 
 
 def _digest(folder: Path) -> str:

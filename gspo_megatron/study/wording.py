@@ -1,4 +1,4 @@
-"""The prose of a routing-replay report. `say` fills in numbers and joins the lines."""
+"""The prose of the reports. `say` fills in numbers and joins the lines."""
 
 TEXTS = {
     "summary": """{runs} training runs, up to {seeds} seeds an arm, {hours:.1f} hours of them in all. All runs of a seed
@@ -59,6 +59,20 @@ TEXTS = {
         {verdict}.""",
     "no help": """R2 was not seen to help GRPO in any of {count} settings and learning rates (95% over all of them
         together).""",
+    # The study of algorithms.
+    "algorithms": """{runs} training runs, {hours:.1f} hours of them in all, from the same weights and on the same
+        prompts for every algorithm of a seed. Routing is free. Made by `gspo-megatron study algorithms`; the threshold
+        of {threshold:g} and the learning rates were written (gspo_megatron/study/plan.py) before the first run.""",
+    "reached": """Steps, tokens and seconds to the first evaluation with a held-out accuracy of {threshold:g} or more,
+        medians over the seeds that reached it. The row marked * is the algorithm's best learning rate by mean accuracy
+        after.""",
+    "against": """Accuracy after, GSPO's minus the other's, paired by seed, each at its own best learning rate; 95%
+        intervals.""",
+    "efficiency": """That GSPO needs 30 to 40% less training, or half the time on MoE models, as others report at scale:
+        the table above is what came out here.""",
+    "order": """To a held-out accuracy of {threshold:g} in all seeds, each at its best learning rate: {told}.""",
+    "partly": "Not in all seeds: {told}.",
+    "tests": "At the end GSPO is shown better than: {better}; worse than: {worse}.",
     "help": "R2 helped GRPO in {number} of {count} settings and learning rates: {where}.",
 }
 

@@ -73,8 +73,8 @@ def test_the_report_is_written(study):
 
 def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path):
     """SIGKILL, which nobody can answer: the trainings end with the study."""
-    command = [sys.executable, "-m", "gspo_megatron.cli", "study", "routing-replay", "--folder", str(tmp_path / "report"),
-               "--work", str(tmp_path / "work"), "--slots", "1"]  # fmt: skip
+    options = ["--folder", str(tmp_path / "report"), "--work", str(tmp_path / "work"), "--slots", "1"]
+    command = [sys.executable, "-m", "gspo_megatron.cli", "study", "routing-replay", *options]
     study = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     log = tmp_path / "work" / "start.main.seed1.log"
     deadline = time.monotonic() + 60
