@@ -5,6 +5,7 @@ which is where replay should help if it does. Everything else is shown beside it
 """
 
 import dataclasses
+import itertools
 import statistics
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Findings:
     """Everything the report shows."""
 
     cells: list[Cell]
-    stable_lr: dict[str, float | None]  # arm -> largest learning rate at which no seed collapsed
+    stable_lr: dict[str, float | None]  # arm -> largest learning rate at which, and below which, no seed collapsed
     stable_minibatches: dict[str, int | None]  # arm -> most updates a rollout batch likewise
     equivalence: list[Comparison]  # gspo - gspo_R2, 90%
     superiority: list[Comparison]  # gspo - grpo, 95%
@@ -103,7 +104,13 @@ def _cells(results: list[RunResult]) -> list[Cell]:
 
 
 def _largest_stable(cells: list[Cell], arm: str) -> float | None:
-    return max((cell.lr for cell in cells if cell.arm == arm and cell.collapsed == 0), default=None)
+    return _last_before_collapse([(cell.lr, cell.collapsed) for cell in cells if cell.arm == arm])
+
+
+def _last_before_collapse(levels: list[tuple[float, int]]) -> float | None:
+    """Of (level, collapsed seeds): the largest level at which, and below which, no seed collapsed."""
+    stable = itertools.takewhile(lambda level: level[1] == 0, sorted(levels))
+    return max((level for level, _ in stable), default=None)
 
 
 def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
@@ -112,7 +119,7 @@ def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
     for arm in plan.MAIN_ARMS:
         mine = [c for c in cells if c.arm == arm and c.setting in counts and c.lr == plan.OTHER_LEARNING_RATE
                 and c.ranks == 1]  # fmt: skip
-        found[arm] = max((counts[cell.setting] for cell in mine if cell.collapsed == 0), default=None)
+        found[arm] = _last_before_collapse([(counts[cell.setting], cell.collapsed) for cell in mine])
     return found
 
 

@@ -61,6 +61,12 @@ def test_where_arms_break():
     assert "There is no learning rate at which both GSPO arms are stable" in found.conclusion[0]
 
 
+def test_a_rate_above_a_collapse_is_not_stable():
+    """One seed collapses at the lower rate and none at the higher one: the arm is stable at neither."""
+    runs = [run("grpo", lr, seed, 0.1 if (lr, seed) == (2e-4, 1) else 0.6) for lr in (2e-4, 4e-4) for seed in SEEDS]
+    assert find(runs).stable_lr["grpo"] is None
+
+
 def test_the_outcome_is_of_the_end():
     """0.9 at step 30 of 50 is not after 60% of the steps."""
     assert run("gspo", 2e-4, 1, 0.7).outcome == pytest.approx(0.7)
