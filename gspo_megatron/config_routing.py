@@ -11,9 +11,10 @@ class RoutingConfig:
     """GSPO leaves routing free. route/* in the metrics tell what it does."""
 
     __pydantic_config__ = STRICT
-    replay: Literal["none", "R2"] = "none"
+    replay: Literal["none", "R2", "R3"] = "none"
     """R2: every update sends tokens to the experts that the pass of old log-probs chose (Routing Replay, arXiv
-    2507.18071, section 5.3). A baseline to compare with: gspo-megatron study routing-replay does."""
+    2507.18071, section 5.3). R3: that pass and every update take those of the rollout (arXiv 2510.11370). Baselines to
+    compare with: gspo-megatron study routing-replay does."""
     statistics: bool = True
     """Count changed routes, router entropy and expert load in every update."""
     diagnostics_interval: int = 0

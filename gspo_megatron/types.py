@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
 
 
@@ -38,6 +39,7 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]  # log p under the sampling policy at the rollout temperature, one a token
     truncated: bool  # cut at max_response_length, so no stop token
+    routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
 
 
 @dataclass
@@ -62,6 +64,7 @@ class TrainSequence:
     truncated: bool = False
     rollout_logprobs: list[float] | None = None  # one a response token
     loss_mask: list[int] | None = None  # 0 or 1 a response token (turns of others are 0); None: 1 at all of them
+    routes: SequenceRoutes | None = None  # that the rollout took
 
     @property
     def response_length(self) -> int:
@@ -89,6 +92,8 @@ class PackedBatch:
     returns: torch.Tensor | None = None  # [T] fp32, what the critic learns (PPO)
     old_routes: Routes | None = None  # of the pass that computed old_logprobs; this rank's layers and tokens
     rollout_logprobs: torch.Tensor | None = None  # [T] fp32
+    rollout_routes: torch.Tensor | None = None  # [L, T, k] int16 by rollout_layers; UNKNOWN at padding and last tokens
+    rollout_layers: tuple[int, ...] = ()  # this stage's MoE layers
     rewards: torch.Tensor | None = None  # [S] fp32
     group_id: torch.Tensor | None = None  # [S] int64
     truncated: torch.Tensor | None = None  # [S] bool

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
 from gspo_megatron.backend.context_parallel import ContextSplit
+from gspo_megatron.routing.rollout_routes import RolloutRecorder
 from gspo_megatron.routing.routes import RouteTrace
 
 
@@ -108,6 +109,7 @@ class CachePlan(PackedSeqParams):
     positions: torch.Tensor | None = None  # [num_tokens] int64
     rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
+    trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
         """query [T, n, d], key and value [T, g, d] -> [T, n, d]; padding rows come back as zeros."""

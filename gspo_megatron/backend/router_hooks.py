@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
-from gspo_megatron.routing.routes import RoutedTokens, Routes, RouteTrace
+from gspo_megatron.routing.rollout_routes import RolloutRecorder
+from gspo_megatron.routing.routes import RoutedTokens, RouteTrace
 from gspo_megatron.types import PackedBatch
 
 
@@ -26,7 +27,7 @@ class RouterTap(RouterReplay):
     def __init__(self, router: TopKRouter):
         # Not Megatron's constructor: that would keep this object, and its model, in a global list for ever.
         self.router, self.layer = router, router.layer_number
-        self.trace: RouteTrace | None = None
+        self.trace: RouteTrace | RolloutRecorder | None = None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """scores [R, E] -> (values, indices) [R, k] each, as Megatron's."""
@@ -62,7 +63,6 @@ class RouterTaps:
     def __init__(self, chunks: list[torch.nn.Module], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
         self._topology = topology
-        self._padded_rows = topology.tp_size  # sequence parallelism cuts the tokens over tensor ranks
         self.layers: list[int] = []  # numbers, from 1 over all stages
         for chunk in chunks:
             for layer in chunk.modules():
@@ -74,7 +74,7 @@ class RouterTaps:
         tap = router.router_replay = RouterTap(router)
 
         def enter(layer: TransformerLayer, args: tuple, kwargs: dict) -> None:
-            tap.trace = getattr(kwargs.get("packed_seq_params"), "trace", None)  # a CachePlan has none
+            tap.trace = getattr(kwargs.get("packed_seq_params"), "trace", None)
 
         layer.register_forward_pre_hook(enter, with_kwargs=True)
         router.register_forward_hook(tap.confirm)
@@ -83,6 +83,7 @@ class RouterTaps:
     def tokens(self, batch: PackedBatch, plan: PackedPlan) -> RoutedTokens:
         """Those that this rank's routers see, in their order."""
         place = torch.arange(batch.num_tokens, device=batch.tokens.device) if plan.rows is None else plan.rows
+        # Sequence parallelism cuts them over tensor ranks.
         place = place.tensor_split(self._topology.tp_size)[self._topology.tp_rank]
         end = int(batch.cu_seqlens[batch.num_sequences])
         # The output at a place predicts the next token; the first of a sequence is never trained.
@@ -94,8 +95,3 @@ class RouterTaps:
             place=place, identity=(batch.tokens[place] << 32) | batch.position_ids[place], counted=counted,
             sequence=ids[place[counted]], real=place < end,
         )  # fmt: skip
-
-    def trace(self, batch: PackedBatch, plan: PackedPlan, replay: Routes | None = None) -> RouteTrace:
-        """Put into the plan, it follows the microbatch. Raises TrainingError where `replay` is of other tokens."""
-        plan.trace = RouteTrace(self.tokens(batch, plan), self.layers, replay)
-        return plan.trace

@@ -1,7 +1,8 @@
 """Routing in the passes of one policy: notes the old policy's routes, replays them where the recipe asks for it, proves
 that they were taken, and counts what has changed.
 
-Left out: generation's routes (R3), and the reference's and critic's, whose routing is always free.
+Left out: the reference's and critic's, whose routing is always free. Generation records its routes itself, for R3
+(rollout/megatron_engine.py).
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from gspo_megatron.backend.router_hooks import RouterTaps
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config_routing import RoutingConfig
 from gspo_megatron.errors import TrainingError
-from gspo_megatron.routing.routes import RouteTrace, changed_experts
+from gspo_megatron.routing.routes import RoutedTokens, Routes, RouteTrace
 from gspo_megatron.routing.statistics import MinibatchRouting, RoutingStatistics
 from gspo_megatron.types import PackedBatch
 
@@ -38,43 +39,54 @@ class RoutingWatch:
         shape = (model.num_layers, model.num_moe_experts or 0)
         self.statistics = RoutingStatistics(shape, topology.dp_size, topology.dp_rank)
 
+    @property
+    def wants_rollout_routes(self) -> bool:
+        """Generation is to record its routes."""
+        return self._is_on and self.config.replay == "R3"
+
     def before_old(self, work: Work) -> None:
-        """Network.run's `prepare` for a pass of the old policy."""
-        self._traces = [(batch, self._taps.trace(batch, plan)) for batch, plan in work] if self._is_on else []
+        """Network.run's `prepare` for a pass of the old policy. With R3 a collective over all ranks."""
+        self._trace(work, self._rollout_routes if self.config.replay == "R3" else None)
 
     def after_old(self) -> None:
-        """Keep the routes of that pass with its batches."""
+        """Keep the routes of that pass with its batches. With R3 a collective over all ranks."""
+        if self._is_on and self.config.replay == "R3":
+            _together(lambda: self._prove(passes=1, minibatch=0))
         for batch, trace in self._traces:
             batch.old_routes = trace.routes()
 
     def before_update(self, work: Work) -> None:
-        """`prepare` for an update. With replay a collective over all ranks.
-
-        A batch without old routes (algorithm.old_logprobs first_minibatch: its own forward is the old pass) is free.
-        """
-        self._before_new(work, self.config.replay != "none")
+        """`prepare` for an update. With replay a collective over all ranks."""
+        self._trace(work, _old_routes if self.config.replay != "none" else None)
 
     def before_fixed(self, work: Work) -> None:
-        """`prepare` for a pass of the new policy along old routes, whatever the recipe says."""
-        self._before_new(work, replays=True)
-
-    def _before_new(self, work: Work, replays: bool) -> None:
-        if not self._is_on:
-            return
-
-        def trace_all() -> None:
-            self._traces = [
-                (batch, self._taps.trace(batch, plan, batch.old_routes if replays else None)) for batch, plan in work
-            ]
-
-        if replays:
-            _together(trace_all)
-        else:
-            trace_all()
+        """`prepare` for a pass of the new policy along old routes, whatever the recipe says. A collective."""
+        self._trace(work, _old_routes)
 
     def after_fixed(self) -> None:
         """Prove that the routes were taken. A collective over all ranks."""
         _together(lambda: self._prove(passes=1, minibatch=None))
+
+    def _trace(self, work: Work, replay: Callable[[PackedBatch, RoutedTokens], Routes | None] | None) -> None:
+        """Put a trace into each plan, which follows the microbatch from there."""
+        self._traces = []
+        if not self._is_on:
+            return
+
+        def trace_all() -> None:
+            for batch, plan in work:
+                tokens = self._taps.tokens(batch, plan)
+                plan.trace = RouteTrace(tokens, self._taps.layers, replay(batch, tokens) if replay else None)
+                self._traces.append((batch, plan.trace))
+
+        if replay:
+            _together(trace_all)
+        else:
+            trace_all()
+
+    def _rollout_routes(self, batch: PackedBatch, tokens: RoutedTokens) -> Routes:
+        experts = zip(batch.rollout_layers, batch.rollout_routes, strict=True)
+        return Routes(tokens, {layer: chosen[tokens.place] for layer, chosen in experts})
 
     def after_update(self, minibatch: int) -> None:
         """Count, and with replay prove that the routes were taken; that is a collective over all ranks.
@@ -109,19 +121,22 @@ class RoutingWatch:
 
     def _strange(self, trace: RouteTrace) -> str | None:
         """What tells that routes belong to other tokens, at the weights that made them."""
-        rows = trace.tokens.counted
-        if not trace.layers or rows.numel() == 0:
+        if not trace.layers or trace.tokens.counted.numel() == 0:
             return None
-        changed = changed_experts(trace.chosen, trace.replay.experts, trace.layers, rows).double()
-        by_layer = changed.mean(1) / self.topk  # [L]
+        by_layer = trace.strange()
         worst = int(by_layer.argmax())
-        if float(by_layer[worst]) <= MOST_DIFFERENT:
-            return None
         percent = 100 * float(by_layer[worst])
+        if percent <= 100 * MOST_DIFFERENT:
+            return None
         return (
             f"at the weights that made the routes, the routers of layer {trace.layers[worst]} would choose "
             f"{percent:.0f}% other experts, so the routes are shifted or of another batch"
         )
+
+
+def _old_routes(batch: PackedBatch, tokens: RoutedTokens) -> Routes | None:
+    """None where a batch has none: its own forward is the old pass (algorithm.old_logprobs first_minibatch)."""
+    return batch.old_routes
 
 
 def _together(fn: Callable[[], None]) -> None:

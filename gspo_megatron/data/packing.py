@@ -13,8 +13,10 @@ import heapq
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
 from gspo_megatron.errors import RolloutError
+from gspo_megatron.routing.rollout_routes import UNKNOWN
 from gspo_megatron.types import PackedBatch, TrainSequence
 
 
@@ -214,6 +216,7 @@ def _join(
         mask += [0] * sequence.prompt_length + trained + fill
         rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or []) + fill
     has_rollout = chosen[0].rollout_logprobs is not None
+    routes = [s.routes.padded(n) for s, n in zip(chosen, lengths, strict=True)] if chosen[0].routes else []
     fill = [0] * padding
     return PackedBatch(
         tokens=torch.tensor(tokens + fill, dtype=torch.int64),
@@ -223,6 +226,8 @@ def _join(
         loss_mask=torch.tensor(mask + fill, dtype=torch.float32),
         advantages=torch.tensor([sequence.advantage for sequence in chosen], dtype=torch.float32),
         rollout_logprobs=torch.tensor(rollout + fill, dtype=torch.float32) if has_rollout else None,
+        rollout_routes=pad(torch.cat(routes, dim=1), (0, 0, 0, padding), value=UNKNOWN) if routes else None,
+        rollout_layers=chosen[0].routes.layers if routes else (),
         rewards=torch.tensor([sequence.reward for sequence in chosen], dtype=torch.float32),
         group_id=torch.tensor([sequence.group_id for sequence in chosen], dtype=torch.int64),
         truncated=torch.tensor([sequence.truncated for sequence in chosen], dtype=torch.bool),

@@ -108,6 +108,7 @@ def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
             group_id=group.prompt.uid,
             truncated=completion.truncated,
             rollout_logprobs=completion.logprobs,
+            routes=completion.routes,
         )
         for group in groups for completion, reward in zip(group.completions, group.rewards, strict=True)
     ]  # fmt: skip

@@ -12,7 +12,7 @@ the others.
 Left out: servers (vLLM), continuous batching over steps, prefix caching beyond the responses of one prompt.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from gspo_megatron import whereabouts
 from gspo_megatron.backend.attention import CachePlan, KeyValueCache, PackedPlan
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.rollout.sampling import SamplingParams, sample
+from gspo_megatron.routing.rollout_routes import RolloutRecorder, SequenceRoutes
 from gspo_megatron.types import Completion, Prompt
 
 
@@ -33,6 +34,7 @@ class _Wave:
     group_size: int
     uniform: torch.Tensor  # [rows, max_tokens] fp64
     caches: list[KeyValueCache]  # one a virtual stage
+    recorder: RolloutRecorder | None  # of the routes of all virtual stages, where they are wanted
     tokens: torch.Tensor  # [rows, max_tokens] int64, written so far
     logprobs: torch.Tensor  # [rows, max_tokens] fp32, on the last stage only until the end
     lengths: torch.Tensor  # [rows] int64, response tokens so far
@@ -103,11 +105,12 @@ class MegatronEngine:
         for start, stop in zip(bounds, bounds[1:], strict=False):
             tokens = [torch.tensor(p.token_ids, device=self.device) for p in prompts[start:stop]]
             rows, max_len = len(tokens) * group_size, max(len(t) for t in tokens) + params.max_tokens
+            recorder = RolloutRecorder(rows, max_len) if self.policy.routing.wants_rollout_routes else None
             shape = (rows, params.max_tokens)
             waves.append(
                 _Wave(
                     tokens, group_size, uniform[start * group_size : stop * group_size],
-                    [KeyValueCache(rows, max_len, {}) for _ in self.policy.models],
+                    [KeyValueCache(rows, max_len, {}) for _ in self.policy.models], recorder,
                     torch.zeros(shape, dtype=torch.int64, device=self.device),
                     torch.zeros(shape, dtype=torch.float32, device=self.device),
                     torch.zeros(rows, dtype=torch.int64, device=self.device),
@@ -122,6 +125,11 @@ class MegatronEngine:
         topology, model = self.topology, self.policy.models[chunk]
         # Sequence parallelism cuts the tokens over tensor ranks; a replica without tokens still runs its experts.
         padding = -(-max(tokens.numel(), 1) // topology.tp_size) * topology.tp_size - tokens.numel()
+        if wave.recorder:
+            rows = plan.rows if first else wave.active.unsqueeze(1)
+            share = (tokens.numel() + padding) // topology.tp_size
+            mine = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
+            plan.trace = wave.recorder.at(rows[mine], positions[mine])
         tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
         if not model.pre_process:
             hidden = torch.empty(
@@ -202,15 +210,32 @@ class MegatronEngine:
         self._sends = [(work, sent) for work, sent in self._sends if not work.is_completed()]
         self._sends.append((dist.isend(tensor, rank, group=group), tensor))
 
+    def _routes(self, wave: _Wave) -> SequenceRoutes:
+        """Of all rows of the wave, [L, rows, max_len, k]. Each tensor rank has recorded its slice of every pass."""
+        layers = tuple(sorted(wave.recorder.experts))
+        if not layers:  # a stage of dense layers
+            return SequenceRoutes((), torch.empty(0, wave.tokens.size(0), wave.caches[0].max_len, 0))
+        experts = torch.stack([wave.recorder.experts[layer] for layer in layers])
+        if self.topology.tp_size > 1:
+            whole = experts.int()  # collectives have no int16
+            dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=self.topology.tp_group)
+            experts = whole.to(experts.dtype)
+        return SequenceRoutes(layers, experts.cpu())
+
     def _completions(self, waves: list[_Wave], params: SamplingParams) -> list[list[Completion]]:
         answers = []
         for wave in waves:
             if self.topology.pp_size > 1:
                 dist.broadcast(wave.logprobs, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
             lengths, tokens, logprobs = wave.lengths.tolist(), wave.tokens.tolist(), wave.logprobs.tolist()
+            routes = self._routes(wave) if wave.recorder else None
             rows = []
             for row, length in enumerate(lengths):
                 truncated = tokens[row][length - 1] not in params.stop_token_ids
-                rows.append(Completion(tokens[row][:length], logprobs[row][:length], truncated))
+                taken = None
+                if routes:
+                    end = len(wave.prompts[row // wave.group_size]) + length
+                    taken = replace(routes, experts=routes.experts[:, row, :end].clone())
+                rows.append(Completion(tokens[row][:length], logprobs[row][:length], truncated, taken))
             answers += [rows[i : i + wave.group_size] for i in range(0, len(rows), wave.group_size)]
         return answers

@@ -37,11 +37,8 @@ class Routes:
     """Chosen experts of a microbatch, by this rank's MoE layers."""
 
     tokens: RoutedTokens
-    experts: dict[int, torch.Tensor]  # layer number, from 1 over all stages -> [R, k] int16, as top-k ordered them
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(chosen.numel() * chosen.element_size() for chosen in self.experts.values())
+    # Layer number, from 1 over all stages -> [R, k] int16, as top-k ordered them; below 0: not known.
+    experts: dict[int, torch.Tensor]
 
 
 class RouteTrace:
@@ -59,6 +56,7 @@ class RouteTrace:
         self.tokens, self.layers, self.replay = tokens, layers, replay
         self.chosen: dict[int, torch.Tensor] = {}  # layer -> [R, k] int16: the routers' own choices
         self.entropy: dict[int, torch.Tensor] = {}  # layer -> [] summed over counted tokens, nats
+        self._told: dict[int, torch.Tensor] = {}  # layer -> [R, k] int64
         self._uses: Counter[int] = Counter()
         self._astray: dict[int, torch.Tensor] = {}  # layer -> [] int64, routes that Megatron did not take
         if replay is not None:
@@ -66,7 +64,8 @@ class RouteTrace:
             _has_layers(layers, replay.experts)
 
     def routes(self) -> Routes:
-        return Routes(self.tokens, dict(self.chosen))
+        """Where the tokens went."""
+        return Routes(self.tokens, {layer: self.taken(layer) for layer in self.layers})
 
     def is_new(self, layer: int) -> bool:
         """This layer has not been asked yet; recomputation asks again."""
@@ -76,12 +75,16 @@ class RouteTrace:
         """Note a router's own choice [R, k]; returns the experts [R, k] int64 to take instead, None: its own."""
         self._uses[layer] += 1
         self.chosen[layer] = own.to(STORED)
-        return None if self.replay is None else self.replay.experts[layer].long()
+        if self.replay is None:
+            return None
+        given = self.replay.experts[layer].long()
+        self._told[layer] = torch.where(given < 0, own, given)  # routes that are not known are the router's own
+        return self._told[layer]
 
     def confirm(self, layer: int, routing_map: torch.Tensor) -> None:
         """Compare what the router gave [R, E] bool with what it was made to take."""
         if self.replay is not None:
-            wanted = self.replay.experts[layer].long()
+            wanted = self._told[layer]
             taken = routing_map.gather(1, wanted).sum()
             self._astray[layer] = wanted.numel() - taken + (routing_map.sum() - taken)
 
@@ -96,7 +99,13 @@ class RouteTrace:
 
     def taken(self, layer: int) -> torch.Tensor:
         """[R, k] int16: where the layer's tokens went."""
-        return (self.chosen if self.replay is None else self.replay.experts)[layer]
+        return self.chosen[layer] if self.replay is None else self._told[layer].to(STORED)
+
+    def strange(self) -> torch.Tensor:
+        """[L]: share of the counted tokens' experts that the routers would not have chosen themselves."""
+        taken = {layer: self.taken(layer) for layer in self.layers}
+        changed = changed_experts(self.chosen, taken, self.layers, self.tokens.counted).double()  # [L, n]
+        return changed.mean(1) / next(iter(taken.values())).size(1)
 
 
 def changed_experts(

@@ -1,8 +1,6 @@
 """What is trained in a study: literal tables of arms and settings, and the runs that they make.
 
 The margins and rules by which findings.py judges are here too, so that they stand before the first run.
-
-Left out: R3 (replay of the rollout engine's routes). The embedded engine is the training engine: its routes are R2's.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +14,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "gspo_R2": {"algorithm.name": "gspo", "routing.replay": "R2"},
     "grpo": {"algorithm.name": "grpo"},
     "grpo_R2": {"algorithm.name": "grpo", "routing.replay": "R2"},
+    "gspo_R3": {"algorithm.name": "gspo", "routing.replay": "R3"},
+    "grpo_R3": {"algorithm.name": "grpo", "routing.replay": "R3"},
     "gspo_token": {"algorithm.name": "gspo_token"},
     "gspo_token_R2": {"algorithm.name": "gspo_token", "routing.replay": "R2"},
     "dapo": {"algorithm.name": "dapo"},
@@ -104,7 +104,7 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
     few, rate = min(seeds, 3), OTHER_LEARNING_RATE
     runs = [RunSpec(arm, "main", lr, seed) for seed in range(1, seeds + 1) for lr in rates for arm in MAIN_ARMS]
     some = range(1, few + 1)
-    further = ("gspo_token", "gspo_token_R2", "dapo", "dapo_R2")
+    further = ("gspo_R3", "grpo_R3", "gspo_token", "gspo_token_R2", "dapo", "dapo_R2")
     runs += [RunSpec(arm, "main", rate, seed) for seed in some for arm in further]
     runs += [RunSpec("gspo", "main", rate, seed, ranks=4) for seed in some]
     for name, setting in SETTINGS.items():

@@ -3,9 +3,9 @@
 TEXTS = {
     "summary": """{runs} training runs, up to {seeds} seeds an arm, {hours:.1f} hours of them in all. All runs of a seed
         start from the same weights and see the same prompts; an arm differs in its algorithm, replay and learning rate
-        alone. R2 sends every token, in every update, to the experts that the old policy chose; free routing pins
-        nothing. Made by `gspo-megatron study routing-replay`; the rules and margins (gspo_megatron/study/plan.py) were
-        written before the first run.""",
+        alone. R2 sends every token, in every update, to the experts that the old policy chose, R3 to those that the
+        rollout chose (which here is the same engine); free routing pins nothing. Made by `gspo-megatron study
+        routing-replay`; the rules and margins (gspo_megatron/study/plan.py) were written before the first run.""",
     "edge": """A run's outcome is its held-out accuracy, mean over the evaluations after {outcome_from:.0%} of its
         steps; it has collapsed below {collapse:.0%} of the accuracy it started from.""",
     "equivalence": """90% intervals of the paired difference, GSPO free minus GSPO with R2. Equivalent: within

@@ -17,7 +17,7 @@ def test_parts_are_a_partition():
 
 
 def test_only_chooses_by_name():
-    assert {spec.arm for spec in chosen(REPLAY, Options(only="^grpo"))} == {"grpo", "grpo_R2"}
+    assert {spec.arm for spec in chosen(REPLAY, Options(only="^grpo"))} == {"grpo", "grpo_R2", "grpo_R3"}
     assert {spec.seed for spec in chosen(REPLAY, Options(only="seed2$"))} == {2}
 
 
