@@ -120,6 +120,13 @@ def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
     cut = f"tensor parallel size {tensor}"
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_attention_heads", cut)
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
+    if shape.latent:
+        latent = shape.latent
+        ranks = [("q_lora_rank", latent.q_lora_rank or tensor),
+                 ("kv_lora_rank + qk_rope_head_dim", latent.kv_lora_rank + latent.qk_rope_head_dim)]  # fmt: skip
+        for name, size in ranks:
+            require(size % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
+                    f"the model's {name} {size} cannot be divided evenly over {cut}", "Give another size.")  # fmt: skip
     if 0 in shape.moe_layers:
         _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
     if shape.shared_intermediate_size:

@@ -10,6 +10,7 @@ generation comes here (model.py).
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,9 @@ from gspo_megatron.backend.context_parallel import ContextSplit
 from gspo_megatron.routing.rollout_routes import RolloutRecorder
 from gspo_megatron.routing.routes import RouteTrace
 
+if TYPE_CHECKING:
+    from gspo_megatron.backend.latent_attention import Angles
+
 
 @dataclass
 class PackedPlan(PackedSeqParams):
@@ -31,6 +35,7 @@ class PackedPlan(PackedSeqParams):
     padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
     split: ContextSplit | None = None  # None: this rank feeds all tokens
     trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
+    angles: "Angles | None" = None  # by token, for latent attention (latent_attention.py)
 
     @classmethod
     def from_cu_seqlens(
@@ -82,16 +87,15 @@ class PackedPlan(PackedSeqParams):
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d]."""
+    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d], with a d of their own."""
 
     rows: int
     max_len: int
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
-    def of_layer(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.layers:
-            shape = (self.rows, self.max_len, *like.shape[1:])
-            self.layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+            self.layers[layer] = tuple(x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
         return self.layers[layer]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -110,18 +114,19 @@ class CachePlan(PackedSeqParams):
     rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
+    angles: "Angles | None" = None
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
-        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; padding rows come back as zeros."""
+        """query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
         n = self.num_tokens
-        cached_key, cached_value = self.cache.of_layer(layer, key)
+        cached_key, cached_value = self.cache.of_layer(layer, key, value)
         if self.prompt is not None:
             positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
             cached_key[self.rows, positions] = key[:n].unsqueeze(1)
             cached_value[self.rows, positions] = value[:n].unsqueeze(1)
             out = self.prompt.attend(layer, query[:n], key[:n], value[:n], scale)
         elif n == 0:  # every response here has finished, but other replicas still need this rank's experts
-            out = query[:0]
+            out = value.new_zeros(0, query.size(1), value.size(2))
         else:
             rows = torch.arange(n, device=key.device)
             cached_key[rows, self.positions] = key[:n]

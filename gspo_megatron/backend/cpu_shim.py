@@ -65,6 +65,7 @@ def install() -> bool:
         _import_without_compile()
     _patch_rng_tracker()
     _patch_moe()
+    _patch_latent_attention()
     _installed = True
     return True
 
@@ -223,3 +224,9 @@ def _patch_moe() -> None:
 
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _patch_latent_attention() -> None:
+    """It takes Transformer Engine for present where only stand-ins for Megatron's wrappers of it are."""
+    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    attention.HAVE_TE = isinstance(attention.TELinear, type)

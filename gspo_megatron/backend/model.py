@@ -3,7 +3,7 @@
 Families: those of hf/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local one
 with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
 
-Left out: loading weights (hf/load.py), multi-head latent attention, multi-token prediction.
+Left out: loading weights (hf/load.py), multi-token prediction.
 """
 
 import json
@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
+from gspo_megatron.backend.latent_attention import AngleTable, LatentNorm, PackedLatentAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.topology import Topology
@@ -81,12 +82,15 @@ class PackedModel(GPTModel):
     context-parallel ranks have chunks."""
 
     _angles: torch.Tensor | None = None
+    angle_table: AngleTable | None = None  # of latent attention, which wants its angles with the plan
     rotary_by_token = True  # off where Transformer Engine's packed attention wants Megatron's own angles
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         plan = kwargs.get("packed_seq_params")
-        if self.rotary_by_token or isinstance(plan, CachePlan):
+        if self.angle_table is not None:
+            plan.angles = self.angle_table.at(position_ids.view(-1))
+        elif self.rotary_by_token or isinstance(plan, CachePlan):
             if self._angles is None:
                 self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
             out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
@@ -127,6 +131,9 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = core
+        if arch.latent is not None and not use_te:
+            layer.submodules.self_attention.module = PackedLatentAttention
+            attention.q_layernorm = attention.kv_layernorm = LatentNorm
         if not use_te:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
             if arch.qk_norm == "head":
@@ -212,7 +219,10 @@ def bare(
         gpt.rotary_by_token = not use_te
         # Megatron would cut its angles over context-parallel ranks by the length of this rank's tokens. Angles by token
         # need no cut, and Transformer Engine's packed path cuts where it applies them.
-        gpt.rotary_pos_emb.cp_group = None
+        if arch.latent is None:
+            gpt.rotary_pos_emb.cp_group = None
+        elif not use_te:
+            gpt.angle_table = AngleTable(arch, runtime.device)
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
         chunks.append(gpt)

@@ -20,7 +20,9 @@ from gspo_megatron.backend.norms import AllHeadsRMSNorm
 from gspo_megatron.backend.topology import Topology
 
 # Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
-CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1}
+CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1,
+           "linear_q_proj": 0, "linear_q_down_proj": 0, "linear_q_up_proj": 0, "linear_kv_down_proj": 0,
+           "linear_kv_up_proj": 0}  # fmt: skip
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)$")
 GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)$")

@@ -1,11 +1,11 @@
 """Megatron's TransformerConfig of an architecture in a layout.
 
-Left out: multi-head latent attention, multi-token prediction, and whatever moves routing outside of the gradient.
+Left out: multi-token prediction, and whatever moves routing outside of the gradient.
 """
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig
@@ -17,8 +17,10 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
     """TransformerConfig of an architecture, cut as the topology says."""
     on_cuda = torch.cuda.is_available()
     interleaved = topology.vp_size > 1
-    return TransformerConfig(
+    kind = TransformerConfig if arch.latent is None else MLATransformerConfig
+    return kind(
         **_moe_config(arch),
+        **_latent_config(arch),
         num_layers=arch.num_hidden_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
@@ -31,7 +33,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.has_qk_norm,
+        qk_layernorm=arch.has_qk_norm or arch.latent is not None,
         moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
@@ -68,6 +70,25 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         bias_dropout_fusion=use_te,
         apply_rope_fusion=False,
     )
+
+
+def _latent_config(arch: Architecture) -> dict:
+    """The part of MLATransformerConfig. The angles are ours (latent_attention.py); of YaRN, Megatron computes the scale
+    of the softmax from these."""
+    latent, yarn = arch.latent, arch.yarn
+    if latent is None:
+        return {}
+    return {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "rope",
+        "rotary_base": arch.rope_theta,
+        "rotary_scaling_factor": yarn.factor if yarn else 1.0,
+        "mscale_all_dim": yarn.mscale_all_dim if yarn else 0.0,
+    }
 
 
 def _moe_config(arch: Architecture) -> dict:

@@ -4,10 +4,11 @@ Sizes have the names of Qwen3-MoE's config, which are those of most families. Ea
 its config into an `Architecture` through a `ConfigReader`, which refuses what Megatron's model here would silently
 compute as something else.
 
-Left out, and refused: rotary scaling (linear, yarn, llama3), sliding windows, biases but for query, key and value,
-activations other than SiLU, multi-head latent attention.
+Left out, and refused: rotary scaling (linear, llama3; yarn but for latent attention), sliding windows, biases but for
+query, key and value, activations other than SiLU.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,41 @@ RENAMED = {"num_experts": ("num_experts", "num_local_experts", "n_routed_experts
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of multi-head latent attention (MLA)."""
+
+    q_lora_rank: int | None  # None: queries have no latent
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # of each head, not rotated
+    qk_rope_head_dim: int  # rotated; all heads share this part of the key
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary angles for a longer context than the original one (arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float  # 0: not given
+    mscale_all_dim: float
+
+    @property
+    def attention_factor(self) -> float:
+        """Of cosine and sine."""
+        if self.mscale and self.mscale_all_dim:
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    def _temperature(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """One decoder: grouped-query attention, gated SiLU feed-forward layers, experts in some of them."""
+    """One decoder: grouped-query or latent attention, gated SiLU feed-forward layers, experts in some of them."""
 
     family: str
     num_hidden_layers: int
@@ -46,6 +80,8 @@ class Architecture:
     router_bias: bool = False  # a correction that enters the choice of experts and not their weights
     renormalise: bool = True  # weights of the chosen experts add up to 1 (before scaling)
     router_scaling: float = 1.0
+    latent: LatentAttention | None = None  # in place of grouped-query attention
+    yarn: Yarn | None = None
     router_groups: int = 1  # experts are chosen within the best groups alone
     router_top_groups: int = 1
 
@@ -59,13 +95,18 @@ class Architecture:
         return self.qk_norm != "none"
 
     @property
+    def has_query_latent(self) -> bool:
+        return self.latent is not None and self.latent.q_lora_rank is not None
+
+    @property
+    def has_whole_query(self) -> bool:
+        return self.latent is not None and self.latent.q_lora_rank is None
+
+    @property
     def num_parameters(self) -> int:
         """Of the whole model, without router_bias (it is not trained)."""
-        hidden, dim = self.hidden_size, self.head_dim
-        rows = dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
-        attention = hidden * (rows + dim * self.num_attention_heads) + (rows if self.qkv_bias else 0)
-        normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
-        attention += dim * normed_heads[self.qk_norm]
+        hidden = self.hidden_size
+        attention = self._attention_parameters if self.latent is None else self._latent_parameters
         moe = self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
         moe += 3 * hidden * self.shared_intermediate_size + (hidden if self.shared_gate else 0)
         sparse = sum(self.moe_layers)
@@ -73,6 +114,24 @@ class Architecture:
         layers = self.num_hidden_layers * (attention + 2 * hidden)
         layers += sparse * moe + (self.num_hidden_layers - sparse) * dense
         return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
+
+    @property
+    def _latent_parameters(self) -> int:
+        latent, hidden, heads = self.latent, self.hidden_size, self.num_attention_heads
+        query = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+        rank = latent.q_lora_rank
+        queries = hidden * query if rank is None else hidden * rank + rank + rank * query
+        kv = hidden * (latent.kv_lora_rank + latent.qk_rope_head_dim) + latent.kv_lora_rank
+        kv += latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        return queries + kv + heads * latent.v_head_dim * hidden
+
+    @property
+    def _attention_parameters(self) -> int:
+        hidden, dim = self.hidden_size, self.head_dim
+        rows = dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
+        attention = hidden * (rows + dim * self.num_attention_heads) + (rows if self.qkv_bias else 0)
+        normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
+        return attention + dim * normed_heads[self.qk_norm]
 
 
 class ConfigReader:
@@ -106,15 +165,20 @@ class ConfigReader:
             value = self.get(name)
             self.require(not value, f"{name} = {value!r} is not supported", "Use a model without it.")
 
-    def attention(self) -> dict:
+    def rope(self) -> dict:
+        """What a config says about rotary embeddings, under either name."""
+        return self.get("rope_parameters") or self.get("rope_scaling") or {}
+
+    def attention(self, allows_yarn: bool = False) -> dict:
         """The fields of attention, embeddings and norms that all families share."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
         self.require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
                      "Correct one of the two.")  # fmt: skip
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        rope = self.rope()
         kind = rope.get("rope_type", rope.get("type", "default"))
-        self.require(kind == "default", f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
+        known = ("default", "yarn") if allows_yarn else ("default",)
+        self.require(kind in known, f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
         activation = self.get("hidden_act", "silu")
         self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
         hidden = self.size("hidden_size")

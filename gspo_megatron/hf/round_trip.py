@@ -31,6 +31,11 @@ _SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _GLM = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
         "n_shared_experts": 2, "routed_scaling_factor": 1.5, "intermediate_size": 40, "head_dim": 16}  # fmt: skip
+_DEEPSEEK = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
+             "intermediate_size": 40, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 2,
+             "routed_scaling_factor": 1.5}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+         "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
 
 # Every variant of a table's rows and of the config that changes the network.
 TINY: dict[str, dict] = {
@@ -45,6 +50,11 @@ TINY: dict[str, dict] = {
               "eos_token_id": 2},
     "glm4_moe": {"model_type": "glm4_moe", "n_group": 1, "topk_group": 1, "attention_bias": True} | _GLM,
     "glm4_moe groups": {"model_type": "glm4_moe", "n_group": 4, "topk_group": 2, "use_qk_norm": True} | _GLM,
+    "deepseek_v2": {"model_type": "deepseek_v2", "num_key_value_heads": 4, "q_lora_rank": None, "n_routed_experts": 8,
+                    "num_experts_per_tok": 4} | _DEEPSEEK,
+    "deepseek_v3": {"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 32, "n_routed_experts": 8,
+                    "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0,
+                    "rope_parameters": _YARN} | _DEEPSEEK,
     "qwen3": {"model_type": "qwen3", "intermediate_size": 40, "head_dim": 16, "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "intermediate_size": 40},
 }  # fmt: skip

@@ -106,8 +106,8 @@ def test_old_tables_of_angles_are_no_left_over():
 
 def test_an_unknown_family_names_those_that_are_known():
     with pytest.raises(ConfigError) as caught:
-        architecture({"model_type": "deepseek_v3"})
-    assert "'deepseek_v3'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
+        architecture({"model_type": "gpt_oss"})
+    assert "'gpt_oss'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from tests.distributed import spawn
 
 ONE, TP2, PP2, MIXED = (ParallelConfig(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
 DENSE = ParallelConfig(2, 2, None, 1, 1)
-FAMILIES = ("qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "llama")
+FAMILIES = ("qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "llama")
 
 
 def examples() -> list[TrainSequence]:

@@ -1,12 +1,12 @@
 """FAMILIES: model_type of a config.json -> how that family's config and tensors are read. Imports no torch.
 
-Left out, and refused by name: DeepSeek-V2 and V3 (multi-head latent attention), GPT-OSS (attention sinks, quantised
+Left out, and refused by name: GPT-OSS (attention sinks, quantised
 experts), Qwen3-Next (linear attention), and everything that is not a decoder of text.
 """
 
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.hf.architecture import Architecture, ConfigReader
-from gspo_megatron.hf.families import glm4_moe, llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from gspo_megatron.hf.families import deepseek, glm4_moe, llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.hf.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -15,6 +15,8 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "deepseek_v2": deepseek.V2,
+    "deepseek_v3": deepseek.V3,
     "qwen3": qwen3.FAMILY,
     "llama": llama.FAMILY,
 }

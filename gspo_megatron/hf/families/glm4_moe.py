@@ -18,9 +18,7 @@ from gspo_megatron.hf.families.common import (
 )
 from gspo_megatron.hf.operators import merge_gate_up, rename
 
-MOE = (
-    *ROUTER,
-    rename(OURS + "mlp.router.expert_bias", THEIRS + "mlp.gate.e_score_correction_bias"),
+SHARED = (
     merge_gate_up(
         OURS + "mlp.shared_experts.linear_fc1.weight",
         THEIRS + "mlp.shared_experts.gate_proj.weight",
@@ -28,10 +26,11 @@ MOE = (
     ),
     rename(OURS + "mlp.shared_experts.linear_fc2.weight", THEIRS + "mlp.shared_experts.down_proj.weight"),
 )
+MOE = (*ROUTER, rename(OURS + "mlp.router.expert_bias", THEIRS + "mlp.gate.e_score_correction_bias"), *SHARED)
 
 
-def read(config: ConfigReader) -> Architecture:
-    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
+def sigmoid_router(config: ConfigReader) -> dict:
+    """The fields of a sigmoid router with a correction bias, of GLM-4.5 and DeepSeek-V3."""
     chosen = config.size("num_experts_per_tok")
     groups, top_groups = config.get("n_group", 1), config.get("topk_group", 1)
     config.require(config.get("norm_topk_prob", True) and chosen > 1, "norm_topk_prob off, or a single expert a token, "
@@ -40,6 +39,11 @@ def read(config: ConfigReader) -> Architecture:
     sizes = f"n_group {groups}, topk_group {top_groups}, num_experts_per_tok {chosen}"
     config.require(groups == 1 or chosen // top_groups == 2, f"{sizes} are not supported together",
                    "Use a model that chooses 2 experts a group.")  # fmt: skip
+    return {"router_score": "sigmoid", "router_bias": True, "router_groups": groups, "router_top_groups": top_groups}
+
+
+def read(config: ConfigReader) -> Architecture:
+    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
     moe = config.size("moe_intermediate_size")
     return Architecture(
         family="glm4_moe",
@@ -51,11 +55,8 @@ def read(config: ConfigReader) -> Architecture:
         moe_layers=tuple(int(layer >= dense) for layer in range(layers)),
         qk_norm="head" if config.get("use_qk_norm", False) else "none",
         qkv_bias=bool(config.get("attention_bias", False)),
-        router_score="sigmoid",
-        router_bias=True,
         router_scaling=float(config.get("routed_scaling_factor", 1.0)),
-        router_groups=groups,
-        router_top_groups=top_groups,
+        **sigmoid_router(config),
     )
 
 

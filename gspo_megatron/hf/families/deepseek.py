@@ -1,0 +1,83 @@
+"""DeepSeek-V2 (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, shared experts, first layers dense. V2
+has a softmax router, V3 a sigmoid one with a correction bias and groups of experts.
+
+Left out: V2's group-limited choice (V2-Lite has none), whose groups are ranked by their best expert; V3's layers that
+predict further tokens (load.py refuses or drops them).
+"""
+
+from gspo_megatron.hf.architecture import Architecture, ConfigReader, LatentAttention, Yarn
+from gspo_megatron.hf.families.common import DENSE, EXPERTS, MODEL, OURS, ROUTER, STACKED_EXPERTS, THEIRS, Family
+from gspo_megatron.hf.families.glm4_moe import MOE as MOE_WITH_BIAS
+from gspo_megatron.hf.families.glm4_moe import SHARED, sigmoid_router
+from gspo_megatron.hf.operators import rename
+
+_OURS, _THEIRS = OURS + "self_attention.", THEIRS + "self_attn."
+ATTENTION = (
+    rename(OURS + "input_layernorm.weight", THEIRS + "input_layernorm.weight"),
+    rename(_OURS + "linear_q_proj.weight", _THEIRS + "q_proj.weight", when="has_whole_query"),
+    rename(_OURS + "linear_q_down_proj.weight", _THEIRS + "q_a_proj.weight", when="has_query_latent"),
+    rename(_OURS + "q_layernorm.weight", _THEIRS + "q_a_layernorm.weight", when="has_query_latent"),
+    rename(_OURS + "linear_q_up_proj.weight", _THEIRS + "q_b_proj.weight", when="has_query_latent"),
+    rename(_OURS + "linear_kv_down_proj.weight", _THEIRS + "kv_a_proj_with_mqa.weight"),
+    rename(_OURS + "kv_layernorm.weight", _THEIRS + "kv_a_layernorm.weight"),
+    rename(_OURS + "linear_kv_up_proj.weight", _THEIRS + "kv_b_proj.weight"),
+    rename(_OURS + "linear_proj.weight", _THEIRS + "o_proj.weight"),
+    rename(OURS + "pre_mlp_layernorm.weight", THEIRS + "post_attention_layernorm.weight"),
+)
+
+
+def _common(config: ConfigReader) -> dict:
+    config.refuse("attention_bias", "mlp_bias")
+    config.require(
+        config.get("rope_interleave", True), "rope_interleave off is not supported", "Use a published model."
+    )
+    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
+    moe = config.size("moe_intermediate_size")
+    config.require(config.get("moe_layer_freq", 1) == 1, "moe_layer_freq other than 1 is not supported", "Use 1.")
+    latent = LatentAttention(
+        q_lora_rank=config.get("q_lora_rank"), kv_lora_rank=config.size("kv_lora_rank"),
+        qk_nope_head_dim=config.size("qk_nope_head_dim"), qk_rope_head_dim=config.size("qk_rope_head_dim"),
+        v_head_dim=config.size("v_head_dim"),
+    )  # fmt: skip
+    return {
+        **config.attention(allows_yarn=True),
+        **config.experts(),
+        "latent": latent,
+        "yarn": _yarn(config),
+        "intermediate_size": config.size("intermediate_size"),
+        "moe_intermediate_size": moe,
+        "shared_intermediate_size": moe * config.get("n_shared_experts", 0),
+        "moe_layers": tuple(int(layer >= dense) for layer in range(layers)),
+        "router_scaling": float(config.get("routed_scaling_factor", 1.0)),
+    }
+
+
+def _yarn(config: ConfigReader) -> Yarn | None:
+    rope = config.rope()
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
+        return None
+    plain = rope.get("truncate", True) and rope.get("attention_factor") is None
+    config.require(plain, "yarn with truncate off or an attention_factor is not supported", "Use a published model.")
+    original = rope["original_max_position_embeddings"]
+    return Yarn(
+        factor=float(rope.get("factor") or config.size("max_position_embeddings") / original),
+        original_max_position_embeddings=original, beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1), mscale=float(rope.get("mscale") or 0),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+    )  # fmt: skip
+
+
+def read_v2(config: ConfigReader) -> Architecture:
+    method = config.get("topk_method", "greedy")
+    config.require(method == "greedy", f"topk_method {method!r} is not supported: Megatron ranks groups by the sum of "
+                   "their best experts, this model by the best one", "Use a model that chooses greedily.")  # fmt: skip
+    return Architecture(family="deepseek_v2", **_common(config), renormalise=False)
+
+
+def read_v3(config: ConfigReader) -> Architecture:
+    return Architecture(family="deepseek_v3", **_common(config), **sigmoid_router(config))
+
+
+V2_MOE = (*ROUTER, *SHARED)
+V2 = Family(read_v2, MODEL, ATTENTION, DENSE, V2_MOE, EXPERTS, V2_MOE, STACKED_EXPERTS)
+V3 = Family(read_v3, MODEL, ATTENTION, DENSE, MOE_WITH_BIAS, EXPERTS, MOE_WITH_BIAS, STACKED_EXPERTS)

@@ -1,0 +1,99 @@
+"""Latent attention in cached generation and under context parallelism: one network, whatever the way through it. That
+it is transformers' network is tested in hf/test_round_trip.py, its gradient in hf/test_training.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend import runtime, topology
+from gspo_megatron.backend.latent_attention import inverse_frequencies
+from gspo_megatron.backend.model import ModelShape
+from gspo_megatron.backend.policy import Policy
+from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.data.packing import pack
+from gspo_megatron.hf.families import architecture
+from gspo_megatron.hf.round_trip import TINY, VOCAB
+from gspo_megatron.rollout.groups import join_context
+from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.types import Prompt, RolloutGroup, TrainSequence
+from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
+from tests.distributed import spawn
+
+GROUP, NEW = 3, 10
+LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2)}
+
+
+def prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = (4, 9, 1, 6)
+    return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
+
+
+def generate(layout: ParallelConfig) -> dict:
+    """Samples of a tiny DeepSeek-V3, and how far the rollout's log-probs are from the packed forward's."""
+    started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY["deepseek_v3"], VOCAB), cut, started)
+    with torch.no_grad():
+        for model in policy.models:
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(4)  # attention and routing far from uniform
+    everything = prompts()
+    share, place = len(everything) // cut.replicas, cut.dp_cp_rank
+    mine = everything[place * share : (place + 1) * share]
+    rows = slice(place * share * GROUP, (place + 1) * share * GROUP)
+    stops = tuple(range(0, VOCAB, 12))
+    drawn = uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
+    answers = MegatronEngine(policy).generate(mine, GROUP, SamplingParams(NEW, stops), drawn)
+    groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
+    sequences = [TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
+                 for g in groups for c in g.completions]  # fmt: skip
+    batches = pack(sequences, 4096, cut.microbatch_multiple, sequence_multiple=cut.sequence_multiple)
+    policy.fill_old_log_probs(batches)
+    errors = []
+    for batch in [batch for batch in batches if batch.old_logprobs is not None]:
+        dist.all_reduce(batch.old_logprobs, group=cut.cp_group)  # each rank has its own tokens', and 0 elsewhere
+        errors.append(float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
+    samples = {g.prompt.uid: [c.token_ids for c in g.completions] for g in groups}
+    return {"samples": samples, "errors": errors}
+
+
+def one_rank(rank: int, world_size: int) -> dict:
+    return in_layouts(rank, world_size, {"x": SINGLE}, generate)["x"]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return spawn(one_rank, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def layouts() -> list[dict]:
+    return spawn(in_layouts, 4, LAYOUTS, generate)
+
+
+def test_cached_decoding_is_the_packed_forward(single):
+    assert len({len(tokens) for group in single["samples"].values() for tokens in group}) > 1
+    assert single["errors"] and max(single["errors"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_same_samples_in_every_layout(single, layouts, name):
+    for rank in layouts:
+        assert rank[name]["samples"] == {uid: single["samples"][uid] for uid in rank[name]["samples"]}
+    assert max(error for rank in layouts for error in rank[name]["errors"]) < 2e-5
+
+
+def test_yarn_by_hand():
+    """Two pairs of dimensions, base 10000: plain frequencies 1 and 1/100. A context of 16 is stretched 4 times. The
+    dimension at which 32 rotations fit is 4 ln(16 / 64 pi) / (2 ln 10000) = -0.549, so low is max(-1, 0) = 0; for one
+    rotation 4 ln(16 / 2 pi) / (2 ln 10000) = 0.203, so high is 1. The first pair keeps its frequency, the second is
+    stretched wholly: 1/400. Cosines get (0.07 ln 4 + 1) / (0.1 ln 4 + 1)."""
+    config = TINY["deepseek_v3"] | {"qk_rope_head_dim": 4}
+    frequencies, factor = inverse_frequencies(architecture(config))
+    assert frequencies.tolist() == pytest.approx([1.0, 1 / 400], rel=1e-6)
+    ln4 = 1.3862943611198906
+    assert factor == pytest.approx((0.07 * ln4 + 1) / (0.1 * ln4 + 1), rel=1e-12)
