@@ -161,7 +161,7 @@ def write_companions(
     add: Callable[[str, bytes], object], hf: dict, dtype: torch.dtype, companions: Sequence[Path]
 ) -> None:
     """config.json for these weights, and the other small files that the companions have: add(name, content)."""
-    config = {name: value for name, value in hf.items() if name != "torch_dtype"}
+    config = {name: value for name, value in hf.items() if name not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # their tensors are not written

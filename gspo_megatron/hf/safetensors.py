@@ -4,7 +4,8 @@ The format: 8 bytes with the header's length, the header (JSON: name -> dtype, s
 the bytes. A writer therefore knows every file's layout from names, shapes and types alone: it writes headers first and
 each tensor, or a part of its rows, to its place. Nothing is held in memory, and the folder gets its name at the end.
 
-Left out: quantised types (F8, MXFP4 blocks and integers are refused by name).
+FP8 with block scales is read as bf16 (quantised.py). Left out: other quantised types (MXFP4 blocks and integers are
+refused by name).
 """
 
 import ctypes
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.operators import Piece
+from gspo_megatron.hf.quantised import FP8, SCALE, BlockScales
 from gspo_megatron.hf.table import some
 
 INDEX = "model.safetensors.index.json"
@@ -41,11 +43,31 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._files: dict[str, safe_open] = {}
+        self._scales = BlockScales.of_folder(self.folder)
         self._home = self._indexed() if (self.folder / INDEX).is_file() else self._of_file(SINGLE)
 
     @property
     def names(self) -> set[str]:
-        return set(self._home)
+        """Without the scales of quantised tensors."""
+        return {name for name in self._home if not self._is_scale(name)}
+
+    def _is_scale(self, name: str) -> bool:
+        return self._scales is not None and name.endswith(SCALE) and name.removesuffix(SCALE) in self._home
+
+    def _is_quantised(self, name: str) -> bool:
+        """Raises ConversionError where its scales are missing or of another shape."""
+        if self._slice(name).get_dtype() != FP8 or self._scales is None:
+            return False
+        file = self.folder / self._home[name]
+        if name + SCALE not in self._home:
+            raise ConversionError(f"{file}: {name} is {FP8} and has no {name + SCALE}. Download the folder again.")
+        found, wanted = self.shape(name + SCALE), self._scales.count(self.shape(name))
+        if found != wanted:
+            raise ConversionError(
+                f"{file}: {name + SCALE} has shape {list(found)}, and blocks of {self._scales.rows} x "
+                f"{self._scales.columns} make it {list(wanted)}. Correct weight_block_size in config.json."
+            )
+        return True
 
     def _of_file(self, file: str) -> dict[str, str]:
         path = self.folder / file
@@ -81,6 +103,8 @@ class SafetensorsFolder:
     def dtype(self, name: str) -> torch.dtype:
         """Raises ConversionError for a type that holds no plain floating-point numbers."""
         kind = self._slice(name).get_dtype()
+        if self._is_quantised(name):
+            return torch.bfloat16
         if kind not in TYPES:
             raise ConversionError(
                 f"{self.folder / self._home[name]}: {name} has type {kind}, and quantised tensors are not supported. "
@@ -98,13 +122,16 @@ class SafetensorsFolder:
             bounds[cut_dim] = _share(bounds[cut_dim], rank, cuts)
         where = tuple(slice(*bound) for bound in bounds)
         try:
+            if self._is_quantised(piece.tensor):
+                scales = self._slice(piece.tensor + SCALE)[self._scales.blocks(*where)]
+                return self._scales.dequantise(stored[where], scales, where[0].start, where[1].start)
             return stored[where if piece.expert is None else (piece.expert, *where)]
         except (SafetensorError, OSError) as error:
             file = self.folder / self._home[piece.tensor]
             raise ConversionError(f"{file}: cannot read {piece.tensor} ({error}). Download it again.") from None
 
     def whole(self, name: str) -> torch.Tensor:
-        return self._slice(name)[:]
+        return self.read(Piece(name))
 
     def _slice(self, name: str):
         return self._files[self._home[name]].get_slice(name)

@@ -119,6 +119,9 @@ def test_an_unknown_family_names_those_that_are_known():
         ("mixtral", {"num_local_experts": None}, "num_experts is None"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob off"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True is not supported"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear'"),
         ("glm4_moe", {"n_group": 4, "topk_group": 1}, "n_group 4, topk_group 1, num_experts_per_tok 4"),
     ],
 )
