@@ -23,6 +23,7 @@ from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.backend.runtime import Runtime
 from gspo_megatron.config import AlgorithmConfig, ParallelConfig, TrainConfig
+from gspo_megatron.config_routing import RoutingConfig
 from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.doctor import NoiseFloor, Row
@@ -73,7 +74,8 @@ def measure(config: TrainConfig, layout: ParallelConfig, num_prompts: int, check
     """
     # The load-balancing loss is no part of a log-prob, but its gradient would make the update below change weights.
     model = replace(config.model, moe_aux_loss_coeff=0.0)
-    config = replace(config, parallel=layout, model=model)
+    # Nor is replay: it would hide what routes do, and another layout has none to replay.
+    config = replace(config, parallel=layout, model=model, routing=RoutingConfig(statistics=False))
     runtime = runtimes.start(config.device)
     topology = topologies.start(layout, config.seed)
     mixture = TaskMixture(config.tasks, config.seed)
