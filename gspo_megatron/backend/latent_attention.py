@@ -10,7 +10,6 @@ Left out: a cache of the latents (generation caches keys and values of all heads
 which keep Megatron's way and have not been run by us.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from gspo_megatron.backend.norms import RMSNorm
+from gspo_megatron.backend.rotary import inverse_frequencies
 from gspo_megatron.hf.architecture import Architecture
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says
@@ -48,7 +48,8 @@ class AngleTable:
     """Angles by position, for the rotated part of a latent-attention head."""
 
     def __init__(self, architecture: Architecture, device: torch.device):
-        frequencies, factor = inverse_frequencies(architecture)
+        frequencies, yarn = inverse_frequencies(architecture), architecture.rope_scaling
+        factor = yarn.attention_factor if yarn else 1.0
         positions = torch.arange(architecture.max_position_embeddings, device=device, dtype=torch.float32)
         angles = torch.outer(positions, frequencies.to(device))  # [max_len, d / 2]
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
@@ -56,24 +57,6 @@ class AngleTable:
     def at(self, positions: torch.Tensor) -> Angles:
         """positions: [T] int64."""
         return Angles(self._cos[positions], self._sin[positions])
-
-
-def inverse_frequencies(architecture: Architecture) -> tuple[torch.Tensor, float]:
-    """[d / 2] fp32, and what cosine and sine are multiplied by (YaRN, arXiv 2309.00071, equations 17 to 23)."""
-    latent, yarn, base = architecture.latent, architecture.yarn, architecture.rope_theta
-    dim = latent.qk_rope_head_dim
-    plain = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if yarn is None:
-        return plain, 1.0
-
-    def dimension(rotations: float) -> float:
-        """Where so many rotations fit into the original context."""
-        return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / yarn.factor * ramp + plain * (1 - ramp), yarn.attention_factor
 
 
 class LatentNorm(RMSNorm):

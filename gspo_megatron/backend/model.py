@@ -24,6 +24,7 @@ from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
 from gspo_megatron.backend.latent_attention import AngleTable, LatentNorm, PackedLatentAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
+from gspo_megatron.backend.rotary import inverse_frequencies
 from gspo_megatron.backend.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.backend.transformer_config import transformer_config
@@ -221,6 +222,7 @@ def bare(
         # need no cut, and Transformer Engine's packed path cuts where it applies them.
         if arch.latent is None:
             gpt.rotary_pos_emb.cp_group = None
+            gpt.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(runtime.device)
         elif not use_te:
             gpt.angle_table = AngleTable(arch, runtime.device)
         gpt.to(runtime.device)

@@ -75,7 +75,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
 def _latent_config(arch: Architecture) -> dict:
     """The part of MLATransformerConfig. The angles are ours (latent_attention.py); of YaRN, Megatron computes the scale
     of the softmax from these."""
-    latent, yarn = arch.latent, arch.yarn
+    latent, yarn = arch.latent, arch.rope_scaling
     if latent is None:
         return {}
     return {

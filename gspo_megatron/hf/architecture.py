@@ -4,8 +4,8 @@ Sizes have the names of Qwen3-MoE's config, which are those of most families. Ea
 its config into an `Architecture` through a `ConfigReader`, which refuses what Megatron's model here would silently
 compute as something else.
 
-Left out, and refused: rotary scaling (linear, llama3; yarn but for latent attention), sliding windows, biases but for
-query, key and value, activations other than SiLU.
+Left out, and refused: rotary scaling but for linear and llama3 (and yarn with latent attention), sliding windows,
+biases but for query, key and value, activations other than SiLU.
 """
 
 import math
@@ -26,6 +26,23 @@ class LatentAttention:
     qk_nope_head_dim: int  # of each head, not rotated
     qk_rope_head_dim: int  # rotated; all heads share this part of the key
     v_head_dim: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Rotary angles of positions divided by a factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Rotary angles of Llama 3.1 and later: long wavelengths are stretched, short ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Architecture:
     renormalise: bool = True  # weights of the chosen experts add up to 1 (before scaling)
     router_scaling: float = 1.0
     latent: LatentAttention | None = None  # in place of grouped-query attention
-    yarn: Yarn | None = None
+    rope_scaling: Linear | Llama3 | Yarn | None = None
     router_groups: int = 1  # experts are chosen within the best groups alone
     router_top_groups: int = 1
 
@@ -169,16 +186,45 @@ class ConfigReader:
         """What a config says about rotary embeddings, under either name."""
         return self.get("rope_parameters") or self.get("rope_scaling") or {}
 
-    def attention(self, allows_yarn: bool = False) -> dict:
+    def rope_scaling(self, *kinds: str) -> Linear | Llama3 | Yarn | None:
+        """How rotary angles are scaled; any other way than `kinds` is refused."""
+        rope = self.rope()
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            return None
+        self.require(
+            kind in kinds, f"rope_type {kind!r} is not supported", f"Use a model with one of: {', '.join(kinds)}."
+        )
+        try:
+            return {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}[kind](rope)
+        except KeyError as error:
+            self.require(False, f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
+
+    def _linear(self, rope: dict) -> Linear:
+        return Linear(float(rope["factor"]))
+
+    def _llama3(self, rope: dict) -> Llama3:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        return Llama3(*(rope[name] for name in names))
+
+    def _yarn(self, rope: dict) -> Yarn:
+        plain = rope.get("truncate", True) and rope.get("attention_factor") is None
+        self.require(plain, "yarn with truncate off or an attention_factor is not supported", "Use a published model.")
+        original = rope["original_max_position_embeddings"]
+        return Yarn(
+            factor=float(rope.get("factor") or self.size("max_position_embeddings") / original),
+            original_max_position_embeddings=original, beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1), mscale=float(rope.get("mscale") or 0),
+            mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+        )  # fmt: skip
+
+    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3")) -> dict:
         """The fields of attention, embeddings and norms that all families share."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
         self.require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
                      "Correct one of the two.")  # fmt: skip
         rope = self.rope()
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        known = ("default", "yarn") if allows_yarn else ("default",)
-        self.require(kind in known, f"rope_type {kind!r} is not supported", "Use plain rotary embeddings.")
         activation = self.get("hidden_act", "silu")
         self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
         hidden = self.size("hidden_size")
@@ -194,6 +240,7 @@ class ConfigReader:
             "rms_norm_eps": float(self.get("rms_norm_eps", 1e-6)),
             "rope_theta": float(rope.get("rope_theta", self.get("rope_theta", 10000.0))),
             "rotary_share": float(share),
+            "rope_scaling": self.rope_scaling(*scalings),
             "tied": bool(self.get("tie_word_embeddings", False)),
             "initializer_range": float(self.get("initializer_range", 0.02)),
         }

@@ -36,6 +36,8 @@ _DEEPSEEK = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, 
              "routed_scaling_factor": 1.5}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
          "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16}  # fmt: skip
 
 # Every variant of a table's rows and of the config that changes the network.
 TINY: dict[str, dict] = {
@@ -57,6 +59,7 @@ TINY: dict[str, dict] = {
                     "rope_parameters": _YARN} | _DEEPSEEK,
     "qwen3": {"model_type": "qwen3", "intermediate_size": 40, "head_dim": 16, "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "intermediate_size": 40},
+    "llama 3": {"model_type": "llama", "intermediate_size": 40, "rope_parameters": _LLAMA3},
 }  # fmt: skip
 TINY = {name: _SIZES | config for name, config in TINY.items()}
 

@@ -8,12 +8,10 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend import runtime, topology
-from gspo_megatron.backend.latent_attention import inverse_frequencies
 from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.backend.policy import Policy
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.data.packing import pack
-from gspo_megatron.hf.families import architecture
 from gspo_megatron.hf.round_trip import TINY, VOCAB
 from gspo_megatron.rollout.groups import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
@@ -85,15 +83,3 @@ def test_same_samples_in_every_layout(single, layouts, name):
     for rank in layouts:
         assert rank[name]["samples"] == {uid: single["samples"][uid] for uid in rank[name]["samples"]}
     assert max(error for rank in layouts for error in rank[name]["errors"]) < 2e-5
-
-
-def test_yarn_by_hand():
-    """Two pairs of dimensions, base 10000: plain frequencies 1 and 1/100. A context of 16 is stretched 4 times. The
-    dimension at which 32 rotations fit is 4 ln(16 / 64 pi) / (2 ln 10000) = -0.549, so low is max(-1, 0) = 0; for one
-    rotation 4 ln(16 / 2 pi) / (2 ln 10000) = 0.203, so high is 1. The first pair keeps its frequency, the second is
-    stretched wholly: 1/400. Cosines get (0.07 ln 4 + 1) / (0.1 ln 4 + 1)."""
-    config = TINY["deepseek_v3"] | {"qk_rope_head_dim": 4}
-    frequencies, factor = inverse_frequencies(architecture(config))
-    assert frequencies.tolist() == pytest.approx([1.0, 1 / 400], rel=1e-6)
-    ln4 = 1.3862943611198906
-    assert factor == pytest.approx((0.07 * ln4 + 1) / (0.1 * ln4 + 1), rel=1e-12)

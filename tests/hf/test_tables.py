@@ -114,7 +114,7 @@ def test_an_unknown_family_names_those_that_are_known():
     ("name", "changes", "part"),
     [
         ("llama", {"mlp_bias": True}, "mlp_bias = True is not supported"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
         ("mixtral", {"sliding_window": 32}, "sliding-window"),
         ("mixtral", {"num_local_experts": None}, "num_experts is None"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),

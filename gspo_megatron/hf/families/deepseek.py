@@ -5,7 +5,7 @@ Left out: V2's group-limited choice (V2-Lite has none), whose groups are ranked 
 predict further tokens (load.py refuses or drops them).
 """
 
-from gspo_megatron.hf.architecture import Architecture, ConfigReader, LatentAttention, Yarn
+from gspo_megatron.hf.architecture import Architecture, ConfigReader, LatentAttention
 from gspo_megatron.hf.families.common import DENSE, EXPERTS, MODEL, OURS, ROUTER, STACKED_EXPERTS, THEIRS, Family
 from gspo_megatron.hf.families.glm4_moe import MOE as MOE_WITH_BIAS
 from gspo_megatron.hf.families.glm4_moe import SHARED, sigmoid_router
@@ -40,31 +40,15 @@ def _common(config: ConfigReader) -> dict:
         v_head_dim=config.size("v_head_dim"),
     )  # fmt: skip
     return {
-        **config.attention(allows_yarn=True),
+        **config.attention(scalings=("yarn",)),
         **config.experts(),
         "latent": latent,
-        "yarn": _yarn(config),
         "intermediate_size": config.size("intermediate_size"),
         "moe_intermediate_size": moe,
         "shared_intermediate_size": moe * config.get("n_shared_experts", 0),
         "moe_layers": tuple(int(layer >= dense) for layer in range(layers)),
         "router_scaling": float(config.get("routed_scaling_factor", 1.0)),
     }
-
-
-def _yarn(config: ConfigReader) -> Yarn | None:
-    rope = config.rope()
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
-        return None
-    plain = rope.get("truncate", True) and rope.get("attention_factor") is None
-    config.require(plain, "yarn with truncate off or an attention_factor is not supported", "Use a published model.")
-    original = rope["original_max_position_embeddings"]
-    return Yarn(
-        factor=float(rope.get("factor") or config.size("max_position_embeddings") / original),
-        original_max_position_embeddings=original, beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1), mscale=float(rope.get("mscale") or 0),
-        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
-    )  # fmt: skip
 
 
 def read_v2(config: ConfigReader) -> Architecture:

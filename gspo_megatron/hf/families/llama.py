@@ -1,4 +1,4 @@
-"""Llama, dense (arXiv 2302.13971); SmolLM2 has its layout. Left out: Llama 3's scaled rotary embeddings."""
+"""Llama, dense (arXiv 2302.13971); SmolLM2 has its layout, and Llama 3 too."""
 
 from gspo_megatron.hf.architecture import Architecture, ConfigReader
 from gspo_megatron.hf.families.common import ATTENTION, DENSE, MODEL, Family
