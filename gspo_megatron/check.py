@@ -116,7 +116,11 @@ def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
     stages, virtual = _pipeline(layout), layout.virtual_pipeline_model_parallel_size or 1
     tensor, expert_tensor = _tensor(layout), layout.expert_tensor_parallel_size
     chunks = f"{stages} pipeline stages" + (f" x {virtual} virtual stages" if virtual > 1 else "")
-    _divides("pipeline_model_parallel_size", stages, stages * virtual, shape, "num_hidden_layers", chunks)
+    first, last = layout.num_layers_in_first_pipeline_stage, layout.num_layers_in_last_pipeline_stage
+    if first is None and last is None:
+        _divides("pipeline_model_parallel_size", stages, stages * virtual, shape, "num_hidden_layers", chunks)
+    else:
+        _check_uneven(shape.num_hidden_layers, stages, virtual, first, last)
     cut = f"tensor parallel size {tensor}"
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_attention_heads", cut)
     _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
@@ -139,6 +143,21 @@ def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
     _divides("expert_model_parallel_size", expert, expert, shape, "num_experts", f"expert parallel size {expert}")
     cut = f"expert tensor parallel size {expert_tensor}"
     _divides("expert_tensor_parallel_size", expert_tensor, expert_tensor, shape, "moe_intermediate_size", cut)
+
+
+def _check_uneven(layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> None:
+    """Stages of unequal length: what the first and the last leave over is divided evenly among the others."""
+    field = "num_layers_in_first_pipeline_stage" if first is not None else "num_layers_in_last_pipeline_stage"
+    value = first if first is not None else last
+    require(stages > 1 and virtual == 1, f"parallel.{field}", value,
+            f"is for a pipeline of 2 or more stages without virtual ones, and there are {stages} x {virtual}",
+            "Leave it out.")  # fmt: skip
+    others = stages - (first is not None) - (last is not None)
+    left = layers - (first or 0) - (last or 0)
+    fits = left == 0 if others == 0 else left > 0 and left % others == 0
+    require(fits, f"parallel.{field}", value,
+            f"of the model's {layers} layers {left} are left for {others} other stages, which cannot be divided evenly",
+            "Change num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage.")  # fmt: skip
 
 
 def _check_vocabulary(model: ModelConfig, shape: Architecture, tensor: int) -> None:

@@ -90,11 +90,16 @@ class ParallelConfig:
     """Ranks that share the tokens of every sequence in training. Each sequence is padded to a multiple of twice this
     size and cut into that many chunks; a rank computes one from the front and its mirror image from the back, so that
     causal attention costs all the same. Rollouts use these ranks as further data-parallel ones. None: 1, off."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Where stages are to be of unequal length: the first has the embedding besides. None: as the others."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """The last one has the LM head and the loss besides. None: as the others."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
                      "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size",
-                     "context_parallel_size"):  # fmt: skip
+                     "context_parallel_size", "num_layers_in_first_pipeline_stage",
+                     "num_layers_in_last_pipeline_stage"):  # fmt: skip
             value = getattr(self, name)
             require(
                 value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off."

@@ -27,6 +27,8 @@ class Topology:
     pp_size: int
     pp_rank: int
     vp_size: int  # virtual stages a rank, 1 when off
+    first_stage_layers: int | None  # None: as many as the other stages
+    last_stage_layers: int | None
     ep_size: int
     ep_rank: int
     etp_size: int
@@ -136,6 +138,8 @@ def start(layout: ParallelConfig, seed: int) -> Topology:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         vp_size=layout.virtual_pipeline_model_parallel_size or 1,
+        first_stage_layers=layout.num_layers_in_first_pipeline_stage,
+        last_stage_layers=layout.num_layers_in_last_pipeline_stage,
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         etp_size=parallel_state.get_expert_tensor_parallel_world_size(),

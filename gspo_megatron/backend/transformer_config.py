@@ -53,6 +53,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         cp_comm_type="p2p" if topology.cp_size > 1 else None,  # Transformer Engine's ring; our own attention ignores it
         pipeline_model_parallel_size=topology.pp_size,
         virtual_pipeline_model_parallel_size=topology.vp_size if interleaved else None,
+        num_layers_in_first_pipeline_stage=topology.first_stage_layers,
+        num_layers_in_last_pipeline_stage=topology.last_stage_layers,
         expert_model_parallel_size=topology.ep_size,
         expert_tensor_parallel_size=topology.etp_size,
         variable_seq_lengths=True,

@@ -67,6 +67,7 @@ LAYOUTS: dict[str, ParallelConfig] = {
     "TP1": ParallelConfig(1, 1, None, 1, 1),
     "TP2": ParallelConfig(2, 1, None, 1, 1),
     "PP2": ParallelConfig(1, 2, None, 1, 1),
+    "PP2 (1 + 3)": ParallelConfig(1, 2, None, 1, 1, num_layers_in_first_pipeline_stage=1),
     "EP2": ParallelConfig(1, 1, None, 2, 1),
     "TP2 PP2 EP2": ParallelConfig(2, 2, None, 2, 1),
     "PP2 VP2 EP2": ParallelConfig(1, 2, 2, 2, 1),

@@ -22,6 +22,7 @@ CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xDP2-experts-replicated": (ParallelConfig(2, 1, None, 1, 1), PLAIN),
     "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
     "DP4-EP4": (ParallelConfig(1, 1, None, 4, 1), PLAIN),
+    "PP2-1+3xDP2-EP2-recompute": (ParallelConfig(1, 2, None, 2, 1, num_layers_in_first_pipeline_stage=1), RECOMPUTE),
     "TP2xPP2-ETP2": (ParallelConfig(2, 2, None, 1, 2), PLAIN),
     "DP4-EP2-distributed-optimizer": (ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True), PLAIN),
     "CP2xTP2-EP2": (ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2), PLAIN),
