@@ -151,7 +151,7 @@ def _assay(results: list[RunResult], cells: list[Cell]) -> list[Comparison]:
 def _replay_time(results: list[RunResult]) -> dict[str, float]:
     """Over pairs of runs that differ in replay alone and both lived: median of the ratios of their median steps."""
     found: dict[str, list[float]] = {}
-    runs = {run.spec: run for run in results if not run.collapsed}
+    runs = {run.spec: run for run in results if run.spec.setting == "main" and not run.collapsed}
     for spec, replayed in runs.items():
         arm = spec.arm.removesuffix("_R2")
         free = runs.get(dataclasses.replace(spec, arm=arm))
