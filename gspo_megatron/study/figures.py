@@ -77,7 +77,7 @@ def _grid(results: list[RunResult], rates: list[float], key: str, label: str, by
 
 
 def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str, style: str, label: str) -> None:
-    """Mean over seeds and its 95% interval, at the steps that all runs have."""
+    """Mean over seeds and its 95% interval, at the steps that all runs have; against the median of their clocks."""
     found = [dict(zip(*series(run.rows, key), strict=True)) for run in runs]
     steps = sorted(set.intersection(*(set(each) for each in found)))
     values = np.array([[each[step] for step in steps] for each in found])
@@ -86,7 +86,7 @@ def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str,
     x = np.array(steps, dtype=float)
     if by_time:
         seconds = [{row["step"]: total for row, total in zip(run.rows, _seconds(run), strict=True)} for run in runs]
-        x = np.mean([[each[step] for step in steps] for each in seconds], axis=0)
+        x = np.median([[each[step] for step in steps] for each in seconds], axis=0)
     bounds = [interval(column, plan.CONFIDENCE) for column in values.T.tolist()]
     ax.plot(x, [each.mean for each in bounds], color=colour, linestyle=style, label=label)
     if len(runs) > 1:
