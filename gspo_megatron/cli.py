@@ -12,6 +12,7 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gspo_megatron import process
@@ -94,7 +95,7 @@ def _train(argv: list[str]) -> int:
     layout, world_size = _layout(config)
     check.check(config, layout, world_size)
     if "RANK" not in os.environ:
-        _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"], ["train", *argv])
+        _start_ranks(world_size, [sys.executable, "-m", "torch.distributed.run"])
     if process.rank() == 0:
         for sentence in advice.warnings(config):
             print(f"warning: {sentence}", file=sys.stderr)
@@ -117,7 +118,7 @@ def _doctor(argv: list[str]) -> int:
     stages = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
     doctor.check_prompts(options, world_size // stages)
     if "RANK" not in os.environ:
-        _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN], ["doctor", *argv])
+        _start_ranks(world_size, [sys.executable, "-c", QUIET_TORCHRUN])
     _hide_gpus(config)
     from gspo_megatron.noise_floor import measure
 
@@ -184,13 +185,15 @@ def _ranks_to_start(default: int) -> int:
     return int(given)
 
 
-def _start_ranks(count: int, torchrun: list[str], command: list[str]) -> None:
-    """Become torchrun, which runs this same command once a rank. Does not return."""
+def _start_ranks(count: int, torchrun: list[str]) -> None:
+    """Become torchrun, which runs this same command line once a rank. Does not return."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    # As a module: torchrun puts the folder of a script into sys.path, where this package's types.py hides Python's.
-    module = ["-m", "gspo_megatron.cli", *command]
-    os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *module])
+    command = sys.argv
+    if Path(sys.argv[0]).resolve() == Path(__file__).resolve():  # python -m gspo_megatron.cli
+        # torchrun would put the folder of that script into sys.path, where this package's types.py hides Python's.
+        command = ["-m", "gspo_megatron.cli", *sys.argv[1:]]
+    os.execv(sys.executable, [*torchrun, "--nproc-per-node", str(count), *command])
 
 
 if __name__ == "__main__":
