@@ -104,15 +104,15 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
     few, rate = min(seeds, 3), OTHER_LEARNING_RATE
     runs = [RunSpec(arm, "main", lr, seed) for seed in range(1, seeds + 1) for lr in rates for arm in MAIN_ARMS]
     some = range(1, few + 1)
-    further = ("gspo_R3", "grpo_R3", "gspo_token", "gspo_token_R2", "dapo", "dapo_R2")
-    runs += [RunSpec(arm, "main", rate, seed) for seed in some for arm in further]
     runs += [RunSpec("gspo", "main", rate, seed, ranks=4) for seed in some]
+    further = ("gspo_token", "gspo_token_R2", "dapo", "dapo_R2")
+    runs += [RunSpec(arm, "main", rate, seed) for seed in some for arm in further]
     for name, setting in SETTINGS.items():
         if name != "main":
             # Is there a setting in which replay helps GRPO? Updates a rollout batch are part of the stability margin.
             arms = ("grpo", "grpo_R2") if setting.model else MAIN_ARMS
             runs += [RunSpec(arm, name, rate, seed) for seed in some for arm in arms]
-    return runs
+    return runs + [RunSpec(arm, "main", rate, seed) for seed in some for arm in ("gspo_R3", "grpo_R3")]
 
 
 def algorithms(seeds: int, rates: tuple[float, ...] = ALGORITHM_LEARNING_RATES) -> list[RunSpec]:
