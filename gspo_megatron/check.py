@@ -143,6 +143,8 @@ def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
     _divides("expert_model_parallel_size", expert, expert, shape, "num_experts", f"expert parallel size {expert}")
     cut = f"expert tensor parallel size {expert_tensor}"
     _divides("expert_tensor_parallel_size", expert_tensor, expert_tensor, shape, "moe_intermediate_size", cut)
+    require(expert_tensor == 1 or not shape.linear_bias, "parallel.expert_tensor_parallel_size", expert_tensor,
+            f"experts of {shape.family} have biases, which Megatron would add once a rank", "Give 1.")  # fmt: skip
 
 
 def _check_uneven(layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> None:

@@ -196,6 +196,14 @@ def test_experts_of_a_dense_model_cannot_be_cut(tmp_path):
     )
 
 
+def test_experts_with_biases_cannot_be_cut(tmp_path):
+    path = model_file(tmp_path, model_type="gpt_oss", attention_bias=True, sliding_window=32)
+    assert "parallel.expert_tensor_parallel_size = 2: experts of gpt_oss have biases" in refusal(
+        2, "--model.hf-config", path, "--parallel.expert-tensor-parallel-size", "2",
+        "--parallel.tensor-model-parallel-size", "2"
+    )  # fmt: skip
+
+
 def test_a_missing_model_file():
     assert "model.hf_config = 'nowhere.json': no such file" in refusal(1, "--model.hf-config", "nowhere.json")
 

@@ -89,7 +89,7 @@ def write_random(folder: Path, config: dict) -> int:
     from gspo_megatron.backend import model, runtime, streaming, topology
     from gspo_megatron.config import ModelConfig, ParallelConfig
     from gspo_megatron.hf import export, table
-    from gspo_megatron.hf.safetensors import SafetensorsWriter
+    from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
 
     # isort: split
     import torch

@@ -5,8 +5,7 @@ Megatron hands core attention the query, key and value (already rotated) and wha
 and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls. Training
 under context parallelism adds a `ContextSplit` (context_parallel.py) to its plan; generation never does.
 
-Left out: sliding windows, attention sinks. On CUDA with Transformer Engine, training uses its kernels and only
-generation comes here (model.py).
+On CUDA with Transformer Engine, training uses its kernels and only generation comes here (model.py).
 """
 
 from dataclasses import dataclass
@@ -15,10 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from gspo_megatron.backend.context_parallel import ContextSplit
+from gspo_megatron.backend.softmax import Softmax
 from gspo_megatron.routing.rollout_routes import RolloutRecorder
 from gspo_megatron.routing.routes import RouteTrace
 
@@ -68,13 +71,12 @@ class PackedPlan(PackedSeqParams):
         """[T/CP] int64: places of the tokens that this rank feeds through the model; None: all of them."""
         return None if self.split is None else self.split.rows
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
         """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
-            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), scale)
-        padded = [self._pad(x) for x in (query, key, value)]  # each [S, heads, L, d]
+            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), softmax)
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scale, enable_gqa=True)
+        out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
         out = out.transpose(1, 2).reshape(self.num_sequences * self.max_len, query.size(1), value.size(2))
         return out[self.padded_index]
 
@@ -116,7 +118,7 @@ class CachePlan(PackedSeqParams):
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
     angles: "Angles | None" = None
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float):
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
         """query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
         n = self.num_tokens
         cached_key, cached_value = self.cache.of_layer(layer, key, value)
@@ -124,40 +126,56 @@ class CachePlan(PackedSeqParams):
             positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
             cached_key[self.rows, positions] = key[:n].unsqueeze(1)
             cached_value[self.rows, positions] = value[:n].unsqueeze(1)
-            out = self.prompt.attend(layer, query[:n], key[:n], value[:n], scale)
+            out = self.prompt.attend(layer, query[:n], key[:n], value[:n], softmax)
         elif n == 0:  # every response here has finished, but other replicas still need this rank's experts
             out = value.new_zeros(0, query.size(1), value.size(2))
         else:
             rows = torch.arange(n, device=key.device)
             cached_key[rows, self.positions] = key[:n]
             cached_value[rows, self.positions] = value[:n]
-            out = self._decode(query[:n], cached_key, cached_value, scale)
+            out = self._decode(query[:n], cached_key, cached_value, softmax)
         return F.pad(out, (0, 0, 0, 0, 0, query.size(0) - n))
 
-    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
         """query [n, heads, d] against the cache [n, max_len, g, d]."""
         longest = int(self.positions.max()) + 1
-        mask = torch.arange(longest, device=query.device) <= self.positions.unsqueeze(1)  # [n, longest]
-        out = F.scaled_dot_product_attention(
-            query.unsqueeze(2), key[:, :longest].transpose(1, 2), value[:, :longest].transpose(1, 2),
-            attn_mask=mask[:, None, None, :], scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        return out.squeeze(2)
+        keys, values = (cached[:, :longest].transpose(1, 2) for cached in (key, value))
+        return softmax.at(self.positions.unsqueeze(1), query.unsqueeze(2), keys, values).squeeze(2)
+
+
+def softmax_of(
+    config: TransformerConfig, layer: int, sinks: torch.Tensor | None, scale: float | None = None
+) -> Softmax:
+    """Of a layer (Megatron's number, from 1), from Megatron's fields."""
+    if scale is None:
+        scale = config.softmax_scale if config.softmax_scale is not None else config.kv_channels**-0.5
+    is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
+    return Softmax(scale, config.window_size[0] + 1 if is_windowed else None, sinks)
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Megatron's core_attention slot. Holds no parameters; the plan decides what is attended to."""
+    """Megatron's core_attention slot: the layer's softmax; the plan decides what is attended to."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
                  softmax_scale=None, cp_comm_type=None, pg_collection=None, **kwargs):  # fmt: skip
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.softmax_scale = softmax_scale  # latent attention gives its own
+        offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp_group.size()
+            offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+        self.register_parameter("softmax_offset", offset)  # Megatron's name of the sinks: [n / TP]
 
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
                 packed_seq_params=None):  # fmt: skip
         """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
-        out = packed_seq_params.attend(
-            self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), self.softmax_scale
-        )
+        form = softmax_of(self.config, self.layer_number, self.softmax_offset, self.softmax_scale)
+        out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
         return out.reshape(out.size(0), 1, -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's default would take the sinks for whole on every tensor rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)

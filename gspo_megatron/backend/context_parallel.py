@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+
+from gspo_megatron.backend.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class ContextSplit:
     rows: torch.Tensor  # [T/CP] int64, ascending: packed places of this rank's tokens
     gathered: torch.Tensor  # [T] int64: where each packed token is among the rows of all ranks, end to end
     query_index: torch.Tensor  # [T/CP] int64: chunk (0 or 1) * S * N + sequence * N + place in the chunk
-    masks: tuple[torch.Tensor, torch.Tensor]  # a chunk each, [S, 1, N, keys it can see] bool
+    positions: tuple[torch.Tensor, torch.Tensor]  # a chunk each, [S, N] int64, of its queries
+    visible: tuple[int, int]  # a chunk each: keys that its queries can see
 
     @classmethod
     def zig_zag(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> "ContextSplit":
@@ -51,20 +53,23 @@ class ContextSplit:
         by_rank = torch.argsort(owner, stable=True)  # rows of rank 0, then of rank 1, ...
         rows = by_rank.view(size, -1)[rank]
         biggest = int(chunk.max())
+        numbers = (rank, 2 * size - 1 - rank)
         late = (number[rows] >= size).long()
         place = position[rows] % chunk[sequence[rows]]
         return cls(
             group=group, rank=rank, size=size, num_sequences=lengths.numel(), max_chunk=biggest, rows=rows,
             gathered=torch.argsort(by_rank),
             query_index=(late * lengths.numel() + sequence[rows]) * biggest + place,
-            masks=tuple(_mask(number, chunk, biggest) for number in (rank, 2 * size - 1 - rank)),
+            # Padded queries have positions too, and see something: else their softmax is nan.
+            positions=tuple(n * chunk.unsqueeze(1) + torch.arange(biggest, device=device) for n in numbers),
+            visible=tuple((n + 1) * biggest for n in numbers),
         )  # fmt: skip
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or values of this rank's tokens [T/CP, g, d] -> of all tokens in their packed order [T, g, d]."""
         return _AllGather.apply(x, self.group)[self.gathered]
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
         """query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
 
         Early and late chunks go apart: an early one needs the keys of the first chunks only.
@@ -73,21 +78,9 @@ class ContextSplit:
         padded = query.new_zeros(slots, *query.shape[1:]).index_copy(0, self.query_index, query)
         padded = padded.view(2, self.num_sequences, self.max_chunk, *query.shape[1:]).transpose(2, 3)
         outs = []
-        for queries, mask in zip(padded, self.masks, strict=True):  # [S, n, N, d]
-            keys = mask.size(-1)
-            out = F.scaled_dot_product_attention(
-                queries, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=scale, enable_gqa=True
-            )
-            outs.append(out.transpose(1, 2))
+        for queries, positions, keys in zip(padded, self.positions, self.visible, strict=True):  # [S, n, N, d]
+            outs.append(softmax.at(positions, queries, key[:, :, :keys], value[:, :, :keys]).transpose(1, 2))
         return torch.stack(outs).reshape(slots, query.size(1), value.size(-1))[self.query_index]
-
-
-def _mask(number: int, chunk: torch.Tensor, biggest: int) -> torch.Tensor:
-    """[S, 1, N, keys] bool: what the queries of chunk `number` see, in sequences of chunk lengths [S]."""
-    place = torch.arange(biggest, device=chunk.device)
-    position = number * chunk.unsqueeze(1) + place  # [S, N]; padded queries see something, else their softmax is nan
-    keys = torch.arange((number + 1) * biggest, device=chunk.device)
-    return (keys <= position.unsqueeze(2)).unsqueeze(1)
 
 
 class _AllGather(torch.autograd.Function):

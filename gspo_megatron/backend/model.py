@@ -17,11 +17,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend import parameters
-from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention
+from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention, softmax_of
 from gspo_megatron.backend.latent_attention import AngleTable, LatentNorm, PackedLatentAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.rotary import inverse_frequencies
@@ -157,8 +158,8 @@ def _te_attention_with_cache():
             if not isinstance(packed_seq_params, CachePlan):
                 return super().forward(query, key, value, attention_mask, attn_mask_type,
                                        attention_bias=attention_bias, packed_seq_params=packed_seq_params)  # fmt: skip
-            scale = self.config.kv_channels**-0.5
-            out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), scale)
+            form = softmax_of(self.config, self.layer_number, getattr(self, "softmax_offset", None))
+            out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
             return out.reshape(out.size(0), 1, -1)
 
     return CachedTEDotProductAttention
@@ -225,6 +226,8 @@ def bare(
             gpt.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(runtime.device)
         elif not use_te:
             gpt.angle_table = AngleTable(arch, runtime.device)
+        if arch.linear_bias:
+            _allow_expert_bias(gpt)
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
         chunks.append(gpt)
@@ -232,6 +235,15 @@ def bare(
         # Each tensor rank has another part of such a norm; with this on, Megatron would add up their gradients.
         config.qk_layernorm = False
     return chunks
+
+
+def _allow_expert_bias(gpt: PackedModel) -> None:
+    """Megatron adds an expert's output bias in place. Without expert parallelism the output is what a reduction over one
+    rank gave back, a view that autograd does not let be changed; so the experts are told to leave the reduction out."""
+    for module in gpt.modules():
+        if isinstance(module, SequentialMLP):
+            for expert in module.local_experts:
+                expert.linear_fc2.explicit_expert_comm = True
 
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:

@@ -25,7 +25,9 @@ CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_pro
            "linear_kv_up_proj": 0}  # fmt: skip
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)$")
-GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.weight(\d+)$")
+GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+
+BIAS = re.compile(r"\.bias\d*$")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]
         cut_rank = topology.etp_rank if is_expert else topology.tp_rank
         # q_layernorm and a layer norm fused into a linear layer are whole on every rank.
         cut_dim = CUT_DIM[module] if module and parameter.dim() == 2 else None
-        if module == "linear_qkv" and parameter.dim() == 1 and name.endswith(".bias"):
+        is_bias = parameter.dim() == 1 and BIAS.search(name) is not None
+        if name.endswith(".softmax_offset") or (is_bias and CUT_DIM.get(module) == 0):
             cut_dim = 0
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AllHeadsRMSNorm):
             cut_dim = 0
@@ -99,7 +102,8 @@ def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
     if expert := EXPERT.search(name):
         name = f"{name[: expert.start()]}experts.{first_expert + int(expert.group(1))}.{expert.group(2)}"
     elif expert := GROUPED_EXPERT.search(name):
-        name = f"{name[: expert.start()]}experts.{first_expert + int(expert.group(2))}.{expert.group(1)}.weight"
+        layer, kind, number = expert.groups()
+        name = f"{name[: expert.start()]}experts.{first_expert + int(number)}.{layer}.{kind}"
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return name
@@ -108,15 +112,19 @@ def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
 def mark(model: torch.nn.Module, topology: Topology) -> None:
     """Set what Megatron would set when it initialises: gradient norms, clipping and reduction rely on it."""
     for parameter in named(model, topology):
-        local = parameter.local
-        if ".experts." in parameter.name:
+        local, is_expert = parameter.local, ".experts." in parameter.name
+        if is_expert:
             # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
             # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
             local.allreduce = False
-        if local.dim() == 1 or parameter.name.startswith("value_head."):
+            # It also takes an expert's output bias for one that all tensor ranks share, and would add up what are
+            # other experts' gradients.
+            local.sequence_parallel = False
+        is_cut = parameter.cut_dim is not None
+        if (local.dim() == 1 and not is_cut and not is_expert) or parameter.name.startswith("value_head."):
             continue
         # An expert that is whole on each tensor rank must be marked too, or only rank 0's experts count in the norm.
-        local.tensor_model_parallel = parameter.cut_dim is not None
+        local.tensor_model_parallel = is_cut or is_expert
         local.partition_dim = parameter.cut_dim if parameter.cut_dim is not None else -1
         local.partition_stride = 1
 
@@ -124,7 +132,7 @@ def mark(model: torch.nn.Module, topology: Topology) -> None:
 @torch.no_grad()
 def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
     """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
-    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases and a value head 0."""
+    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases, sinks and a value head 0."""
     layers = model.config.num_layers
     for parameter in named(model, topology):
         local = parameter.local
@@ -132,7 +140,7 @@ def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float
             local.zero_()  # a value of 0 is the best guess of an untrained critic: advantages are then rewards to go
             continue
         if local.dim() == 1:
-            local.fill_(0.0 if parameter.name.endswith("bias") else 1.0)
+            local.fill_(0.0 if parameter.name.endswith(("bias", "softmax_offset")) else 1.0)
             continue
         into_residual = "linear_proj" in parameter.name or "linear_fc2" in parameter.name
         scale = std / (2 * layers) ** 0.5 if into_residual else std

@@ -1,7 +1,8 @@
 """Rotary frequencies of a head's pairs of dimensions, plain and as they are scaled for a longer context.
 
-Left out: yarn outside of latent attention (Megatron's plain attention has no place for its factor on cosine and sine),
-and scalings that depend on the sequence's length (dynamic, longrope).
+Yarn's factor on cosine and sine is not here: latent attention's angles have it (latent_attention.py), and in plain
+attention it goes into the softmax's scale (transformer_config.py). Left out: scalings that depend on the sequence's
+length (dynamic, longrope).
 """
 
 import math
@@ -44,7 +45,9 @@ def _yarn(plain: torch.Tensor, dim: int, base: float, yarn: Yarn) -> torch.Tenso
         """Where so many rotations fit into the original context."""
         return dim * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), dim - 1)
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     return plain / yarn.factor * ramp + plain * (1 - ramp)

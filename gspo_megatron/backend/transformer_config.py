@@ -5,11 +5,12 @@ Left out: multi-token prediction, and whatever moves routing outside of the grad
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig
-from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.architecture import Architecture, Yarn
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool,
@@ -21,6 +22,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
     return kind(
         **_moe_config(arch),
         **_latent_config(arch),
+        **_softmax_config(arch),
+        **_activation_config(arch),
         num_layers=arch.num_hidden_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
@@ -30,8 +33,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         normalization="RMSNorm",
         layernorm_epsilon=arch.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=arch.linear_bias,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.has_qk_norm or arch.latent is not None,
         moe_router_dtype="fp64" if dtype is torch.float64 else model.moe_router_dtype,
@@ -69,7 +71,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         masked_softmax_fusion=False,
         persist_layer_norm=use_te,
         bias_activation_fusion=use_te,
-        bias_dropout_fusion=use_te,
+        bias_dropout_fusion=use_te and not arch.linear_bias,  # Megatron refuses the two together
         apply_rope_fusion=False,
     )
 
@@ -91,6 +93,25 @@ def _latent_config(arch: Architecture) -> dict:
         "rotary_scaling_factor": yarn.factor if yarn else 1.0,
         "mscale_all_dim": yarn.mscale_all_dim if yarn else 0.0,
     }
+
+
+def _softmax_config(arch: Architecture) -> dict:
+    """Windows, sinks and scale of plain attention."""
+    found = {}
+    if arch.latent is None and isinstance(arch.rope_scaling, Yarn):
+        found["softmax_scale"] = arch.head_dim**-0.5 * arch.rope_scaling.attention_factor**2  # of query and of key
+    if arch.sliding_window:
+        found["window_size"] = (arch.sliding_window - 1, 0)  # Megatron counts the tokens before the query
+        found["window_attn_skip_freq"] = list(arch.windowed_layers)
+    if arch.sinks:
+        found["softmax_type"] = "learnable"
+    return found
+
+
+def _activation_config(arch: Architecture) -> dict:
+    if not arch.clamped_glu:
+        return {"activation_func": F.silu}
+    return {"activation_func": quick_gelu, "glu_linear_offset": 1.0, "activation_func_clamp_value": arch.clamped_glu}
 
 
 def _moe_config(arch: Architecture) -> dict:

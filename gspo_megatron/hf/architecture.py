@@ -4,8 +4,8 @@ Sizes have the names of Qwen3-MoE's config, which are those of most families. Ea
 its config into an `Architecture` through a `ConfigReader`, which refuses what Megatron's model here would silently
 compute as something else.
 
-Left out, and refused: rotary scaling but for linear and llama3 (and yarn with latent attention), sliding windows,
-biases but for query, key and value, activations other than SiLU.
+Left out, and refused: rotary scaling but for linear, llama3 and yarn; sliding windows and biases but GPT-OSS's (and
+biases of query, key and value); activations other than SiLU and GPT-OSS's.
 """
 
 import math
@@ -55,6 +55,7 @@ class Yarn:
     beta_slow: float
     mscale: float  # 0: not given
     mscale_all_dim: float
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
 
     @property
     def attention_factor(self) -> float:
@@ -69,7 +70,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One decoder: grouped-query or latent attention, gated SiLU feed-forward layers, experts in some of them."""
+    """One decoder: grouped-query or latent attention, gated feed-forward layers, experts in some of them."""
 
     family: str
     num_hidden_layers: int
@@ -101,6 +102,11 @@ class Architecture:
     rope_scaling: Linear | Llama3 | Yarn | None = None
     router_groups: int = 1  # experts are chosen within the best groups alone
     router_top_groups: int = 1
+    sliding_window: int = 0  # tokens that a query of a windowed layer sees, itself among them
+    windowed_layers: tuple[int, ...] = ()  # one a layer: 1 windowed; empty: none is
+    sinks: bool = False  # a logit of each head that takes its share of the softmax and gives no value
+    linear_bias: bool = False  # of the attention's output, the router and the experts
+    clamped_glu: float = 0.0  # gate * sigmoid(1.702 gate) * (up + 1), both clamped to this; 0: SiLU(gate) * up
 
     @property
     def untied(self) -> bool:
@@ -126,6 +132,7 @@ class Architecture:
         attention = self._attention_parameters if self.latent is None else self._latent_parameters
         moe = self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
         moe += 3 * hidden * self.shared_intermediate_size + (hidden if self.shared_gate else 0)
+        moe += self.num_experts * (2 * self.moe_intermediate_size + hidden + 1) if self.linear_bias else 0
         sparse = sum(self.moe_layers)
         dense = 3 * hidden * self.intermediate_size
         layers = self.num_hidden_layers * (attention + 2 * hidden)
@@ -147,6 +154,7 @@ class Architecture:
         hidden, dim = self.hidden_size, self.head_dim
         rows = dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
         attention = hidden * (rows + dim * self.num_attention_heads) + (rows if self.qkv_bias else 0)
+        attention += (self.num_attention_heads if self.sinks else 0) + (hidden if self.linear_bias else 0)
         normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
         return attention + dim * normed_heads[self.qk_norm]
 
@@ -208,17 +216,17 @@ class ConfigReader:
         return Llama3(*(rope[name] for name in names))
 
     def _yarn(self, rope: dict) -> Yarn:
-        plain = rope.get("truncate", True) and rope.get("attention_factor") is None
-        self.require(plain, "yarn with truncate off or an attention_factor is not supported", "Use a published model.")
+        self.require(rope.get("attention_factor") is None, "yarn with an attention_factor is not supported",
+                     "Use a model without it.")  # fmt: skip
         original = rope["original_max_position_embeddings"]
         return Yarn(
             factor=float(rope.get("factor") or self.size("max_position_embeddings") / original),
             original_max_position_embeddings=original, beta_fast=float(rope.get("beta_fast") or 32),
             beta_slow=float(rope.get("beta_slow") or 1), mscale=float(rope.get("mscale") or 0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+            mscale_all_dim=float(rope.get("mscale_all_dim") or 0), truncate=bool(rope.get("truncate", True)),
         )  # fmt: skip
 
-    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3")) -> dict:
+    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn")) -> dict:
         """The fields of attention, embeddings and norms that all families share."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
@@ -228,7 +236,9 @@ class ConfigReader:
         activation = self.get("hidden_act", "silu")
         self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
         hidden = self.size("hidden_size")
-        share = rope.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
+        share = float(rope.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0)))
+        if share != 1:  # yarn's factor on cosine and sine goes into the softmax's scale, which the whole head has
+            scalings = tuple(kind for kind in scalings if kind != "yarn")
         return {
             "num_hidden_layers": self.size("num_hidden_layers"),
             "hidden_size": hidden,
@@ -239,7 +249,7 @@ class ConfigReader:
             "max_position_embeddings": self.size("max_position_embeddings"),
             "rms_norm_eps": float(self.get("rms_norm_eps", 1e-6)),
             "rope_theta": float(rope.get("rope_theta", self.get("rope_theta", 10000.0))),
-            "rotary_share": float(share),
+            "rotary_share": share,
             "rope_scaling": self.rope_scaling(*scalings),
             "tied": bool(self.get("tie_word_embeddings", False)),
             "initializer_range": float(self.get("initializer_range", 0.02)),

@@ -5,8 +5,8 @@ Both sides are written aside and get their name when they are complete.
 
 A checkpoint made here, or by a run, has config.json and tokenizer in its folder hf/, so that it can be converted back.
 
-Left out: reading slices on several machines, hashes of the tensors, quantised sources. verify.py compares logits,
-upcycle.py makes experts of a dense model.
+Left out: reading slices on several machines, and hashes of the tensors. verify.py compares logits, upcycle.py makes
+experts of a dense model.
 """
 
 import os
@@ -27,7 +27,8 @@ from gspo_megatron.config import ModelConfig, ParallelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import export, table
 from gspo_megatron.hf.load import check_tied_head, fill
-from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder, SafetensorsWriter
+from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
+from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
 from gspo_megatron.model_file import read_json
 
 Progress = Callable[[int, int], None]

@@ -20,7 +20,7 @@ from gspo_megatron.errors import ConversionError, GspoError
 from gspo_megatron.hf import table as tables
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.load import stored, whole_shape
-from gspo_megatron.hf.safetensors import SafetensorsWriter, TensorSpec
+from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = 5 * 10**9

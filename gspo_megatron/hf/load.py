@@ -3,7 +3,7 @@
 Checked before anything is read: every tensor of the folder is used once, none is missing, shapes and types fit
 (table.py, safetensors.py). After it: every tensor of the model was filled on some rank.
 
-Left out: quantised folders, multi-token-prediction layers (refused or dropped), a vocabulary that is padded.
+Left out: multi-token-prediction layers (refused or dropped), a vocabulary that is padded.
 """
 
 from pathlib import Path
@@ -83,6 +83,7 @@ def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, 
 def whole_shape(piece: Piece, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
     """Shape of the tensor that a piece of this shape is taken of."""
     whole = (shape[0] * piece.parts, *shape[1:])
+    whole = whole[::-1] if piece.transposed else whole
     return whole if piece.expert is None else (arch.num_experts, *whole)
 
 

@@ -4,7 +4,7 @@ An operator works on one tensor-parallel rank's rows as it does on whole tensors
 cuts gives the cut of the merged tensor. So a rank reads nothing but its slices, and what it holds is split before it is
 gathered. Imports no torch: tensors bring their methods.
 
-Left out: transposes (GPT-OSS stores experts that way) and quantised blocks.
+Left out: quantised blocks (quantised.py).
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ class Piece:
     expert: int | None = None  # index in the leading dimension; None: there is no such dimension
     part: int = 0  # of `parts` equal shares of the rows
     parts: int = 1
+    transposed: bool = False  # stored as [columns, rows]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class MergeGateUp(Rename):
 
 
 @dataclass(frozen=True)
+class Interleave(Rename):
+    """[gate; up] of one tensor with rows gate 0, up 0, gate 1, up 1, ...; weights and biases alike."""
+
+    def merge(self, pieces):
+        return pieces[0].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+    def split(self, tensor):
+        return [tensor.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)]
+
+
+@dataclass(frozen=True)
 class MergeQkv(Rename):
     """Rows by group of queries: the group's query heads, its key head, its value head; weights and biases alike."""
 
@@ -97,6 +109,7 @@ class Row:
     theirs: tuple[str, ...]
     operator: type[Rename] = Rename
     stacked: bool = False  # theirs holds all experts in one tensor, and both halves of a merge
+    transposed: bool = False  # theirs holds columns before rows
     when: str | None = None  # a field of Architecture: the row is there where it is true
 
 
@@ -112,11 +125,16 @@ def merge_gate_up(ours: str, gate: str, up: str, when: str | None = None) -> Row
     return Row(ours, (gate, up), MergeGateUp, when=when)
 
 
-def stacked(ours: str, theirs: str) -> Row:
-    """All experts of a layer in one tensor [experts, rows, columns]."""
-    return Row(ours, (theirs,), stacked=True)
+def stacked(ours: str, theirs: str, transposed: bool = False) -> Row:
+    """All experts of a layer in one tensor [experts, rows, columns], or [experts, columns, rows]."""
+    return Row(ours, (theirs,), stacked=True, transposed=transposed)
 
 
 def stacked_gate_up(ours: str, theirs: str) -> Row:
     """All experts of a layer in one tensor [experts, gate rows then up rows, columns]."""
     return Row(ours, (theirs,), MergeGateUp, stacked=True)
+
+
+def stacked_interleaved(ours: str, theirs: str, transposed: bool = False) -> Row:
+    """All experts of a layer in one tensor, the rows of gate and up in turns."""
+    return Row(ours, (theirs,), Interleave, stacked=True, transposed=transposed)

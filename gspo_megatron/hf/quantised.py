@@ -1,8 +1,13 @@
 """Quantised releases, turned into plain numbers as they are read.
 
 DeepSeek-V3's weights are FP8 (e4m3) with a factor for each block of 128 x 128: next to `NAME` stands `NAME_scale_inv`,
-and a number is the stored one times its block's factor (DeepSeek-V3's report, arXiv 2412.19437, section 3.3). It comes
-out as bf16. Left out: activation scales, other formats (MXFP4, int4), and writing any of them.
+and a number is the stored one times its block's factor (DeepSeek-V3's report, arXiv 2412.19437, section 3.3).
+
+GPT-OSS's experts are MXFP4 (OCP Microscaling Formats, version 1.0, sections 5.3 and 5.4): `NAME_blocks` has blocks of
+32 numbers e2m1, two in a byte with the first one low, and `NAME_scales` a power of two for each block.
+
+Both come out as bf16, MXFP4 without any rounding. Left out: activation scales, other formats (int4, NVFP4), and writing
+any of them.
 """
 
 import json
@@ -15,6 +20,8 @@ from gspo_megatron.errors import ConversionError
 
 SCALE = "_scale_inv"
 FP8 = "F8_E4M3"
+BLOCKS, SCALES = "_blocks", "_scales"  # of MXFP4
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
 
 
 @dataclass(frozen=True)
@@ -23,25 +30,6 @@ class BlockScales:
 
     rows: int  # of a block; blocks at the ends may be smaller
     columns: int
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "BlockScales | None":
-        """What config.json says; None: nothing is quantised in this way.
-
-        Raises:
-            ConversionError: it is quantised in another way.
-        """
-        path = folder / "config.json"
-        told = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
-        if told is None:
-            return None
-        method, block = told.get("quant_method"), told.get("weight_block_size")
-        if method != "fp8" or block is None:
-            raise ConversionError(
-                f"{path}: quantization_config has quant_method {method!r} and weight_block_size {block}; only 'fp8' "
-                "with blocks is read. Give a folder of plain weights."
-            )
-        return cls(*block)
 
     def count(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Blocks of a weight of this shape."""
@@ -62,3 +50,49 @@ class BlockScales:
         down = torch.arange(row, row + part.size(0)) // self.rows - row // self.rows
         across = torch.arange(column, column + part.size(1)) // self.columns - column // self.columns
         return (part.float() * scales.float()[down][:, across]).to(torch.bfloat16)
+
+
+class Mxfp4:
+    """How experts' weights [experts, rows, columns] are stored: columns in blocks. As a tensor of the folder they are
+    [experts, columns, rows], which is how transformers saves them in bf16."""
+
+    NUMBERS, BYTES = 32, 16  # of a block
+
+    @classmethod
+    def shape(cls, experts: int, rows: int, blocks: int) -> tuple[int, int, int]:
+        """From the shape of the scales."""
+        return experts, blocks * cls.NUMBERS, rows
+
+    @classmethod
+    def blocks(cls, columns: slice) -> slice:
+        """The blocks that a part of the columns touches."""
+        return slice(columns.start // cls.NUMBERS, -(-columns.stop // cls.NUMBERS))
+
+    @classmethod
+    def dequantise(cls, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """blocks [r, b, 16] uint8, scales [r, b] uint8 -> [r, 32 b] bf16."""
+        values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+        pairs = torch.stack([blocks & 0x0F, blocks >> 4], -1).flatten(-2)  # [r, b, 32]
+        numbers = torch.ldexp(values[pairs.int()], scales.int().unsqueeze(-1) - 127)
+        return numbers.flatten(-2).to(torch.bfloat16)
+
+
+def of_folder(folder: Path) -> BlockScales | Mxfp4 | None:
+    """What config.json says; None: nothing is quantised.
+
+    Raises:
+        ConversionError: it is quantised in a way that is not read here.
+    """
+    path = folder / "config.json"
+    told = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") if path.is_file() else None
+    if told is None:
+        return None
+    method, block = told.get("quant_method"), told.get("weight_block_size")
+    if method == "mxfp4":
+        return Mxfp4()
+    if method != "fp8" or block is None:
+        raise ConversionError(
+            f"{path}: quantization_config has quant_method {method!r} and weight_block_size {block}; only 'fp8' with "
+            "blocks and 'mxfp4' are read. Give a folder of plain weights."
+        )
+    return BlockScales(*block)

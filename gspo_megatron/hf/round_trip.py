@@ -36,6 +36,8 @@ _DEEPSEEK = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, 
              "routed_scaling_factor": 1.5}  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
          "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
+_YARN_OSS = {"rope_type": "yarn", "rope_theta": 150.0, "factor": 4.0, "original_max_position_embeddings": 16,
+             "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # fmt: skip
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 16}  # fmt: skip
 
@@ -57,6 +59,8 @@ TINY: dict[str, dict] = {
     "deepseek_v3": {"model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 32, "n_routed_experts": 8,
                     "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "num_mtp_layers": 0,
                     "rope_parameters": _YARN} | _DEEPSEEK,
+    "gpt_oss": {"model_type": "gpt_oss", "intermediate_size": 20, "num_local_experts": 4, "num_experts_per_tok": 2,
+                "head_dim": 16, "sliding_window": 5, "swiglu_limit": 0.5, "rope_parameters": _YARN_OSS},
     "qwen3": {"model_type": "qwen3", "intermediate_size": 40, "head_dim": 16, "tie_word_embeddings": True},
     "llama": {"model_type": "llama", "intermediate_size": 40},
     "llama 3": {"model_type": "llama", "intermediate_size": 40, "rope_parameters": _LLAMA3},
@@ -123,12 +127,15 @@ def round_trip(
 ) -> Outcome:
     """Load a folder of `write_model`, compute its logits, export it and compare. A collective over all ranks.
 
-    A dense model takes a layout without its expert sizes. `keep` leaves the export beside the source, as NAME.out.
+    A dense model takes a layout without its expert sizes, and experts with biases are not cut. `keep` leaves the export
+    beside the source, as NAME.out.
     """
     runtime = runtimes.start("cpu")
     shape = model_builder.ModelShape.of_folder(source)
     if not shape.architecture.num_experts:
         layout = replace(layout, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
+    if shape.architecture.linear_bias:
+        layout = replace(layout, expert_tensor_parallel_size=1)
     topology = topologies.start(layout, seed=1)
     model = ModelConfig(params_dtype=params_dtype)
     chunks = model_builder.build(shape, model, topology, runtime, None, use_distributed_optimizer=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import FAMILIES
-from gspo_megatron.hf.operators import Piece, Rename, Row
+from gspo_megatron.hf.operators import MergeGateUp, Piece, Rename, Row
 
 # Old checkpoints hold this table of angles, which follows from the config.
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -70,8 +70,8 @@ def _pieces(row: Row, layer: int, expert: int) -> tuple[Piece, ...]:
     names = [name.format(layer=layer, expert=expert) for name in row.theirs]
     if not row.stacked:
         return tuple(Piece(name) for name in names)
-    whole = Piece(names[0], expert)
-    if row.operator is Rename:
+    whole = Piece(names[0], expert, transposed=row.transposed)
+    if row.operator is not MergeGateUp:
         return (whole,)
     return tuple(replace(whole, part=part, parts=2) for part in range(2))
 

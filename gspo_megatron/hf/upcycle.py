@@ -21,7 +21,8 @@ from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import architecture
 from gspo_megatron.hf.load import check_tied_head
 from gspo_megatron.hf.operators import Piece
-from gspo_megatron.hf.safetensors import SafetensorsFolder, SafetensorsWriter, TensorSpec
+from gspo_megatron.hf.safetensors import SafetensorsFolder
+from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from gspo_megatron.model_file import read_json
 
 EXPERT = re.compile(r"experts\.\d+\.")

@@ -23,6 +23,17 @@ def test_yarn_by_hand():
     assert arch.rope_scaling.attention_factor == pytest.approx((0.07 * math.log(4) + 1) / (0.1 * math.log(4) + 1))
 
 
+def test_yarn_without_rounding_by_hand():
+    """Two pairs of dimensions, base e: plain frequencies 1 and exp(-1/2). A context of 2 pi e, so dimension(r) is
+    2 ln(e / r): 0.5 for r = exp(0.75), 1.25 for r = exp(0.375). The second pair is 2/3 of the way up the ramp, so it is
+    stretched 4 times by two thirds: 1/3 + 2/3 / 4 = 1/2. Rounded to 0 and 2 it would be half-way: 5/8."""
+    rope = {"rope_type": "yarn", "rope_theta": math.e, "factor": 4.0, "beta_fast": math.exp(0.75),
+            "beta_slow": math.exp(0.375), "original_max_position_embeddings": 2 * math.pi * math.e}  # fmt: skip
+    for truncate, share in ((False, 1 / 2), (True, 5 / 8)):
+        arch = architecture(LLAMA | {"head_dim": 4, "rope_parameters": rope | {"truncate": truncate}})
+        assert inverse_frequencies(arch).tolist() == pytest.approx([1.0, share * math.exp(-0.5)], rel=1e-6)
+
+
 def test_plain_and_linear():
     plain = [10000 ** (-k / 6) for k in range(6)]
     assert inverse_frequencies(architecture(LLAMA)).tolist() == pytest.approx(plain, rel=1e-6)
@@ -42,14 +53,11 @@ def test_llama3_by_hand():
 @pytest.mark.parametrize(
     ("name", "rope", "words"),
     [
-        (
-            "llama",
-            {"rope_type": "yarn", "factor": 4.0},
-            "rope_type 'yarn' is not supported. Use a model with one of: linear",
-        ),
+        ("llama", {"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' has no original_max_position_embeddings"),
+        ("llama", {"rope_type": "yarn", "partial_rotary_factor": 0.5}, "one of: linear, llama3."),
         ("llama", {"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' has no low_freq_factor"),
         ("deepseek_v3", {"rope_type": "llama3"}, "one of: yarn"),
-        ("deepseek_v3", {"rope_type": "yarn", "attention_factor": 2.0}, "yarn with truncate off"),
+        ("deepseek_v3", {"rope_type": "yarn", "attention_factor": 2.0}, "yarn with an attention_factor"),
     ],
 )
 def test_other_scalings_are_refused(name, rope, words):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gspo_megatron.hf.operators import MergeGateUp, MergeQkv, Rename
+from gspo_megatron.hf.operators import Interleave, MergeGateUp, MergeQkv, Rename
 
 QKV = MergeQkv(queries=4, dim=2)  # two query heads of size 2 share a key and a value head
 
@@ -20,9 +20,16 @@ def test_gate_stands_before_up():
     assert MergeGateUp().merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]).tolist() == [1, 2, 3, 4]
 
 
+def test_interleaved_rows_are_told_apart():
+    """Gate 1, 2 and up 3, 4 stand as 1, 3, 2, 4."""
+    assert Interleave().merge([torch.tensor([1.0, 3.0, 2.0, 4.0])]).tolist() == [1, 2, 3, 4]
+
+
 CASES = {
     "rename": (Rename(), [(6, 3)]),
     "gate up": (MergeGateUp(), [(4, 3), (4, 3)]),
+    "interleaved": (Interleave(), [(8, 3)]),
+    "interleaved bias": (Interleave(), [(8,)]),
     "qkv": (QKV, [(8, 3), (4, 3), (4, 3)]),
     "qkv bias": (QKV, [(8,), (4,), (4,)]),
 }

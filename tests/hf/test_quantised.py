@@ -1,4 +1,5 @@
-"""FP8 releases: numbers against plain loops in fp64, and a whole folder against its dequantised twin, in any layout."""
+"""FP8 and MXFP4 releases: numbers against plain loops in fp64, and a whole folder against its dequantised twin, in any
+layout."""
 
 import json
 from pathlib import Path
@@ -44,10 +45,53 @@ def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
     return stored, factors, meant.to(torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """A tiny DeepSeek-V3 as it is released, with a layer of MTP behind the last one, and its twin in bf16."""
-    path = tmp_path_factory.mktemp("fp8")
+@pytest.fixture(scope="module", params=["fp8", "mxfp4"])
+def folders(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A release and its twin in bf16."""
+    path = tmp_path_factory.mktemp(request.param)
+    return deepseek(path) if request.param == "fp8" else gpt_oss(path)
+
+
+def gpt_oss(path: Path) -> tuple[Path, Path]:
+    """A tiny GPT-OSS as it is released: experts [experts, rows, blocks], in bytes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    write_model(path / "whole", TINY["gpt_oss"] | sizes, dtype=torch.bfloat16)
+    config = json.loads((path / "whole/config.json").read_text())
+    released, twin = {}, {}
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in load_file(path / "whole/model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, columns, rows = tensor.shape
+            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8, generator=generator)
+            released[name + "_blocks"], released[name + "_scales"] = blocks, scales
+            twin[name] = torch.stack([mxfp4(*expert) for expert in zip(blocks, scales, strict=True)])
+        else:
+            released[name] = twin[name] = tensor
+    told = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]}
+    released_config = config | {"quantization_config": told}
+    return folder_of(path / "released", released, released_config), folder_of(path / "bf16", twin, config)
+
+
+def mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[rows, b, 16] and [rows, b] -> [32 b, rows] bf16, number by number: sign, two bits of exponent with bias 1, one
+    bit of mantissa, without exponent subnormal; times 2^(scale - 127)."""
+    rows, count = scales.shape
+    out = torch.empty(count * 32, rows, dtype=torch.float64)
+    for row in range(rows):
+        for column in range(count * 32):
+            byte = int(blocks[row, column // 32, column % 32 // 2])
+            code = byte >> 4 if column % 2 else byte & 15
+            exponent, mantissa = code >> 1 & 3, code & 1
+            value = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+            sign = -1.0 if code & 8 else 1.0
+            out[column, row] = sign * value * 2.0 ** (int(scales[row, column // 32]) - 127)
+    assert torch.equal(out.to(torch.bfloat16).double(), out)  # nothing is rounded
+    return out.to(torch.bfloat16)
+
+
+def deepseek(path: Path) -> tuple[Path, Path]:
+    """A tiny DeepSeek-V3 as it is released, with a layer of MTP behind the last one."""
     write_model(path / "whole", TINY["deepseek_v3"], dtype=torch.bfloat16)
     config = json.loads((path / "whole/config.json").read_text())
     released, twin = {}, {}
@@ -78,6 +122,22 @@ def test_numbers_are_those_of_plain_loops(tmp_path):
     assert float((meant.double() - weight.double()).abs().max() / weight.abs().max()) < 0.07  # 3 bits of mantissa
 
 
+def test_parts_of_blocks_are_read(tmp_path):
+    """MXFP4: 3 rows of 64 columns, cut by rows and by columns (8 of a block of 32), of the second of two experts."""
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, 256, (2, 3, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(120, 130, (2, 3, 2), dtype=torch.uint8, generator=generator)
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    files = SafetensorsFolder(folder_of(tmp_path, {"w_blocks": blocks, "w_scales": scales}, config))
+    assert files.names == {"w"} and files.shape("w") == (2, 64, 3) and files.dtype("w") is torch.bfloat16
+    meant, piece = mxfp4(blocks[1], scales[1]).t(), Piece("w", expert=1, transposed=True)
+    assert torch.equal(files.read(piece), meant)
+    for rank in range(3):
+        assert torch.equal(files.read(piece, 0, rank, 3), meant[rank : rank + 1])
+    for rank in range(8):
+        assert torch.equal(files.read(piece, 1, rank, 8), meant[:, 8 * rank : 8 * rank + 8])
+
+
 def weights(layout: ParallelConfig, folder: Path) -> dict[str, torch.Tensor]:
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
     model = ModelConfig(load_hf=folder, load_hf_drop_mtp=True, params_dtype="bf16")
@@ -96,11 +156,12 @@ def test_ranks_read_their_slices(folders):
 
 
 def test_a_release_converts_to_what_its_twin_does(folders, tmp_path):
-    """Through a Megatron checkpoint and out again: the twin's tensors to the bit, and a config without quantisation."""
+    """Through a Megatron checkpoint and out again: the twin's tensors to the bit, and a config without quantisation or
+    layers of MTP."""
     spawn(there_and_back, 1, folders[0], tmp_path)
     assert differences(tmp_path / "out", folders[1]) == set()
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert "quantization_config" not in config and config["num_nextn_predict_layers"] == 0
+    assert "quantization_config" not in config and not config.get("num_nextn_predict_layers")
 
 
 def there_and_back(rank: int, world_size: int, source: Path, target: Path) -> None:
@@ -124,3 +185,21 @@ def test_what_cannot_be_read_is_named(tmp_path, spoil, words):
     spoil(tensors, config)
     with pytest.raises(ConversionError, match=words):
         SafetensorsFolder(folder_of(tmp_path, tensors, config)).dtype("w")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda t: t.pop("w_scales"), "w_blocks has no w_scales"),
+        (lambda t: t.update(w_scales=torch.ones(2, 3, 3, dtype=torch.uint8)), r"w_scales U8 \[2, 3, 3\] are not"),
+        (lambda t: t.update(w_blocks=torch.ones(2, 3, 2, 16)), r"w_blocks F32 \[2, 3, 2, 16\]"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(tmp_path, spoil, words):
+    tensors = {
+        "w_blocks": torch.ones(2, 3, 2, 16, dtype=torch.uint8),
+        "w_scales": torch.ones(2, 3, 2, dtype=torch.uint8),
+    }
+    spoil(tensors)
+    with pytest.raises(ConversionError, match=words):
+        SafetensorsFolder(folder_of(tmp_path, tensors, {"quantization_config": {"quant_method": "mxfp4"}})).dtype("w")

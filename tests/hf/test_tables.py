@@ -19,6 +19,10 @@ QWEN3_30B = {"model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 
 MIXTRAL_8X7B = {"model_type": "mixtral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
                 "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
                 "vocab_size": 32000, "max_position_embeddings": 32768}  # fmt: skip
+GPT_OSS_20B = {"model_type": "gpt_oss", "num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880,
+               "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+               "num_experts_per_tok": 4, "vocab_size": 201088, "max_position_embeddings": 131072,
+               "sliding_window": 128}  # fmt: skip
 
 
 def test_every_family_has_a_tiny_model():
@@ -38,19 +42,24 @@ def test_every_piece_is_taken_exactly_once(name, is_stacked):
 
 def test_published_checkpoints_have_these_tensors():
     """Numbers of tensors by hand. Qwen3: 48 layers of 4 projections, 2 + 2 norms, a router and 128 x 3 matrices, and
-    embedding, head and norm: 48 * 393 + 3, the count of its published index. Mixtral: 32 * (4 + 2 + 1 + 24) + 3."""
+    embedding, head and norm: 48 * 393 + 3, the count of its published index. Mixtral: 32 * (4 + 2 + 1 + 24) + 3.
+    GPT-OSS in bf16: 24 layers of 4 projections with biases, sinks, 2 norms, a router with bias, and of all experts 2
+    matrices with biases."""
     names = table.tensors(table.entries(architecture(QWEN3_30B))).keys()
     assert len(names) == 18867
     assert "model.layers.47.mlp.experts.127.gate_proj.weight" in names
+    names = table.tensors(table.entries(architecture(GPT_OSS_20B))).keys()
+    assert len(names) == 24 * 17 + 3 and "model.layers.23.self_attn.sinks" in names
     names = table.tensors(table.entries(architecture(MIXTRAL_8X7B))).keys()
     assert len(names) == 995
     assert "model.layers.31.block_sparse_moe.experts.7.w2.weight" in names
 
 
 def test_parameters_of_published_models():
-    """30.5 billion and 46.7 billion, as their model cards say."""
+    """30.5, 46.7 and 20.91 billion, as their model cards say."""
     assert round(architecture(QWEN3_30B).num_parameters / 1e9, 1) == 30.5
     assert round(architecture(MIXTRAL_8X7B).num_parameters / 1e9, 1) == 46.7
+    assert round(architecture(GPT_OSS_20B).num_parameters / 1e9, 2) == 20.91
 
 
 def test_norms_inside_of_transformer_engine_s_linear_layers():
@@ -106,8 +115,8 @@ def test_old_tables_of_angles_are_no_left_over():
 
 def test_an_unknown_family_names_those_that_are_known():
     with pytest.raises(ConfigError) as caught:
-        architecture({"model_type": "gpt_oss"})
-    assert "'gpt_oss'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
+        architecture({"model_type": "qwen3_next"})
+    assert "'qwen3_next'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +125,9 @@ def test_an_unknown_family_names_those_that_are_known():
         ("llama", {"mlp_bias": True}, "mlp_bias = True is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
         ("mixtral", {"sliding_window": 32}, "sliding-window"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "layer_types is ['chunked_attention'"),
+        ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha 1.5 is not supported"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window is None, not a whole number"),
         ("mixtral", {"num_local_experts": None}, "num_experts is None"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob off"),

@@ -27,6 +27,7 @@ from gspo_megatron.config import (
     WarmStartConfig,
 )
 from gspo_megatron.hf import table
+from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.round_trip import TINY, write_model
 from gspo_megatron.train import make_estimator, run_step, train
 from gspo_megatron.types import TrainSequence
@@ -34,7 +35,7 @@ from tests.distributed import spawn
 
 ONE, TP2, PP2, MIXED = (ParallelConfig(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
 DENSE = ParallelConfig(2, 2, None, 1, 1)
-FAMILIES = ("qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "llama")
+FAMILIES = ("qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama")
 
 
 def examples() -> list[TrainSequence]:
@@ -44,7 +45,7 @@ def examples() -> list[TrainSequence]:
 
 
 def gradients(rank: int, world_size: int, folder: Path, layouts: list[ParallelConfig]) -> dict:
-    """{(family, number of the layout): (loss, {Hugging Face's stacked name: gradient})} of the supervised loss."""
+    """{(family, number of the layout): (loss, {published piece: gradient})} of the supervised loss."""
     found = {}
     for name in FAMILIES:
         for number, layout in enumerate(layouts):
@@ -54,7 +55,7 @@ def gradients(rank: int, world_size: int, folder: Path, layouts: list[ParallelCo
     return found
 
 
-def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[str, torch.Tensor]]:
+def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[Piece, torch.Tensor]]:
     started = runtime.start("cpu")
     cut = topology.start(layout, seed=1)
     shape = ModelShape.of_folder(folder)
@@ -68,16 +69,18 @@ def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[str,
     loss = torch.tensor(result.stats.loss, dtype=torch.float64)
     torch.distributed.all_reduce(loss, group=cut.dp_group)
     full = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
-    split: dict[str, torch.Tensor] = {}
+    split: dict[Piece, torch.Tensor] = {}
     for entry in table.entries(shape.architecture).values():
         if entry.name in full:  # router biases have no gradient
             pieces = entry.operator.split(full[entry.name])
-            split |= {piece.tensor: tensor for piece, tensor in zip(entry.pieces, pieces, strict=True)}
+            split |= dict(zip(entry.pieces, pieces, strict=True))
+    norm = float(torch.stack([gradient.norm() for gradient in full.values()]).norm())
+    assert result.stats.grad_norm == pytest.approx(norm, rel=1e-6)  # Megatron counts every slice once
     return float(loss), split
 
 
-def truth(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients by transformers, under published names."""
+def truth(folder: Path) -> tuple[float, dict[Piece, torch.Tensor]]:
+    """Loss and gradients by transformers, of published pieces."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     total, number = 0.0, 0
     for sequence in examples():
@@ -93,7 +96,7 @@ def truth(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
         for piece, to in zip(entry.pieces, published[name].pieces, strict=True):
             if piece.tensor in grads:
                 whole = grads[piece.tensor] if piece.expert is None else grads[piece.tensor][piece.expert]
-                found[to.tensor] = whole.chunk(piece.parts)[piece.part]
+                found[to] = (whole.t() if piece.transposed else whole).chunk(piece.parts)[piece.part]
     return float(total / number), found
 
 

@@ -1,12 +1,11 @@
 """FAMILIES: model_type of a config.json -> how that family's config and tensors are read. Imports no torch.
 
-Left out, and refused by name: GPT-OSS (attention sinks, quantised
-experts), Qwen3-Next (linear attention), and everything that is not a decoder of text.
+Left out, and refused by name: Qwen3-Next (linear attention), and everything that is not a decoder of text.
 """
 
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.hf.architecture import Architecture, ConfigReader
-from gspo_megatron.hf.families import deepseek, glm4_moe, llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from gspo_megatron.hf.families import deepseek, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
 from gspo_megatron.hf.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "glm4_moe": glm4_moe.FAMILY,
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
+    "gpt_oss": gpt_oss.FAMILY,
     "qwen3": qwen3.FAMILY,
     "llama": llama.FAMILY,
 }

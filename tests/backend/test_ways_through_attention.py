@@ -1,5 +1,6 @@
-"""Latent attention in cached generation and under context parallelism: one network, whatever the way through it. That
-it is transformers' network is tested in hf/test_round_trip.py, its gradient in hf/test_training.py."""
+"""Latent attention, and attention with windows and sinks, in cached generation and under context parallelism: one
+network, whatever the way through it. That it is transformers' network is tested in hf/test_round_trip.py, its gradient
+in hf/test_training.py."""
 
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
 from tests.distributed import spawn
 
 GROUP, NEW = 3, 10
+FAMILIES = ("deepseek_v3", "gpt_oss")
 LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2)}
 
 
@@ -31,14 +33,20 @@ def prompts() -> list[Prompt]:
 
 
 def generate(layout: ParallelConfig) -> dict:
-    """Samples of a tiny DeepSeek-V3, and how far the rollout's log-probs are from the packed forward's."""
+    """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
-    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY["deepseek_v3"], VOCAB), cut, started)
+    return {family: of_family(family, layout, cut, started) for family in FAMILIES}
+
+
+def of_family(family: str, layout: ParallelConfig, cut: topology.Topology, started: runtime.Runtime) -> dict:
+    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY[family], VOCAB), cut, started)
     with torch.no_grad():
         for model in policy.models:
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(4)  # attention and routing far from uniform
+                elif name.endswith("softmax_offset"):
+                    parameter.fill_(1.0)
     everything = prompts()
     share, place = len(everything) // cut.replicas, cut.dp_cp_rank
     mine = everything[place * share : (place + 1) * share]
@@ -73,13 +81,17 @@ def layouts() -> list[dict]:
     return spawn(in_layouts, 4, LAYOUTS, generate)
 
 
-def test_cached_decoding_is_the_packed_forward(single):
-    assert len({len(tokens) for group in single["samples"].values() for tokens in group}) > 1
-    assert single["errors"] and max(single["errors"]) < 2e-5
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_is_the_packed_forward(single, family):
+    assert len({len(tokens) for group in single[family]["samples"].values() for tokens in group}) > 1
+    assert single[family]["errors"] and max(single[family]["errors"]) < 2e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_same_samples_in_every_layout(single, layouts, name):
-    for rank in layouts:
-        assert rank[name]["samples"] == {uid: single["samples"][uid] for uid in rank[name]["samples"]}
-    assert max(error for rank in layouts for error in rank[name]["errors"]) < 2e-5
+def test_same_samples_in_every_layout(single, layouts, name, family):
+    alone = single[family]["samples"]
+    ranks = [rank[name][family] for rank in layouts]
+    for rank in ranks:
+        assert rank["samples"] == {uid: alone[uid] for uid in rank["samples"]}
+    assert max(error for rank in ranks for error in rank["errors"]) < 2e-5
