@@ -238,8 +238,8 @@ def bare(
 
 
 def _allow_expert_bias(gpt: PackedModel) -> None:
-    """Megatron adds an expert's output bias in place. Without expert parallelism the output is what a reduction over one
-    rank gave back, a view that autograd does not let be changed; so the experts are told to leave the reduction out."""
+    """Megatron adds an expert's output bias in place. Without expert parallelism the output comes from a reduction over
+    one rank, as a view that autograd does not let be changed; so the experts are told to leave the reduction out."""
     for module in gpt.modules():
         if isinstance(module, SequentialMLP):
             for expert in module.local_experts:
