@@ -48,8 +48,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise _Refused(f"{module}.{name}")
 
 
-def check(folder: Path) -> None:
-    """Look through what torch would unpickle in a checkpoint.
+def check(folder: Path) -> Metadata:
+    """Look through what torch would unpickle in a checkpoint. Returns what .metadata says.
 
     Raises:
         CheckpointError: a file names code, lies about where its parts are, or cannot be read.
@@ -66,6 +66,7 @@ def check(folder: Path) -> None:
                 raise _Refused(f"the file {place.relative_path!r} outside of the folder")
             if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
                 _check_item(path, place.offset, place.length, index.fqn)
+        return metadata
     except _Refused as found:
         raise CheckpointError(
             f"{path}: refused, because it names {found}, which no checkpoint of this project holds: to load it could "

@@ -1,13 +1,12 @@
-"""Megatron's distributed checkpoints, written and read by one process a few tensors at a time.
+"""Megatron's distributed checkpoints, written and read by one process tensor by tensor.
 
-Megatron's own writers want all tensors at once. Here the model's matrices are allocated but untouched (the system gives
-memory to a page when it is written), and each is filled right before it is written and released right after. The
-checkpoint is an ordinary one: it loads under any layout.
+Megatron's own writers want all tensors at once. Here the model's matrices are allocated but never touched (the system
+gives memory to a page when it is written): they tell shapes and places, and the numbers go from file to file
+(shards.py). The checkpoint is an ordinary one: it loads under any layout.
 
 Left out: several processes (backend/checkpoint.py), and the optimizer.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,47 +16,47 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from gspo_megatron.backend import parameters, safe_loading
 from gspo_megatron.backend.model import PackedModel
 from gspo_megatron.backend.parameters import FullParameter
+from gspo_megatron.backend.shards import ShardReader, ShardWriter
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.errors import CheckpointError
 
 OF_A_RUN = ("adam.", "critic.", "reference.")  # what checkpoint.py writes beside the policy's weights
 UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError, CheckpointException,
               CheckpointingException)  # fmt: skip
-GROUP_BYTES = 2**28  # of tensors that are held at once, and of a file
+FILE_BYTES = 2**28
+Blocks = Callable[[FullParameter], list[torch.Tensor]]
 
 
 def save(
-    model: PackedModel, topology: Topology, folder: Path, fill: Callable[[FullParameter], None],
-    progress: Callable[[int, int], None], group_bytes: int = GROUP_BYTES,
+    model: PackedModel, topology: Topology, folder: Path, blocks: Blocks, progress: Callable[[int, int], None],
+    file_bytes: int = FILE_BYTES,
 ) -> None:  # fmt: skip
     """Write the weights of a model in one process to a folder that is there and empty.
 
     Args:
         model: a bare chunk that is the whole model (model.bare).
-        fill: puts the numbers into one parameter. What it raises goes through.
+        blocks: the numbers of one parameter, as tensors that follow each other along the rows. What it raises goes
+            through.
         progress: called with the number of parameters done and of all.
+        file_bytes: about so many in a file.
     """
-    strategy = _StreamedSave(list(stored(model, topology)), fill, progress, group_bytes)
+    strategy = _StreamedSave(list(stored(model, topology)), blocks, progress, file_bytes)
     dist_checkpointing.save({"model0": model.sharded_state_dict()}, str(folder), strategy)
 
 
-def load(
-    model: PackedModel, topology: Topology, folder: Path, group_bytes: int = GROUP_BYTES
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """All full tensors of a checkpoint by full name; each is valid until the next one is asked for.
-
-    The checkpoint has one tensor of all experts of a layer, and Megatron reads a tensor whole or not at all: so many
-    bytes are held even where group_bytes is less.
+def load(model: PackedModel, topology: Topology, folder: Path) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """All full tensors of a checkpoint by full name, each as blocks that follow each other along the rows. A block is a
+    view of its file where the checkpoint has it in one shard.
 
     Args:
         model: a bare chunk that is the whole model, of the checkpoint's type.
@@ -65,26 +64,18 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged or cut short, or names code (safe_loading.py).
     """
-    safe_loading.check(folder)
+    reader = ShardReader(folder, safe_loading.check(folder))
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     sharded = model.sharded_state_dict()
-    by_key: dict[str, list[FullParameter]] = {}
     for parameter in stored(model, topology):
-        by_key.setdefault(sharded[names[id(parameter.local)]].key, []).append(parameter)
-    for units in _groups(list(by_key.values()), group_bytes):
-        sharded = model.sharded_state_dict()
-        wanted = {names[id(p.local)]: p for unit in units for p in unit}
-        part = {"model0": {name: sharded[name] for name in wanted}}
-        with _readable(folder):
-            found = dist_checkpointing.load(part, str(folder))["model0"]
-        for name, parameter in wanted.items():
-            yield parameter.name, found[name].view(parameter.full_shape)
-            # Megatron's records hold the tensors until garbage is collected, so the memory itself is given back.
-            old = (found[name].untyped_storage(), parameter.local.untyped_storage())
-            parameter.local.data = parameter.local.new_empty(1).expand(parameter.local.shape)
-            for storage in old:
-                storage.resize_(0)
-        _trim()
+        entry = sharded[names[id(parameter.local)]]
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # a gate and up projection
+        yield parameter.name, [_read(reader, part) for part in parts]
+
+
+def _read(reader: ShardReader, part: ShardedTensor) -> torch.Tensor:
+    shape = (*([1] * part.prepend_axis_num), *part.local_shape)  # experts have one dimension more
+    return reader.read(part.key, tuple(part.global_offset), shape, part.dtype).view(part.local_shape)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -120,70 +111,61 @@ def _readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _trim() -> None:
-    """Hand freed memory back: glibc keeps it in pieces that the next group does not fit into, and grows."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
-
-
 def stored(model: PackedModel, topology: Topology) -> Iterator[FullParameter]:
     """Parameters and router biases."""
     yield from parameters.named(model, topology)
     yield from parameters.router_biases(model, topology)
 
 
-def _groups(units: list[list[FullParameter]], limit: int) -> list[list[list[FullParameter]]]:
-    groups: list[list[list[FullParameter]]] = [[]]
-    size = 0
-    for unit in units:
-        room = sum(parameter.local.nbytes for parameter in unit)
-        if groups[-1] and size + room > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(unit)
-        size += room
-    return groups
-
-
 class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
-    """As Megatron's strategy plans and writes; but each group of parameters is one plan, and is there while written."""
+    """As Megatron's strategy plans; but the numbers are asked for when they are written, parameter by parameter."""
 
     def __init__(
-        self, given: list[FullParameter], fill: Callable[[FullParameter], None], progress: Callable[[int, int], None],
-        group_bytes: int,
+        self, given: list[FullParameter], blocks: Blocks, progress: Callable[[int, int], None], file_bytes: int
     ):  # fmt: skip
         super().__init__("torch_dist", 1)
-        self._given, self._fill, self._progress, self._group_bytes = given, fill, progress, group_bytes
+        self._given, self._blocks, self._progress, self._file_bytes = given, blocks, progress, file_bytes
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
         by_key, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         state = strategies.mcore_to_pyt_state_dict(by_key, False)
         planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(state, is_coordinator=True)
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        shards, results = ShardWriter(Path(checkpoint_dir), self._file_bytes), []
+        by_parameter, others = self._items(plans[0].items, planner)
+        try:
+            for done, (parameter, items) in enumerate(zip(self._given, by_parameter, strict=True), 1):
+                blocks = [block.to(parameter.local.dtype).contiguous().flatten() for block in self._blocks(parameter)]
+                for item in items:
+                    view = planner.resolve_data(item)
+                    start = view.storage_offset() - parameter.local.storage_offset()
+                    numbers = _cut(blocks, start, start + view.numel())
+                    results.append(shards.write(item.index, tuple(view.shape), numbers))
+                self._progress(done, len(self._given))
+            results += [shards.write_item(item.index, planner.resolve_data(item)) for item in others]
+        finally:
+            shards.close()
         writer = FileSystemWriter(checkpoint_dir, thread_count=1)
         writer.set_up_storage_writer(True)
-        groups = [[p for unit in g for p in unit] for g in _groups([[p] for p in self._given], self._group_bytes)]
-        plans, metadata = planner.create_global_plan(self._plans(groups, planner.create_local_plan().items, planner))
-        plans = writer.prepare_global_plan(plans)
-        results, done = [], 0
-        for group, plan in zip([*groups, []], plans, strict=True):
-            for parameter in group:
-                self._fill(parameter)
-            results.append(writer.write_data(plan, planner).wait())
-            for parameter in group:
-                parameter.local.untyped_storage().resize_(0)  # the plan still has views of it
-            _trim()
-            done += len(group)
-            self._progress(done, len(self._given))
-        writer.finish(metadata, results)
+        writer.finish(metadata, [results])
 
-    def _plans(self, groups: list[list[FullParameter]], items: list[WriteItem], planner: object) -> list[SavePlan]:
-        """One plan a group, and a last one for what is no parameter's."""
-        home = {p.local.untyped_storage().data_ptr(): n for n, group in enumerate(groups) for p in group}
-        sorted_items: list[list[WriteItem]] = [[] for _ in range(len(groups) + 1)]
+    def _items(self, items: list[WriteItem], planner: object) -> tuple[list[list[WriteItem]], list[WriteItem]]:
+        """The items of each parameter, whose memory they are views of, and those that are no tensors."""
+        home = {p.local.untyped_storage().data_ptr(): place for place, p in enumerate(self._given)}
+        found: list[list[WriteItem]] = [[] for _ in self._given]
         for item in items:
-            value = planner.lookup_object(item.index)
-            place = value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
-            sorted_items[home.get(place, len(groups))].append(item)
-        return [SavePlan(group) for group in sorted_items]
+            if item.type is not WriteItemType.BYTE_IO:
+                found[home[planner.lookup_object(item.index).untyped_storage().data_ptr()]].append(item)
+        return found, [item for item in items if item.type is WriteItemType.BYTE_IO]
+
+
+def _cut(blocks: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+    """Numbers start to stop of flat blocks that follow each other."""
+    found, first = [], 0
+    for block in blocks:
+        last = first + block.numel()
+        if start < last and first < stop:
+            found.append(block[max(start - first, 0) : min(stop, last) - first])
+        first = last
+    return found

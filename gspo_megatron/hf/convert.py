@@ -1,6 +1,6 @@
 """Converts whole folders in one process: a Hugging Face folder to a Megatron checkpoint, and back.
 
-The model is never whole in memory: a group of tensors is read, merged or split, written and released (streaming.py).
+The model is never whole in memory: a tensor is mapped, merged or split where needed, and written (streaming.py).
 Both sides are written aside and get their name when they are complete.
 
 A checkpoint made here, or by a run, has config.json and tokenizer in its folder hf/, so that it can be converted back.
@@ -26,7 +26,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig, ParallelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import export, table
-from gspo_megatron.hf.load import check_tied_head, fill
+from gspo_megatron.hf.load import check_tied_head, pieces_of
 from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
 from gspo_megatron.model_file import read_json
@@ -37,7 +37,7 @@ ONE = ParallelConfig(1, 1, None, 1, 1)
 
 def to_megatron(
     source: Path, target: Path, dtype: torch.dtype | None, drop_mtp: bool, progress: Progress,
-    group_bytes: int = streaming.GROUP_BYTES,
+    file_bytes: int = streaming.FILE_BYTES,
 ) -> None:  # fmt: skip
     """Write a Hugging Face folder as a Megatron checkpoint, which loads under any layout.
 
@@ -60,13 +60,14 @@ def to_megatron(
     dtype = dtype or files.dtype(entries["embedding.word_embeddings.weight"].pieces[0].tensor)
     filled: set[str] = set()
 
-    def from_source(parameter: streaming.FullParameter) -> None:
-        fill(parameter, entries.get(parameter.name), files, arch)
+    def from_source(parameter: streaming.FullParameter) -> list[torch.Tensor]:
+        pieces = pieces_of(parameter, entries.get(parameter.name), files, arch)
         filled.add(parameter.name)
+        return entries[parameter.name].operator.blocks(pieces)
 
     with one_process_model(shape, dtype) as (model, topology), _written_aside(target) as folder:
         with torch.no_grad():
-            streaming.save(model, topology, folder, from_source, progress, group_bytes)
+            streaming.save(model, topology, folder, from_source, progress, file_bytes)
         if forgotten := entries.keys() - filled:
             raise ConversionError(f"{source}: {table.some(forgotten)} of the table is no parameter of the model.")
         export.write_side(folder, shape.hf, [source], dtype)
@@ -75,7 +76,6 @@ def to_megatron(
 def to_hugging_face(
     source: Path, target: Path, dtype: torch.dtype | None, is_stacked: bool, progress: Progress,
     hf_config: Path | None = None, max_shard_size: int = export.MAX_SHARD_SIZE,
-    group_bytes: int = streaming.GROUP_BYTES,
 ) -> None:  # fmt: skip
     """Write a Megatron checkpoint of any layout as a Hugging Face folder that transformers loads.
 
@@ -108,9 +108,9 @@ def to_hugging_face(
         specs = export.specs(entries, held, arch, dtype)
         with SafetensorsWriter(target, specs, max_shard_size) as writer, torch.no_grad():
             export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
-            found = streaming.load(model, topology, source, group_bytes)
-            for done, (name, full) in enumerate(found, 1):
-                for piece, tensor in zip(entries[name].pieces, entries[name].operator.split(full), strict=True):
+            for done, (name, blocks) in enumerate(streaming.load(model, topology, source), 1):
+                entry = entries[name]
+                for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
                     writer.write(piece, tensor)
                 progress(done, len(entries))
             writer.finish()

@@ -60,12 +60,20 @@ def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParame
 
 def fill(parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture) -> None:
     """Read one local parameter's slices, merge and copy them."""
+    pieces = pieces_of(parameter, entry, files, arch)
+    parameter.local.copy_(entry.operator.merge(pieces))
+
+
+def pieces_of(
+    parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture
+) -> list[torch.Tensor]:
+    """One local parameter's slices, in the order in which they are merged."""
     if entry is None:
         raise ConversionError(f"{parameter.name}: the table of {arch.family} does not say what it is made of.")
     for piece, shape in zip(entry.pieces, entry.operator.shapes(parameter.full_shape), strict=True):
         check_shape(piece, shape, files, arch)
     cut = (parameter.cut_dim, parameter.cut_rank, parameter.cuts)
-    parameter.local.copy_(entry.operator.merge([files.read(piece, *cut) for piece in entry.pieces]))
+    return [files.read(piece, *cut) for piece in entry.pieces]
 
 
 def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, arch: Architecture) -> None:

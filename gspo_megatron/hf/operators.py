@@ -41,6 +41,16 @@ class Rename:
         """Shapes of the pieces, from the merged shape."""
         return [shape]
 
+    def blocks(self, pieces: "list[torch.Tensor]") -> "list[torch.Tensor]":
+        """Tensors that make up the merged one along the rows, with as little copying as there can be."""
+        return [self.merge(pieces)]
+
+    def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
+        """The pieces, from such blocks of any size."""
+        import torch
+
+        return self.split(blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+
     @classmethod
     def of(cls, architecture: Architecture) -> "Rename":
         return cls()
@@ -57,6 +67,13 @@ class MergeGateUp(Rename):
 
     def split(self, tensor):
         return list(tensor.chunk(2))
+
+    def blocks(self, pieces):
+        return pieces
+
+    def from_blocks(self, blocks):
+        halves = len(blocks) == 2 and blocks[0].shape == blocks[1].shape
+        return blocks if halves else super().from_blocks(blocks)
 
     def shapes(self, shape):
         return [(shape[0] // 2, *shape[1:])] * 2

@@ -5,7 +5,6 @@ the bytes. A writer therefore knows every file's layout from names, shapes and t
 each tensor, or a part of its rows, to its place. Nothing is held in memory, and the folder gets its name at the end.
 """
 
-import ctypes
 import errno
 import json
 import math
@@ -22,6 +21,7 @@ from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import INDEX, NAMES, SINGLE
 from gspo_megatron.hf.table import some
+from gspo_megatron.tensor_bytes import memory, write_all
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class SafetensorsWriter:
             self._place[spec.name] = (file, start + header[spec.name]["data_offsets"][0])
         descriptor = self._open[file] = os.open(self.unfinished / file, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         os.posix_fallocate(descriptor, 0, start + end)  # a disk that is too small is found out here
-        _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
 
     def _write_index(self) -> None:
         weight_map = {name: file for name, (file, _) in self._place.items()}
@@ -118,8 +118,7 @@ class SafetensorsWriter:
         file, start = self._place[spec.name]
         offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes
         try:
-            # Its bytes in place. numpy() would forbid for ever to release the tensor's memory.
-            _write_all(self._open[file], (ctypes.c_char * data.nbytes).from_address(data.data_ptr()), offset)
+            write_all(self._open[file], memory(data), offset)
         except OSError as error:
             raise _cannot_write(self.unfinished / file, error) from None
         self._left[spec.name] -= data.nbytes
@@ -174,13 +173,6 @@ def _shards(specs: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
         shards[-1].append(spec)
         size += spec.size
     return shards
-
-
-def _write_all(descriptor: int, data: bytes | ctypes.Array, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view.nbytes:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _cannot_write(path: Path, error: OSError) -> ConversionError:

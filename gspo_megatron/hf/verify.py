@@ -65,8 +65,8 @@ def megatron_logits(folder: Path, checkpoint: Path, texts: list[torch.Tensor]) -
     """
     shape = ModelShape.of_folder(folder)
     with one_process_model(shape, streaming.stored_dtype(checkpoint)) as (model, topology):
-        loaded = streaming.load(model, topology, checkpoint)  # each is valid until the next
-        full = {name: tensor.to(torch.float32, copy=True) for name, tensor in loaded}
+        loaded = streaming.load(model, topology, checkpoint)
+        full = {name: torch.cat(blocks).to(torch.float32) for name, blocks in loaded}
         for parameter in streaming.stored(model, topology):
             parameter.local.data = full.pop(parameter.name)
         found = []

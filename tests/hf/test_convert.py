@@ -28,7 +28,7 @@ from gspo_megatron.hf.round_trip import LAYOUTS, TINY, differences, write_model
 from tests.distributed import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUP = 40_000  # bytes held at once: a dozen groups and files a model
+FILE = 40_000  # bytes: a dozen files a model
 CUT = ("qwen3_moe", "olmoe", "glm4_moe", "llama")
 
 
@@ -39,9 +39,9 @@ def quiet(done: int, total: int) -> None:
 def there_and_back(rank: int, world_size: int, folder: Path) -> dict[str, set[str]]:
     found = {}
     for name in TINY:
-        convert.to_megatron(folder / name, folder / f"{name}.megatron", None, False, quiet, GROUP)
+        convert.to_megatron(folder / name, folder / f"{name}.megatron", None, False, quiet, FILE)
         back = folder / f"{name}.back"
-        convert.to_hugging_face(folder / f"{name}.megatron", back, None, False, quiet, None, 100_000, GROUP)
+        convert.to_hugging_face(folder / f"{name}.megatron", back, None, False, quiet, None, 100_000)
         found[name] = differences(folder / name, back)
     source, half = folder / "glm4_moe", folder / "half"
     convert.to_megatron(source, half, torch.bfloat16, False, quiet)
