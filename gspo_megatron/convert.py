@@ -1,7 +1,7 @@
 """gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, by one process on the CPU.
 
 What SOURCE is decides the direction. torch is imported only after the options and the folders have been looked at.
-Left out: several processes, hashes of the tensors.
+Left out: several processes.
 """
 
 import os

@@ -5,8 +5,7 @@ Both sides are written aside and get their name when they are complete.
 
 A checkpoint made here, or by a run, has config.json and tokenizer in its folder hf/, so that it can be converted back.
 
-Left out: reading slices on several machines, and hashes of the tensors. verify.py compares logits, upcycle.py makes
-experts of a dense model.
+Left out: reading slices on several machines. verify.py compares logits, upcycle.py makes experts of a dense model.
 """
 
 import os
@@ -26,6 +25,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig, ParallelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import export, table
+from gspo_megatron.hf.hashes import FILE, TensorHashes, compare, content
 from gspo_megatron.hf.load import check_tied_head, pieces_of
 from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
@@ -62,15 +62,21 @@ def to_megatron(
 
     def from_source(parameter: streaming.FullParameter) -> list[torch.Tensor]:
         pieces = pieces_of(parameter, entries.get(parameter.name), files, arch)
+        pieces = [piece.to(parameter.local.dtype) for piece in pieces]
+        entry = entries[parameter.name]
+        for piece, tensor in zip(entry.pieces, pieces, strict=True):
+            hashes.add(piece, (tensor.t() if piece.transposed else tensor).contiguous())
         filled.add(parameter.name)
-        return entries[parameter.name].operator.blocks(pieces)
+        return entry.operator.blocks(pieces)
 
+    hashes = TensorHashes()
     with one_process_model(shape, dtype) as (model, topology), _written_aside(target) as folder:
         with torch.no_grad():
             streaming.save(model, topology, folder, from_source, progress, file_bytes)
         if forgotten := entries.keys() - filled:
             raise ConversionError(f"{source}: {table.some(forgotten)} of the table is no parameter of the model.")
         export.write_side(folder, shape.hf, [source], dtype)
+        (folder / export.SIDE / FILE).write_bytes(content(hashes.finish()))
 
 
 def to_hugging_face(
@@ -90,7 +96,7 @@ def to_hugging_face(
     Raises:
         ConfigError: config.json is missing or of a model that is not supported.
         CheckpointError: a file of the checkpoint is missing, damaged or cut short.
-        ConversionError: the checkpoint is of another model, or the folder cannot be written.
+        ConversionError: the checkpoint is of another model or not what was converted, or the folder cannot be written.
     """
     _check_absent(target)
     if not (source / "metadata.json").is_file():
@@ -106,13 +112,16 @@ def to_hugging_face(
         held = {name: export.Held(p.full_shape, None, p.local.dtype, (0,)) for name, p in forms.items()}
         export.check_complete(entries, held, arch)
         specs = export.specs(entries, held, arch, dtype)
+        hashes = TensorHashes()
         with SafetensorsWriter(target, specs, max_shard_size) as writer, torch.no_grad():
             export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
             for done, (name, blocks) in enumerate(streaming.load(model, topology, source), 1):
                 entry = entries[name]
                 for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
-                    writer.write(piece, tensor)
+                    hashes.add(piece, writer.write(piece, tensor))
                 progress(done, len(entries))
+            compare(written := hashes.finish(), source / export.SIDE)
+            writer.add(FILE, content(written))
             writer.finish()
 
 

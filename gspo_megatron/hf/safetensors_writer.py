@@ -98,8 +98,8 @@ class SafetensorsWriter:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
         (self.unfinished / INDEX).write_text(text + "\n", encoding="utf-8")
 
-    def write(self, piece: Piece, tensor: torch.Tensor) -> None:
-        """A piece's numbers, in full; cast to the type that was announced.
+    def write(self, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+        """A piece's numbers, in full; cast to the type that was announced. Returns what was written.
 
         Raises:
             ConversionError: its place was written before, its shape is another than announced, or the disk is full.
@@ -122,6 +122,7 @@ class SafetensorsWriter:
         except OSError as error:
             raise _cannot_write(self.unfinished / file, error) from None
         self._left[spec.name] -= data.nbytes
+        return data
 
     def add(self, file: str, content: bytes) -> None:
         """A small file beside the tensors. Raises ConversionError where it cannot be written."""

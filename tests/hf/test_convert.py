@@ -3,6 +3,7 @@
 Left out: models larger than memory (tools/bench_convert.py measures the peak).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from gspo_megatron.errors import CheckpointError, ConfigError, ConversionError
 from gspo_megatron.hf import convert, round_trip
 from gspo_megatron.hf.export import write_side
 from gspo_megatron.hf.round_trip import LAYOUTS, TINY, differences, write_model
+from gspo_megatron.hf.safetensors import SafetensorsFolder
 from tests.distributed import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,12 @@ def test_bits_come_back(converted, folder, name):
     files = sorted(path.name for path in (folder / f"{name}.back").iterdir())
     assert "model.safetensors.index.json" in files and "generation_config.json" in files
     assert all(path.stat().st_size < 120_000 for path in (folder / f"{name}.back").glob("*.safetensors"))
+    told = json.loads((folder / f"{name}.back/tensors.json").read_text())
+    assert told == json.loads((folder / f"{name}.megatron/hf/tensors.json").read_text())
+    source = SafetensorsFolder(folder / name)
+    assert told.keys() == source.names
+    for tensor, about in told.items():
+        assert about["sha256"] == hashlib.sha256(source.whole(tensor).numpy().tobytes()).hexdigest()
 
 
 def test_types_and_layouts_of_experts(converted, folder):
@@ -133,6 +141,7 @@ def refusals(rank: int, world_size: int, folder: Path) -> dict[str, str]:
         "damaged": lambda: convert.to_hugging_face(folder / "damaged", folder / "new", None, False, quiet),
         "lost": lambda: convert.to_hugging_face(folder / "lost", folder / "new", None, False, quiet),
         "no index": lambda: convert.to_hugging_face(folder / "no index", folder / "new", None, False, quiet),
+        "a bit": lambda: convert.to_hugging_face(folder / "a bit", folder / "new", None, False, quiet),
         "nowhere": lambda: convert.to_megatron(other, Path("/proc/nowhere"), None, False, quiet),
     }
     said = {}
@@ -158,6 +167,11 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
     os.truncate(folder / "damaged/__3_0.distcp", 1000)
     os.remove(folder / "lost/__3_0.distcp")
     os.truncate(folder / "no index/.metadata", 100)
+    shutil.copytree(folder / "qwen3_moe.megatron", folder / "a bit")
+    spoilt = folder / "a bit/__0_0.distcp"
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of the embedding, which the first file begins with
+    spoilt.write_bytes(content)
     said = spawn(refusals, 1, folder)[0]
     assert f"1 tensor ({lost}) missing" in said["lacks"]
     assert "cut short/model.safetensors: damaged or cut short" in said["cut short"]
@@ -166,6 +180,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
     assert "bare/hf/config.json" in said["no config"] and "no such file" in said["no config"]
     for name in ("damaged", "lost", "no index"):
         assert name in said[name] and "damaged" in said[name]
+    assert "1 tensor (model.embed_tokens.weight) not what was converted" in said["a bit"]
     assert "/proc/nowhere: cannot be written" in said["nowhere"]
     assert not (folder / "new").exists() and not list(folder.glob("*.unfinished"))
 

@@ -1,0 +1,79 @@
+"""A SHA-256 of every tensor, beside the weights that a conversion writes: tensors.json.
+
+Both sides of a conversion name published tensors and hash their bytes as safetensors has them, so the two files are the
+same where no type is changed; and what comes out of a checkpoint is compared with what went in, because Megatron's
+checkpoints have no checksums of their own. One thread hashes while another one writes.
+"""
+
+import hashlib
+import json
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gspo_megatron.errors import ConversionError
+from gspo_megatron.hf.operators import Piece
+from gspo_megatron.hf.table import some
+from gspo_megatron.tensor_bytes import memory
+
+FILE = "tensors.json"
+AHEAD = 4  # tensors that may wait to be hashed, and are held meanwhile
+
+
+class TensorHashes:
+    """Hashes pieces as they come; those of one tensor in the order in which the tensor has them."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "hashes")
+        self._waiting: deque[Future] = deque()
+        self._found: dict[str, hashlib._Hash] = {}
+        self._told: dict[str, tuple[int, str]] = {}  # places that were hashed, type
+
+    def add(self, piece: Piece, data: torch.Tensor) -> None:
+        """A piece's numbers, contiguous and in the stored order of dimensions."""
+        place = (piece.expert or 0) * piece.parts + piece.part
+        done, _ = self._told.get(piece.tensor, (0, ""))
+        assert place == done, f"{piece.tensor}: part {place} comes after {done} parts"
+        self._told[piece.tensor] = (done + 1, str(data.dtype).removeprefix("torch."))
+        found = self._found.setdefault(piece.tensor, hashlib.sha256())
+        self._waiting.append(self._thread.submit(_update, found, data))
+        while len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def finish(self) -> dict[str, dict[str, str]]:
+        """{tensor: {dtype, sha256}}."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._thread.shutdown()
+        return {name: {"dtype": self._told[name][1], "sha256": found.hexdigest()}
+                for name, found in sorted(self._found.items())}  # fmt: skip
+
+
+def _update(found: "hashlib._Hash", data: torch.Tensor) -> None:
+    found.update(memory(data))  # which releases Python's lock
+
+
+def content(found: dict[str, dict[str, str]]) -> bytes:
+    """Of tensors.json."""
+    return (json.dumps(found, indent=1) + "\n").encode()
+
+
+def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
+    """With the tensors.json that a folder may have: tensors of the same name and type must be the same.
+
+    Raises:
+        ConversionError: names those that are not.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return
+    told = json.loads(path.read_text(encoding="utf-8"))
+    wrong = [name for name, own in found.items() if name in told and told[name]["dtype"] == own["dtype"]
+             and told[name]["sha256"] != own["sha256"]]  # fmt: skip
+    if wrong:
+        raise ConversionError(
+            f"{folder.parent}: {some(wrong)} not what was converted: the hash in {path} is another one. The checkpoint "
+            "is damaged. Copy it again, or convert the original again."
+        )
