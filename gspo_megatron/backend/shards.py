@@ -29,6 +29,7 @@ from gspo_megatron.errors import CheckpointError
 from gspo_megatron.tensor_bytes import memory, write_all
 
 ALIGNMENT = 64  # of an archive in its file, so that its numbers are aligned too
+NAME = "__{}_0.distcp"
 TAIL = 4096  # bytes at an archive's end that have its directory: some records of 50 to 100 bytes
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, which stand between header and contents
 Shape = tuple[int, ...]
@@ -95,7 +96,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, file_bytes: int):
         self._folder, self._limit = folder, file_bytes
-        self._number, self._end, self._descriptor = -1, 0, None
+        self._end = file_bytes  # of the last file; the first one is to be opened
+        self._files: list[int] = []
 
     def write(self, index: MetadataIndex, shape: Shape, blocks: Sequence[torch.Tensor]) -> WriteResult:
         """A shard of this shape, whose numbers are those of the blocks, end to end. Raises OSError."""
@@ -107,25 +109,26 @@ class ShardWriter:
         return self._append(index, [item.getbuffer()])
 
     def _append(self, index: MetadataIndex, parts: Sequence[bytes | memoryview]) -> WriteResult:
-        if self._descriptor is None or self._end >= self._limit:
-            self.close()
-            self._number, self._end = self._number + 1, 0
-            flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
-            self._descriptor = os.open(self._folder / f"__{self._number}_0.distcp", flags, 0o644)
+        if self._end >= self._limit:
+            path = self._folder / NAME.format(len(self._files))
+            self._files.append(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644))
+            self._end = 0
         start = end = -(-self._end // ALIGNMENT) * ALIGNMENT
         for part in parts:
-            write_all(self._descriptor, part, end)
+            write_all(self._files[-1], part, end)
             end += memoryview(part).nbytes
         self._end = end
-        place = _StorageInfo(f"__{self._number}_0.distcp", start, end - start)
+        place = _StorageInfo(NAME.format(len(self._files) - 1), start, end - start)
         return WriteResult(index=index, size_in_bytes=end - start, storage_data=place)
 
     def close(self) -> None:
-        """Raises OSError where what was written did not reach the disk."""
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            os.fsync(descriptor)
-            os.close(descriptor)
+        """Wait until all is on the disk. (At the end, because the disk writes while more comes.) Raises OSError."""
+        while self._files:
+            descriptor = self._files.pop()
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 class ShardReader:

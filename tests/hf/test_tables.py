@@ -115,8 +115,13 @@ def test_old_tables_of_angles_are_no_left_over():
 
 def test_an_unknown_family_names_those_that_are_known():
     with pytest.raises(ConfigError) as caught:
+        architecture({"model_type": "gpt2"})
+    assert "'gpt2'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
+
+
+def test_a_family_that_megatron_cannot_train_says_why():
+    with pytest.raises(ConfigError, match="'qwen3_next' is not supported: .*packed sequences"):
         architecture({"model_type": "qwen3_next"})
-    assert "'qwen3_next'" in str(caught.value) and "qwen3_moe, qwen2_moe, mixtral" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """FAMILIES: model_type of a config.json -> how that family's config and tensors are read. Imports no torch.
 
-Left out, and refused by name: Qwen3-Next (linear attention), and everything that is not a decoder of text.
+Left out, and refused by name: what REFUSED says, and everything that is not a decoder of text.
 """
 
 from gspo_megatron.errors import ConfigError
@@ -20,6 +20,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3.FAMILY,
     "llama": llama.FAMILY,
 }
+REFUSED = {
+    "qwen3_next": "Megatron-Core's Gated DeltaNet takes neither packed sequences nor a cache for generation, so it can "
+    "neither be trained nor sampled here",
+}
 
 
 def architecture(hf: dict, origin: str = "config.json") -> Architecture:
@@ -33,6 +37,8 @@ def architecture(hf: dict, origin: str = "config.json") -> Architecture:
         ConfigError: the family is unknown, a size is missing, or the model has something that is not built here.
     """
     family = hf.get("model_type")
+    if family in REFUSED:
+        raise ConfigError(f"{origin}: model_type {family!r} is not supported: {REFUSED[family]}. Use another model.")
     if family not in FAMILIES:
         raise ConfigError(
             f"{origin}: model_type {family!r} is not supported. Give a model of one of: {', '.join(FAMILIES)}."
