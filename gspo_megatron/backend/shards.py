@@ -30,6 +30,7 @@ from gspo_megatron.tensor_bytes import memory, write_all
 
 ALIGNMENT = 64  # of an archive in its file, so that its numbers are aligned too
 NAME = "__{}_0.distcp"
+OPEN = 8  # files that wait for the disk together: it writes while more comes
 TAIL = 4096  # bytes at an archive's end that have its directory: some records of 50 to 100 bytes
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, which stand between header and contents
 Shape = tuple[int, ...]
@@ -96,8 +97,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, file_bytes: int):
         self._folder, self._limit = folder, file_bytes
-        self._end = file_bytes  # of the last file; the first one is to be opened
-        self._files: list[int] = []
+        self._number, self._end = -1, file_bytes  # of the last file; the first one is to be opened
+        self._open: list[int] = []
 
     def write(self, index: MetadataIndex, shape: Shape, blocks: Sequence[torch.Tensor]) -> WriteResult:
         """A shard of this shape, whose numbers are those of the blocks, end to end. Raises OSError."""
@@ -110,21 +111,25 @@ class ShardWriter:
 
     def _append(self, index: MetadataIndex, parts: Sequence[bytes | memoryview]) -> WriteResult:
         if self._end >= self._limit:
-            path = self._folder / NAME.format(len(self._files))
-            self._files.append(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644))
-            self._end = 0
+            self._finish(all_but=OPEN - 1)
+            self._number, self._end = self._number + 1, 0
+            path = self._folder / NAME.format(self._number)
+            self._open.append(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644))
         start = end = -(-self._end // ALIGNMENT) * ALIGNMENT
         for part in parts:
-            write_all(self._files[-1], part, end)
+            write_all(self._open[-1], part, end)
             end += memoryview(part).nbytes
         self._end = end
-        place = _StorageInfo(NAME.format(len(self._files) - 1), start, end - start)
+        place = _StorageInfo(NAME.format(self._number), start, end - start)
         return WriteResult(index=index, size_in_bytes=end - start, storage_data=place)
 
     def close(self) -> None:
-        """Wait until all is on the disk. (At the end, because the disk writes while more comes.) Raises OSError."""
-        while self._files:
-            descriptor = self._files.pop()
+        """Wait until all is on the disk. Raises OSError."""
+        self._finish(all_but=0)
+
+    def _finish(self, all_but: int) -> None:
+        while len(self._open) > all_but:
+            descriptor = self._open.pop(0)
             try:
                 os.fsync(descriptor)
             finally:
