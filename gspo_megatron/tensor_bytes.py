@@ -1,7 +1,6 @@
-"""A tensor's memory as bytes, and bytes to their place in a file."""
+"""A tensor's memory as bytes."""
 
 import ctypes
-import os
 
 import torch
 
@@ -12,11 +11,3 @@ def memory(tensor: torch.Tensor) -> memoryview:
     numpy() would forbid for ever to release the tensor's memory, and knows no bf16.
     """
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Raises OSError, for example because the disk is full."""
-    view = memoryview(data).cast("B")
-    while view.nbytes:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

@@ -10,7 +10,6 @@ Left out: zip's checksums of what is written here (they are 0, and torch.load do
 
 import io
 import mmap
-import os
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -26,11 +25,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 
 from gspo_megatron.errors import CheckpointError
-from gspo_megatron.tensor_bytes import memory, write_all
+from gspo_megatron.file_writing import FileWriter
 
 ALIGNMENT = 64  # of an archive in its file, so that its numbers are aligned too
-NAME = "__{}_0.distcp"
-OPEN = 8  # files that wait for the disk together: it writes while more comes
+NAME = "__{}_{}.distcp"
 TAIL = 4096  # bytes at an archive's end that have its directory: some records of 50 to 100 bytes
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, which stand between header and contents
 Shape = tuple[int, ...]
@@ -93,47 +91,44 @@ def _contents(archive: bytes | memoryview, header: int) -> int:
 
 
 class ShardWriter:
-    """Writes shards one behind the other into files of about `file_bytes`, named as torch's."""
+    """Writes shards one behind the other into files of about `file_bytes`, named as torch's.
 
-    def __init__(self, folder: Path, file_bytes: int):
-        self._folder, self._limit = folder, file_bytes
-        self._number, self._end = -1, file_bytes  # of the last file; the first one is to be opened
-        self._open: list[int] = []
+    Every method raises OSError, also of an earlier write.
+
+    Args:
+        rank: of the process, where several write into one folder.
+    """
+
+    def __init__(self, folder: Path, file_bytes: int, rank: int = 0):
+        self._files, self._limit, self._rank = FileWriter(folder), file_bytes, rank
+        self._name, self._end, self._count = "", file_bytes, 0  # of the last file; the first one is to be opened
 
     def write(self, index: MetadataIndex, shape: Shape, blocks: Sequence[torch.Tensor]) -> WriteResult:
-        """A shard of this shape, whose numbers are those of the blocks, end to end. Raises OSError."""
+        """A shard of this shape, whose numbers are those of the blocks, end to end; nobody changes them any more."""
         around = frame(blocks[0].dtype, shape)
-        return self._append(index, [around.before, *(memory(block) for block in blocks), around.after])
+        return self._append(index, [around.before, *blocks, around.after])
 
     def write_item(self, index: MetadataIndex, item: io.BytesIO) -> WriteResult:
         """What is no tensor."""
-        return self._append(index, [item.getbuffer()])
+        return self._append(index, [item.getvalue()])
 
-    def _append(self, index: MetadataIndex, parts: Sequence[bytes | memoryview]) -> WriteResult:
+    def _append(self, index: MetadataIndex, parts: Sequence[bytes | torch.Tensor]) -> WriteResult:
         if self._end >= self._limit:
-            self._finish(all_but=OPEN - 1)
-            self._number, self._end = self._number + 1, 0
-            path = self._folder / NAME.format(self._number)
-            self._open.append(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644))
-        start = end = -(-self._end // ALIGNMENT) * ALIGNMENT
-        for part in parts:
-            write_all(self._open[-1], part, end)
-            end += memoryview(part).nbytes
-        self._end = end
-        place = _StorageInfo(NAME.format(self._number), start, end - start)
-        return WriteResult(index=index, size_in_bytes=end - start, storage_data=place)
+            self._name, self._end = NAME.format(self._rank, self._count), 0
+            self._count += 1
+            self._files.create(self._name)
+        start = -(-self._end // ALIGNMENT) * ALIGNMENT
+        self._end = self._files.write(self._name, parts, start)
+        place = _StorageInfo(self._name, start, self._end - start)
+        return WriteResult(index=index, size_in_bytes=self._end - start, storage_data=place)
 
-    def close(self) -> None:
-        """Wait until all is on the disk. Raises OSError."""
-        self._finish(all_but=0)
+    def finish(self) -> None:
+        """Wait until all is on the disk."""
+        self._files.finish()
 
-    def _finish(self, all_but: int) -> None:
-        while len(self._open) > all_but:
-            descriptor = self._open.pop(0)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    def abandon(self) -> None:
+        """Stop where it is. Nothing is raised."""
+        self._files.abandon()
 
 
 class ShardReader:

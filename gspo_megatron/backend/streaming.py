@@ -8,19 +8,16 @@ Left out: several processes (backend/checkpoint.py), and the optimizer.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from gspo_megatron.backend import parameters, safe_loading
@@ -31,8 +28,7 @@ from gspo_megatron.backend.topology import Topology
 from gspo_megatron.errors import CheckpointError
 
 OF_A_RUN = ("adam.", "critic.", "reference.")  # what checkpoint.py writes beside the policy's weights
-UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError, CheckpointException,
-              CheckpointingException)  # fmt: skip
+EMBEDDING = "embedding.word_embeddings.weight"
 FILE_BYTES = 2**28
 Blocks = Callable[[FullParameter], list[torch.Tensor]]
 
@@ -54,61 +50,49 @@ def save(
     dist_checkpointing.save({"model0": model.sharded_state_dict()}, str(folder), strategy)
 
 
-def load(model: PackedModel, topology: Topology, folder: Path) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """All full tensors of a checkpoint by full name, each as blocks that follow each other along the rows. A block is a
-    view of its file where the checkpoint has it in one shard.
-
-    Args:
-        model: a bare chunk that is the whole model, of the checkpoint's type.
+class StoredWeights:
+    """The policy's weights in a checkpoint. What pickle would read of it is looked through when it is opened.
 
     Raises:
         CheckpointError: a file is missing, damaged or cut short, or names code (safe_loading.py).
     """
-    reader = ShardReader(folder, safe_loading.check(folder))
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    sharded = model.sharded_state_dict()
-    for parameter in stored(model, topology):
-        entry = sharded[names[id(parameter.local)]]
-        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # a gate and up projection
-        yield parameter.name, [_read(reader, part) for part in parts]
 
+    def __init__(self, folder: Path):
+        metadata = safe_loading.check(folder)
+        tensors = {key: stored for key, stored in metadata.state_dict_metadata.items()
+                   if isinstance(stored, TensorStorageMetadata) and not key.startswith(OF_A_RUN)}  # fmt: skip
+        if EMBEDDING not in tensors:
+            raise CheckpointError(f"{folder}: of no model that is known here, since it has no {EMBEDDING}.")
+        self.dtype = tensors[EMBEDDING].properties.dtype
+        self.shapes = {key: tuple(stored.size) for key, stored in tensors.items()}  # full, by the checkpoint's own keys
+        self._reader = ShardReader(folder, metadata)
 
-def _read(reader: ShardReader, part: ShardedTensor) -> torch.Tensor:
-    shape = (*([1] * part.prepend_axis_num), *part.local_shape)  # experts have one dimension more
-    return reader.read(part.key, tuple(part.global_offset), shape, part.dtype).view(part.local_shape)
+    def load(self, model: PackedModel, topology: Topology) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """All full tensors by full name, each as blocks that follow each other along the rows. A block is a view of its
+        file where the checkpoint has it in one shard.
 
+        Args:
+            model: a bare chunk that is the whole model, of the checkpoint's type.
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Of a checkpoint's weights."""
-    safe_loading.check(folder)
-    with _readable(folder):
-        return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
+        Raises:
+            CheckpointError: a file is missing, damaged or cut short.
+        """
+        names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        sharded = model.sharded_state_dict()
+        for parameter in stored(model, topology):
+            entry = sharded[names[id(parameter.local)]]
+            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # a gate and up projection
+            yield parameter.name, [self._read(part) for part in parts]
 
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the policy's weights in a checkpoint, by its own keys."""
-    safe_loading.check(folder)
-    with _readable(folder):
-        found = dist_checkpointing.load_tensors_metadata(str(folder))
-    return {key: tuple(t.global_shape) for key, t in found.items() if not key.startswith(OF_A_RUN)}
+    def _read(self, part: ShardedTensor) -> torch.Tensor:
+        shape = (*([1] * part.prepend_axis_num), *part.local_shape)  # experts have one dimension more
+        return self._reader.read(part.key, tuple(part.global_offset), shape, part.dtype).view(part.local_shape)
 
 
 def wanted_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:
     """Full shapes that a checkpoint of this model has, by its own keys."""
     sharded, _ = save_preprocess({"model0": model.sharded_state_dict()}, validate_access_integrity=False)
     return {t.key: tuple(t.global_shape) for t in nested_values(sharded) if isinstance(t, ShardedTensor)}
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """CheckpointError for what reading a damaged checkpoint raises: its file is in the reason, where it is known."""
-    try:
-        yield
-    except UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{folder}: damaged, incomplete, or of no model that is known here ({reason[:200]}). Copy it again."
-        ) from error
 
 
 def stored(model: PackedModel, topology: Topology) -> Iterator[FullParameter]:
@@ -144,8 +128,9 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
                     results.append(shards.write(item.index, tuple(view.shape), numbers))
                 self._progress(done, len(self._given))
             results += [shards.write_item(item.index, planner.resolve_data(item)) for item in others]
+            shards.finish()
         finally:
-            shards.close()
+            shards.abandon()
         writer = FileSystemWriter(checkpoint_dir, thread_count=1)
         writer.set_up_storage_writer(True)
         writer.finish(metadata, [results])

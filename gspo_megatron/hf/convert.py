@@ -32,6 +32,7 @@ from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
 from gspo_megatron.model_file import read_json
 
 Progress = Callable[[int, int], None]
+Shape = tuple[int, ...]
 ONE = ParallelConfig(1, 1, None, 1, 1)
 
 
@@ -57,7 +58,7 @@ def to_megatron(
     arch = shape.architecture
     entries = table.match(arch, files.names, drop_mtp, str(source))
     check_tied_head(files, arch)
-    dtype = dtype or files.dtype(entries["embedding.word_embeddings.weight"].pieces[0].tensor)
+    dtype = dtype or files.dtype(entries[streaming.EMBEDDING].pieces[0].tensor)
     filled: set[str] = set()
 
     def from_source(parameter: streaming.FullParameter) -> list[torch.Tensor]:
@@ -103,11 +104,11 @@ def to_hugging_face(
         raise ConversionError(f"{source}: no complete Megatron checkpoint. Give a folder named step_NNNNNN of a run.")
     side = hf_config or source / export.SIDE
     shape = _shape(side, "--hf-config" if hf_config else "SOURCE")
-    kept = streaming.stored_dtype(source)
+    weights = streaming.StoredWeights(source)
     arch = shape.architecture
     entries = table.entries(arch, is_stacked)
-    with one_process_model(shape, kept) as (model, topology):
-        _check_stored(source, model)
+    with one_process_model(shape, weights.dtype) as (model, topology):
+        _check_stored(source, weights.shapes, streaming.wanted_shapes(model))
         forms = {p.name: p for p in streaming.stored(model, topology)}
         held = {name: export.Held(p.full_shape, None, p.local.dtype, (0,)) for name, p in forms.items()}
         export.check_complete(entries, held, arch)
@@ -115,7 +116,7 @@ def to_hugging_face(
         hashes = TensorHashes()
         with SafetensorsWriter(target, specs, max_shard_size) as writer, torch.no_grad():
             export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
-            for done, (name, blocks) in enumerate(streaming.load(model, topology, source), 1):
+            for done, (name, blocks) in enumerate(weights.load(model, topology), 1):
                 entry = entries[name]
                 for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
                     hashes.add(piece, writer.write(piece, tensor))
@@ -137,9 +138,8 @@ def _shape(folder: Path, field: str) -> ModelShape:
     return shape
 
 
-def _check_stored(source: Path, model: PackedModel) -> None:
+def _check_stored(source: Path, stored: dict[str, Shape], wanted: dict[str, Shape]) -> None:
     """Every tensor of the checkpoint is one of the model, of the same full shape, and none is missing."""
-    stored, wanted = streaming.stored_shapes(source), streaming.wanted_shapes(model)
     if extra := stored.keys() - wanted.keys():
         raise ConversionError(f"{source}: {table.some(extra)} left over, which the model of config.json does not have.")
     if missing := wanted.keys() - stored.keys():

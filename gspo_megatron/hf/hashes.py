@@ -7,27 +7,25 @@ checkpoints have no checksums of their own. One thread hashes while another one 
 
 import hashlib
 import json
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from gspo_megatron.errors import ConversionError
+from gspo_megatron.file_writing import Ahead
 from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.table import some
 from gspo_megatron.tensor_bytes import memory
 
 FILE = "tensors.json"
-AHEAD = 4  # tensors that may wait to be hashed, and are held meanwhile
+AHEAD = 16  # tensors that may wait to be hashed, and are held meanwhile
 
 
 class TensorHashes:
     """Hashes pieces as they come; those of one tensor in the order in which the tensor has them."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "hashes")
-        self._waiting: deque[Future] = deque()
+        self._calls = Ahead("hashes", AHEAD)
         self._found: dict[str, hashlib._Hash] = {}
         self._told: dict[str, tuple[int, str]] = {}  # places that were hashed, type
 
@@ -38,15 +36,11 @@ class TensorHashes:
         assert place == done, f"{piece.tensor}: part {place} comes after {done} parts"
         self._told[piece.tensor] = (done + 1, str(data.dtype).removeprefix("torch."))
         found = self._found.setdefault(piece.tensor, hashlib.sha256())
-        self._waiting.append(self._thread.submit(_update, found, data))
-        while len(self._waiting) > AHEAD:
-            self._waiting.popleft().result()
+        self._calls.submit(_update, found, data)
 
     def finish(self) -> dict[str, dict[str, str]]:
         """{tensor: {dtype, sha256}}."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        self._thread.shutdown()
+        self._calls.finish()
         return {name: {"dtype": self._told[name][1], "sha256": found.hexdigest()}
                 for name, found in sorted(self._found.items())}  # fmt: skip
 

@@ -18,10 +18,10 @@ from types import TracebackType
 import torch
 
 from gspo_megatron.errors import ConversionError
+from gspo_megatron.file_writing import FileWriter
 from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import INDEX, NAMES, SINGLE
 from gspo_megatron.hf.table import some
-from gspo_megatron.tensor_bytes import memory, write_all
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SafetensorsWriter:
         self._written: dict[str, set[tuple[int | None, int]]] = {name: set() for name in self._specs}
         self._left = {name: spec.size for name, spec in self._specs.items()}
         self._place: dict[str, tuple[str, int]] = {}  # name -> file, first byte
-        self._open: dict[str, int] = {}
+        self._files = FileWriter(self.unfinished)
         try:
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(parents=True)
@@ -75,7 +75,7 @@ class SafetensorsWriter:
                 self._write_index()
         except OSError as error:
             self.abandon()
-            raise _cannot_write(self.unfinished, error) from None
+            raise self._cannot_write(error) from None
 
     def _start(self, file: str, specs: list[TensorSpec]) -> None:
         header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -88,9 +88,8 @@ class SafetensorsWriter:
         start = 8 + len(text)
         for spec in specs:
             self._place[spec.name] = (file, start + header[spec.name]["data_offsets"][0])
-        descriptor = self._open[file] = os.open(self.unfinished / file, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
-        os.posix_fallocate(descriptor, 0, start + end)  # a disk that is too small is found out here
-        write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        self._files.create(file, start + end)
+        self._files.write(file, [len(text).to_bytes(8, "little") + text], 0)
 
     def _write_index(self) -> None:
         weight_map = {name: file for name, (file, _) in self._place.items()}
@@ -118,9 +117,9 @@ class SafetensorsWriter:
         file, start = self._place[spec.name]
         offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes
         try:
-            write_all(self._open[file], memory(data), offset)
+            self._files.write(file, [data], offset)
         except OSError as error:
-            raise _cannot_write(self.unfinished / file, error) from None
+            raise self._cannot_write(error) from None
         self._left[spec.name] -= data.nbytes
         return data
 
@@ -129,7 +128,7 @@ class SafetensorsWriter:
         try:
             (self.unfinished / file).write_bytes(content)
         except OSError as error:
-            raise _cannot_write(self.unfinished / file, error) from None
+            raise self._cannot_write(error) from None
 
     def finish(self) -> None:
         """Give the folder its name.
@@ -140,22 +139,20 @@ class SafetensorsWriter:
         if missing := [name for name, left in self._left.items() if left]:
             raise ConversionError(f"{self.folder}: {some(missing)} not written in full.")
         try:
-            for descriptor in self._open.values():
-                os.fsync(descriptor)
-            self._close()
+            self._files.finish()
             os.rename(self.unfinished, self.folder)
         except OSError as error:
-            raise _cannot_write(self.folder, error) from None
+            raise self._cannot_write(error) from None
 
     def abandon(self) -> None:
         """Close and remove what there is."""
-        self._close()
+        self._files.abandon()
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
-    def _close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
+    def _cannot_write(self, error: OSError) -> ConversionError:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
+        path = error.filename or self.folder
+        return ConversionError(f"{path}: cannot be written, {reason}. Nothing was left behind; give another folder.")
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -174,8 +171,3 @@ def _shards(specs: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
         shards[-1].append(spec)
         size += spec.size
     return shards
-
-
-def _cannot_write(path: Path, error: OSError) -> ConversionError:
-    reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
-    return ConversionError(f"{path}: cannot be written, {reason}. Nothing was left behind; give another folder.")

@@ -64,8 +64,9 @@ def megatron_logits(folder: Path, checkpoint: Path, texts: list[torch.Tensor]) -
         texts: token ids, [T] int64 each.
     """
     shape = ModelShape.of_folder(folder)
-    with one_process_model(shape, streaming.stored_dtype(checkpoint)) as (model, topology):
-        loaded = streaming.load(model, topology, checkpoint)
+    weights = streaming.StoredWeights(checkpoint)
+    with one_process_model(shape, weights.dtype) as (model, topology):
+        loaded = weights.load(model, topology)
         full = {name: torch.cat(blocks).to(torch.float32) for name, blocks in loaded}
         for parameter in streaming.stored(model, topology):
             parameter.local.data = full.pop(parameter.name)

@@ -45,7 +45,7 @@ def written(folder, chunks: dict[tuple[int, int], torch.Tensor], file_bytes: int
     for at, chunk in chunks.items():
         index = MetadataIndex("w", torch.Size(at))
         places[index] = writer.write(index, tuple(chunk.shape), list(chunk.contiguous().flatten().tensor_split(2)))
-    writer.close()
+    writer.finish()
     found = [ChunkStorageMetadata(torch.Size(at), chunk.shape) for at, chunk in chunks.items()]
     stored = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4, 6)), found)
     return Metadata({"w": stored}, storage_data={index: place.storage_data for index, place in places.items()})
@@ -96,8 +96,8 @@ def test_what_does_not_fit_is_named(tmp_path):
         reader.read("w", (0, 0), (2, 6), torch.bfloat16)
     with pytest.raises(CheckpointError, match="only a part of v is stored"):
         reader.read("v", (0, 0), (2, 6), torch.float32)
-    os.truncate(tmp_path / "__1_0.distcp", 300)
-    with pytest.raises(CheckpointError, match="__1_0.distcp: damaged or incomplete"):
+    os.truncate(tmp_path / "__0_1.distcp", 300)
+    with pytest.raises(CheckpointError, match="__0_1.distcp: damaged or incomplete"):
         ShardReader(tmp_path, metadata).read("w", (0, 0), (4, 6), torch.float32)
     os.remove(tmp_path / "__0_0.distcp")
     with pytest.raises(CheckpointError, match="__0_0.distcp: damaged or incomplete"):

@@ -164,8 +164,8 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
     shutil.copytree(folder / "qwen3_moe.megatron", folder / "bare", ignore=shutil.ignore_patterns("hf"))
     for name in ("damaged", "lost", "no index"):
         shutil.copytree(folder / "qwen3_moe.megatron", folder / name)
-    os.truncate(folder / "damaged/__3_0.distcp", 1000)
-    os.remove(folder / "lost/__3_0.distcp")
+    os.truncate(folder / "damaged/__0_3.distcp", 1000)
+    os.remove(folder / "lost/__0_3.distcp")
     os.truncate(folder / "no index/.metadata", 100)
     shutil.copytree(folder / "qwen3_moe.megatron", folder / "a bit")
     spoilt = folder / "a bit/__0_0.distcp"

@@ -1,0 +1,111 @@
+"""Large files, written while the caller goes on: one thread copies to the system, another one waits for the disk.
+
+Left to itself Linux begins to write to the disk only when much of the memory waits for it, and the caller's last fsync
+takes as long as the disk needs for all of it. Here the disk is asked every FLUSH_BYTES.
+
+Left out: several threads that copy. One fills what a disk takes, and other work (hashes, what is next) needs the cores.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gspo_megatron.tensor_bytes import memory
+
+AHEAD = 16  # writes that may wait; their tensors are held meanwhile
+FLUSH_BYTES = 2**27
+
+
+class Ahead:
+    """Calls one after another in a thread of its own. What one raises is raised by a later submit, or by finish."""
+
+    def __init__(self, name: str, depth: int):
+        self._thread = ThreadPoolExecutor(1, name)
+        self._waiting: deque[Future] = deque()
+        self._depth = depth
+
+    def submit(self, call: Callable, *args: object) -> None:
+        """Waits while `depth` calls are waiting."""
+        while self._waiting and (len(self._waiting) >= self._depth or self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(call, *args))
+
+    def finish(self) -> None:
+        """Waits for all calls and ends the thread."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._thread.shutdown()
+
+    def abandon(self) -> None:
+        """Ends the thread after the call that runs now; nothing is raised."""
+        self._thread.shutdown(cancel_futures=True)
+        self._waiting.clear()
+
+
+class FileWriter:
+    """Bytes to their places in files of one folder.
+
+    Every method raises OSError with the file's name, for example because the disk is full; also of an earlier write.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[str, int] = {}
+        self._unflushed: dict[str, int] = {}
+        self._copies, self._disk = Ahead("copies", AHEAD), Ahead("disk", 2)
+
+    def create(self, file: str, size: int = 0) -> None:
+        """An empty file, or one of zeros, so that a disk that is too small is found out here."""
+        self._open[file] = os.open(self._folder / file, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
+        self._unflushed[file] = 0
+        if size:
+            self._call(file, os.posix_fallocate, self._open[file], 0, size)
+
+    def write(self, file: str, parts: Sequence[bytes | torch.Tensor], offset: int) -> int:
+        """Parts one behind the other from `offset` on. Returns where they end.
+
+        Args:
+            parts: contiguous CPU tensors, which nobody changes any more, stand for their memory.
+        """
+        self._copies.submit(self._write, file, parts, offset)
+        return offset + sum(part.nbytes if isinstance(part, torch.Tensor) else len(part) for part in parts)
+
+    def _write(self, file: str, parts: Sequence[bytes | torch.Tensor], offset: int) -> None:
+        for part in parts:
+            view = memory(part) if isinstance(part, torch.Tensor) else memoryview(part)
+            while view.nbytes:
+                written = self._call(file, os.pwrite, self._open[file], view, offset)
+                view, offset = view[written:], offset + written
+                self._unflushed[file] += written
+        if self._unflushed[file] >= FLUSH_BYTES:
+            self._unflushed[file] = 0
+            self._disk.submit(self._call, file, os.fdatasync, self._open[file])
+
+    def _call(self, file: str, call: Callable, *args: object) -> int | None:
+        try:
+            return call(*args)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder / file)) from None
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk, and close the files."""
+        self._copies.finish()
+        for file, descriptor in self._open.items():
+            self._disk.submit(self._call, file, os.fsync, descriptor)
+        self._disk.finish()
+        self._close()
+
+    def abandon(self) -> None:
+        """Stop where it is, and close the files. Nothing is raised."""
+        self._copies.abandon()
+        self._disk.abandon()
+        self._close()
+
+    def _close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open = {}
