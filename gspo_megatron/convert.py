@@ -1,7 +1,7 @@
-"""gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, by one process on the CPU.
+"""gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, on the CPU.
 
 What SOURCE is decides the direction. torch is imported only after the options and the folders have been looked at.
-Left out: several processes.
+One process, or under torchrun several on one file system, each with a share of the tensors; the first one speaks.
 """
 
 import os
@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gspo_megatron import process
 from gspo_megatron.config import require
 
 PROGRAM = "gspo-megatron convert"
@@ -69,14 +70,19 @@ def main(argv: list[str], direction: Direction | None = None, program: str = PRO
     from gspo_megatron.hf import convert
 
     dtype = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    console = Console(stderr=True)
-    with bar(console, options.source.name) as progress:
+    console, is_first = Console(stderr=True), process.rank() == 0
+    padding = 0
+    with bar(console, options.source.name, is_first) as progress:
         if direction == "hf_to_megatron":
             convert.to_megatron(options.source, options.target, dtype, options.drop_mtp, progress)
         else:
             size = int(options.max_shard_size * 10**9)
-            convert.to_hugging_face(options.source, options.target, dtype, options.stacked_experts, progress,
-                                    options.hf_config, size)  # fmt: skip
+            padding = convert.to_hugging_face(options.source, options.target, dtype, options.stacked_experts, progress,
+                                              options.hf_config, size)  # fmt: skip
+    if not is_first:
+        return 0
+    if padding:
+        print(f"{padding} rows that pad the vocabulary were left out")
     print(f"done: {options.target}")
     if options.verify:
         folders = (options.source, options.target)
@@ -122,9 +128,9 @@ def check(options: Options, direction: Direction | None) -> Direction:
 
 
 @contextmanager
-def bar(console: Console, name: str) -> Iterator:
-    """A progress bar on a terminal, nothing elsewhere."""
+def bar(console: Console, name: str, is_first: bool = True) -> Iterator:
+    """A progress bar on a terminal, nothing elsewhere; of several ranks the first one's share."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not (console.is_terminal and is_first)) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -6,14 +6,17 @@ takes as long as the disk needs for all of it. Here the disk is asked every FLUS
 Left out: several threads that copy. One fills what a disk takes, and other work (hashes, what is next) needs the cores.
 """
 
+import errno
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from gspo_megatron.errors import ConversionError
 from gspo_megatron.tensor_bytes import memory
 
 AHEAD = 16  # writes that may wait; their tensors are held meanwhile
@@ -65,6 +68,11 @@ class FileWriter:
         if size:
             self._call(file, os.posix_fallocate, self._open[file], 0, size)
 
+    def join(self, file: str) -> None:
+        """A file that another process has created, to write other places of it."""
+        self._open[file] = os.open(self._folder / file, os.O_RDWR)
+        self._unflushed[file] = 0
+
     def write(self, file: str, parts: Sequence[bytes | torch.Tensor], offset: int) -> int:
         """Parts one behind the other from `offset` on. Returns where they end.
 
@@ -109,3 +117,16 @@ class FileWriter:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open = {}
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """A block whose OSError becomes a ConversionError that names the folder to be written, and the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
+        file = f" ({Path(error.filename).name})" if error.filename else ""
+        raise ConversionError(
+            f"{folder}: cannot be written, {reason}{file}. Nothing was left behind; give another folder."
+        ) from None

@@ -1,5 +1,8 @@
 """An error that one rank finds, raised on all: a rank that raises alone leaves the others in their next collective."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 
 from gspo_megatron.errors import GspoError
@@ -12,3 +15,14 @@ def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = No
     first = next((other for other in found if other is not None), None)
     if first is not None:
         raise first
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block whose error on one rank is raised on all at its end. It has no collective of its own inside."""
+    error = None
+    try:
+        yield
+    except GspoError as problem:
+        error = problem
+    raise_together(error)

@@ -40,16 +40,19 @@ def has_transformer_engine() -> bool:
 TIMEOUT = timedelta(minutes=10)  # of every process group: a collective that waits longer ends its rank with an error
 
 
-def start(device: str = "auto") -> Runtime:
+def start(device: str = "auto", is_alone: bool = False) -> Runtime:
     """Join the process group that torchrun describes in the environment (one rank alone needs none).
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
+        is_alone: a group of this process and no other, whatever the environment says.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else "29500")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if is_alone:
+        rank, world_size = 0, 1
     if use_cuda:
         torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(torch_device)
@@ -60,7 +63,7 @@ def start(device: str = "auto") -> Runtime:
     if not dist.is_initialized():
         # No device_id, as in Megatron-LM: with it NCCL would put all sends and receives of a group into one queue, and
         # the interleaved schedule relies on their independence.
-        store = fresh_store(rank, world_size, TIMEOUT)
+        store = dist.HashStore() if is_alone else fresh_store(rank, world_size, TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     if not use_cuda:
         kernels = "Megatron local layers, PyTorch attention"

@@ -1,13 +1,15 @@
-"""Converts whole folders in one process: a Hugging Face folder to a Megatron checkpoint, and back.
+"""Converts whole folders: a Hugging Face folder to a Megatron checkpoint, and back.
 
 The model is never whole in memory: a tensor is mapped, merged or split where needed, and written (streaming.py).
-Both sides are written aside and get their name when they are complete.
+Both sides are written aside and get their name when they are complete. Under torchrun each rank does a share of the
+tensors, on one file system: everything here is then a collective over all ranks, and so are its errors.
 
 A checkpoint made here, or by a run, has config.json and tokenizer in its folder hf/, so that it can be converted back.
 
-Left out: reading slices on several machines. verify.py compares logits, upcycle.py makes experts of a dense model.
+verify.py compares logits, upcycle.py makes experts of a dense model.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,24 +17,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from gspo_megatron.backend import model as model_builder
 from gspo_megatron.backend import runtime as runtimes
 from gspo_megatron.backend import streaming
 from gspo_megatron.backend import topology as topologies
+from gspo_megatron.backend.agreement import together
 from gspo_megatron.backend.model import ModelShape, PackedModel
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig, ParallelConfig
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf import export, table
+from gspo_megatron.file_writing import reported
+from gspo_megatron.hf import export, shares, table
+from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.hashes import FILE, TensorHashes, compare, content
 from gspo_megatron.hf.load import check_tied_head, pieces_of
 from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
-from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
+from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from gspo_megatron.model_file import read_json
 
 Progress = Callable[[int, int], None]
 Shape = tuple[int, ...]
+PADDED = (streaming.EMBEDDING, "output_layer.weight")
+POWERS = 14  # Megatron's 128 times a tensor parallel size of up to 64
 ONE = ParallelConfig(1, 1, None, 1, 1)
 
 
@@ -59,7 +67,6 @@ def to_megatron(
     entries = table.match(arch, files.names, drop_mtp, str(source))
     check_tied_head(files, arch)
     dtype = dtype or files.dtype(entries[streaming.EMBEDDING].pieces[0].tensor)
-    filled: set[str] = set()
 
     def from_source(parameter: streaming.FullParameter) -> list[torch.Tensor]:
         pieces = pieces_of(parameter, entries.get(parameter.name), files, arch)
@@ -67,24 +74,26 @@ def to_megatron(
         entry = entries[parameter.name]
         for piece, tensor in zip(entry.pieces, pieces, strict=True):
             hashes.add(piece, (tensor.t() if piece.transposed else tensor).contiguous())
-        filled.add(parameter.name)
         return entry.operator.blocks(pieces)
 
     hashes = TensorHashes()
-    with one_process_model(shape, dtype) as (model, topology), _written_aside(target) as folder:
-        with torch.no_grad():
-            streaming.save(model, topology, folder, from_source, progress, file_bytes)
-        if forgotten := entries.keys() - filled:
-            raise ConversionError(f"{source}: {table.some(forgotten)} of the table is no parameter of the model.")
-        export.write_side(folder, shape.hf, [source], dtype)
-        (folder / export.SIDE / FILE).write_bytes(content(hashes.finish()))
+    with whole_model(shape, dtype) as (model, topology), _written_aside(target) as folder, torch.no_grad():
+        share = _share(entries, _held(entries, model, topology, arch))
+        streaming.save(model, topology, folder, from_source, progress, file_bytes, share)
+        found = _of_all(hashes.finish())
+        with together(), reported(target):
+            if dist.get_rank() == 0:
+                export.write_side(folder, shape.hf, [source], dtype)
+                (folder / export.SIDE / FILE).write_bytes(content(found))
 
 
 def to_hugging_face(
     source: Path, target: Path, dtype: torch.dtype | None, is_stacked: bool, progress: Progress,
     hf_config: Path | None = None, max_shard_size: int = export.MAX_SHARD_SIZE,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Write a Megatron checkpoint of any layout as a Hugging Face folder that transformers loads.
+
+    Returns how many rows were left out that padded the vocabulary.
 
     Args:
         source: a complete checkpoint (step_NNNNNN of a run, or of to_megatron).
@@ -107,23 +116,68 @@ def to_hugging_face(
     weights = streaming.StoredWeights(source)
     arch = shape.architecture
     entries = table.entries(arch, is_stacked)
-    with one_process_model(shape, weights.dtype) as (model, topology):
-        _check_stored(source, weights.shapes, streaming.wanted_shapes(model))
-        forms = {p.name: p for p in streaming.stored(model, topology)}
-        held = {name: export.Held(p.full_shape, None, p.local.dtype, (0,)) for name, p in forms.items()}
-        export.check_complete(entries, held, arch)
+    with whole_model(shape, weights.dtype) as (model, topology), torch.no_grad():
+        padding = _check_stored(source, weights.shapes, streaming.wanted_shapes(model))
+        held = _held(entries, model, topology, arch)
         specs = export.specs(entries, held, arch, dtype)
+        share = _share(entries, held)
+        tensors = {piece.tensor for name in share for piece in entries[name].pieces}
         hashes = TensorHashes()
-        with SafetensorsWriter(target, specs, max_shard_size) as writer, torch.no_grad():
-            export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
-            for done, (name, blocks) in enumerate(weights.load(model, topology), 1):
-                entry = entries[name]
-                for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
-                    hashes.add(piece, writer.write(piece, tensor))
-                progress(done, len(entries))
-            compare(written := hashes.finish(), source / export.SIDE)
-            writer.add(FILE, content(written))
-            writer.finish()
+        with _shared_writer(target, specs, max_shard_size, tensors) as writer:
+            with together():
+                for done, (name, blocks) in enumerate(weights.load(model, topology, share), 1):
+                    entry = entries[name]
+                    for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
+                        hashes.add(piece, writer.write(piece, tensor))
+                    progress(done, len(share))
+                compare(written := hashes.finish(), source / export.SIDE)
+                writer.complete()
+            found = _of_all(written)
+            with together():
+                if dist.get_rank() == 0:
+                    export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
+                    writer.add(FILE, content(found))
+                    writer.publish()
+    return padding
+
+
+def _held(
+    entries: dict[str, table.Entry], model: PackedModel, topology: Topology, arch: Architecture
+) -> dict[str, export.Held]:
+    """Form of each full tensor. Raises ConversionError unless the table and the model have the same."""
+    forms = streaming.stored(model, topology)
+    held = {p.name: export.Held(p.full_shape, None, p.local.dtype, (0,)) for p in forms}
+    export.check_complete(entries, held, arch)
+    return held
+
+
+def _share(entries: dict[str, table.Entry], held: dict[str, export.Held]) -> set[str]:
+    """Full names of the parameters that this rank converts."""
+    sizes = {name: math.prod(form.full_shape) * form.dtype.itemsize for name, form in held.items()}
+    return shares.share(entries, sizes, dist.get_rank(), dist.get_world_size())
+
+
+def _of_all(found: dict) -> dict:
+    """What all ranks found, by name."""
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return {name: value for name, value in sorted(pair for each in everyone for pair in each.items())}
+
+
+@contextmanager
+def _shared_writer(
+    target: Path, specs: list[TensorSpec], max_shard_size: int, tensors: set[str]
+) -> Iterator[SafetensorsWriter]:
+    """One folder that all ranks write into: the first one makes its files, then the others open them."""
+    rank, writer = dist.get_rank(), None
+    try:
+        for is_turn in (rank == 0, rank > 0):
+            with together():
+                writer = SafetensorsWriter(target, specs, max_shard_size, tensors, rank == 0) if is_turn else writer
+        yield writer
+    finally:
+        if writer is not None:
+            writer.abandon()  # after publish() there is nothing left to remove
 
 
 def _check_absent(target: Path) -> None:
@@ -138,46 +192,65 @@ def _shape(folder: Path, field: str) -> ModelShape:
     return shape
 
 
-def _check_stored(source: Path, stored: dict[str, Shape], wanted: dict[str, Shape]) -> None:
-    """Every tensor of the checkpoint is one of the model, of the same full shape, and none is missing."""
+def _check_stored(source: Path, stored: dict[str, Shape], wanted: dict[str, Shape]) -> int:
+    """Every tensor of the checkpoint is one of the model, of the same full shape, and none is missing; but embedding
+    and LM head may have more rows, as Megatron pads a vocabulary. Returns how many more."""
     if extra := stored.keys() - wanted.keys():
         raise ConversionError(f"{source}: {table.some(extra)} left over, which the model of config.json does not have.")
     if missing := wanted.keys() - stored.keys():
         raise ConversionError(f"{source}: {table.some(missing)} missing, which the model of config.json has.")
+    padding = 0
     for key, shape in wanted.items():
-        if stored[key] != shape:
+        if key in PADDED and stored[key][1:] == shape[1:] and _is_padded(stored[key][0], shape[0]):
+            padding = stored[key][0] - shape[0]
+        elif stored[key] != shape:
             raise ConversionError(
                 f"{source}: {key} has shape {list(stored[key])}, and config.json makes it {list(shape)}. Give the "
                 "config.json of this model."
             )
+    return padding
+
+
+def _is_padded(rows: int, vocabulary: int) -> bool:
+    """Megatron rounds a vocabulary up to a multiple of make_vocab_size_divisible_by (128) times the tensor size."""
+    return any(rows == -(-vocabulary // 2**power) * 2**power for power in range(POWERS))
 
 
 @contextmanager
-def one_process_model(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[PackedModel, Topology]]:
-    """The whole model, allocated and not filled, in a process group of this process alone."""
+def whole_model(
+    shape: ModelShape, dtype: torch.dtype, is_alone: bool = False
+) -> Iterator[tuple[PackedModel, Topology]]:
+    """The whole model on every rank of the launcher, allocated and not filled.
+
+    Args:
+        is_alone: in this process and no other, whatever the launcher says.
+    """
     if dtype not in NAMES:
         raise ConversionError(f"{dtype} is not supported. Give one of: {', '.join(map(str, NAMES))}.")
-    runtime = runtimes.start("cpu")
+    is_first = not dist.is_initialized()
+    runtime = runtimes.start("cpu", is_alone)
     topology = topologies.start(ONE, seed=0)
     try:
         yield model_builder.bare(shape, ModelConfig(), topology, runtime, dtype)[0], topology
     finally:
         topologies.stop()
-        runtimes.stop()
+        if is_first:
+            runtimes.stop()
 
 
 @contextmanager
 def _written_aside(target: Path) -> Iterator[Path]:
     """An empty folder beside the target, which takes its name at the end and is removed after an error."""
-    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished, is_main = target.with_name(target.name + ".unfinished"), dist.get_rank() == 0
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        with together(), reported(target):
+            if is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir(parents=True)
         yield unfinished
-        os.rename(unfinished, target)
-    except OSError as error:
-        raise ConversionError(
-            f"{target}: cannot be written, {error.strerror or error}. Nothing was left behind."
-        ) from None
+        with together(), reported(target):
+            if is_main:
+                os.rename(unfinished, target)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)

@@ -5,12 +5,11 @@ the bytes. A writer therefore knows every file's layout from names, shapes and t
 each tensor, or a part of its rows, to its place. Nothing is held in memory, and the folder gets its name at the end.
 """
 
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from types import TracebackType
 import torch
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.file_writing import FileWriter
+from gspo_megatron.file_writing import FileWriter, reported
 from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import INDEX, NAMES, SINGLE
 from gspo_megatron.hf.table import some
@@ -49,33 +48,42 @@ class SafetensorsWriter:
         folder: must not exist yet.
         specs: every tensor, in the order of the files.
         max_shard_size: bytes of a file, unless one tensor alone is larger.
+        share: the tensors that this process writes; None: all of them.
+        is_first: this process makes the folder and its files, before the others come, and gives it its name.
 
     Raises:
         ConversionError: the folder exists, or a file cannot be written (for example because the disk is full).
     """
 
-    def __init__(self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: int):
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: int, share: Collection[str] | None = None,
+        is_first: bool = True,
+    ):  # fmt: skip
+        self.folder, self._is_first = Path(folder), is_first
         if self.folder.exists():
             raise ConversionError(f"{self.folder}: exists already. Give another folder, or remove it.")
         self.unfinished = self.folder.with_name(self.folder.name + ".unfinished")
         self._specs = {spec.name: spec for spec in specs}
         self._written: dict[str, set[tuple[int | None, int]]] = {name: set() for name in self._specs}
-        self._left = {name: spec.size for name, spec in self._specs.items()}
+        self._left = {name: spec.size for name, spec in self._specs.items() if share is None or name in share}
         self._place: dict[str, tuple[str, int]] = {}  # name -> file, first byte
         self._files = FileWriter(self.unfinished)
         try:
+            with reported(self.folder):
+                self._lay_out(_shards(self._specs.values(), max_shard_size))
+        except ConversionError:
+            self.abandon()
+            raise
+
+    def _lay_out(self, shards: list[list[TensorSpec]]) -> None:
+        if self._is_first:
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(parents=True)
-            shards = _shards(self._specs.values(), max_shard_size)
-            for number, shard in enumerate(shards, 1):
-                file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                self._start(file, shard)
-            if len(shards) > 1:
-                self._write_index()
-        except OSError as error:
-            self.abandon()
-            raise self._cannot_write(error) from None
+        for number, shard in enumerate(shards, 1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._start(file, shard)
+        if self._is_first and len(shards) > 1:
+            self._write_index()
 
     def _start(self, file: str, specs: list[TensorSpec]) -> None:
         header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -88,6 +96,9 @@ class SafetensorsWriter:
         start = 8 + len(text)
         for spec in specs:
             self._place[spec.name] = (file, start + header[spec.name]["data_offsets"][0])
+        if not self._is_first:
+            self._files.join(file)
+            return
         self._files.create(file, start + end)
         self._files.write(file, [len(text).to_bytes(8, "little") + text], 0)
 
@@ -116,43 +127,42 @@ class SafetensorsWriter:
         data = tensor.detach().to("cpu", spec.dtype).contiguous()
         file, start = self._place[spec.name]
         offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes
-        try:
+        with reported(self.folder):
             self._files.write(file, [data], offset)
-        except OSError as error:
-            raise self._cannot_write(error) from None
         self._left[spec.name] -= data.nbytes
         return data
 
     def add(self, file: str, content: bytes) -> None:
         """A small file beside the tensors. Raises ConversionError where it cannot be written."""
-        try:
+        with reported(self.folder):
             (self.unfinished / file).write_bytes(content)
-        except OSError as error:
-            raise self._cannot_write(error) from None
 
-    def finish(self) -> None:
-        """Give the folder its name.
+    def complete(self) -> None:
+        """Wait until all that this process writes is on the disk.
 
         Raises:
             ConversionError: a tensor was not written in full, or a file could not be written.
         """
         if missing := [name for name, left in self._left.items() if left]:
             raise ConversionError(f"{self.folder}: {some(missing)} not written in full.")
-        try:
+        with reported(self.folder):
             self._files.finish()
+
+    def publish(self) -> None:
+        """Give the folder its name, once every process has completed. Raises ConversionError where that fails."""
+        with reported(self.folder):
             os.rename(self.unfinished, self.folder)
-        except OSError as error:
-            raise self._cannot_write(error) from None
+
+    def finish(self) -> None:
+        """complete and publish, for one process."""
+        self.complete()
+        self.publish()
 
     def abandon(self) -> None:
-        """Close and remove what there is."""
+        """Close and, if this process made the folder, remove what there is."""
         self._files.abandon()
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-
-    def _cannot_write(self, error: OSError) -> ConversionError:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
-        path = error.filename or self.folder
-        return ConversionError(f"{path}: cannot be written, {reason}. Nothing was left behind; give another folder.")
+        if self._is_first:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

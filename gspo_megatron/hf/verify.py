@@ -13,7 +13,7 @@ from gspo_megatron.backend import streaming
 from gspo_megatron.backend.attention import PackedPlan
 from gspo_megatron.backend.model import ModelShape
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf.convert import one_process_model
+from gspo_megatron.hf.convert import whole_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def megatron_logits(folder: Path, checkpoint: Path, texts: list[torch.Tensor]) -
     """
     shape = ModelShape.of_folder(folder)
     weights = streaming.StoredWeights(checkpoint)
-    with one_process_model(shape, weights.dtype) as (model, topology):
+    with whole_model(shape, weights.dtype, is_alone=True) as (model, topology):
         loaded = weights.load(model, topology)
         full = {name: torch.cat(blocks).to(torch.float32) for name, blocks in loaded}
         for parameter in streaming.stored(model, topology):
