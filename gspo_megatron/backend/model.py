@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention, softmax_of
+from gspo_megatron.backend.expert_groups import rank_groups
 from gspo_megatron.backend.latent_attention import AngleTable, LatentNorm, PackedLatentAttention
 from gspo_megatron.backend.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.rotary import inverse_frequencies
@@ -228,6 +229,7 @@ def bare(
             gpt.angle_table = AngleTable(arch, runtime.device)
         if arch.linear_bias:
             _allow_expert_bias(gpt)
+        rank_groups(gpt, arch)
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
         chunks.append(gpt)

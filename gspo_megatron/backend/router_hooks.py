@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from gspo_megatron.backend.attention import PackedPlan
+from gspo_megatron.backend.expert_groups import RankedGroups
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.routing.rollout_routes import RolloutRecorder
@@ -27,11 +28,13 @@ class RouterTap(RouterReplay):
     def __init__(self, router: TopKRouter):
         # Not Megatron's constructor: that would keep this object, and its model, in a global list for ever.
         self.router, self.layer = router, router.layer_number
+        self._untapped: RankedGroups | None = router.router_replay  # the router's own rule, where it is not Megatron's
         self.trace: RouteTrace | RolloutRecorder | None = None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
         """scores [R, E] -> (values, indices) [R, k] each, as Megatron's."""
-        values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        compute_topk = default_compute_topk if self._untapped is None else self._untapped.choose
+        values, own = compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         trace = self.trace
         if trace is None:
             return values, own

@@ -102,6 +102,7 @@ class Architecture:
     rope_scaling: Linear | Llama3 | Yarn | None = None
     router_groups: int = 1  # experts are chosen within the best groups alone
     router_top_groups: int = 1
+    router_group_best: int = 2  # a group is ranked by the sum of so many of its best experts
     sliding_window: int = 0  # tokens that a query of a windowed layer sees, itself among them
     windowed_layers: tuple[int, ...] = ()  # one a layer: 1 windowed; empty: none is
     sinks: bool = False  # a logit of each head that takes its share of the softmax and gives no value

@@ -136,10 +136,11 @@ def test_a_family_that_megatron_cannot_train_says_why():
         ("mixtral", {"num_local_experts": None}, "num_experts is None"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob off"),
-        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
+        ("deepseek_v2 groups", {"n_group": 3}, "n_group 3, topk_group 2, 8 experts, num_experts_per_tok 4 do not fit"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear'"),
-        ("glm4_moe", {"n_group": 4, "topk_group": 1}, "n_group 4, topk_group 1, num_experts_per_tok 4"),
+        ("glm4_moe", {"n_group": 4, "topk_group": 1}, "n_group 4, topk_group 1, 8 experts, num_experts_per_tok 4"),
     ],
 )
 def test_a_config_that_would_become_another_model_is_refused(name, changes, part):

@@ -1,14 +1,13 @@
 """DeepSeek-V2 (arXiv 2405.04434) and V3 (arXiv 2412.19437): latent attention, shared experts, first layers dense. V2
-has a softmax router, V3 a sigmoid one with a correction bias and groups of experts.
+has a softmax router, V3 a sigmoid one with a correction bias; both may limit a token to its best groups of experts.
 
-Left out: V2's group-limited choice (V2-Lite has none), whose groups are ranked by their best expert; V3's layers that
-predict further tokens (load.py refuses or drops them).
+Left out: V3's layers that predict further tokens (load.py refuses or drops them).
 """
 
 from gspo_megatron.hf.architecture import Architecture, ConfigReader, LatentAttention
 from gspo_megatron.hf.families.common import DENSE, EXPERTS, MODEL, OURS, ROUTER, STACKED_EXPERTS, THEIRS, Family
 from gspo_megatron.hf.families.glm4_moe import MOE as MOE_WITH_BIAS
-from gspo_megatron.hf.families.glm4_moe import SHARED, sigmoid_router
+from gspo_megatron.hf.families.glm4_moe import SHARED, check_groups, sigmoid_router
 from gspo_megatron.hf.operators import rename
 
 _OURS, _THEIRS = OURS + "self_attention.", THEIRS + "self_attn."
@@ -53,9 +52,13 @@ def _common(config: ConfigReader) -> dict:
 
 def read_v2(config: ConfigReader) -> Architecture:
     method = config.get("topk_method", "greedy")
-    config.require(method == "greedy", f"topk_method {method!r} is not supported: Megatron ranks groups by the sum of "
-                   "their best experts, this model by the best one", "Use a model that chooses greedily.")  # fmt: skip
-    return Architecture(family="deepseek_v2", **_common(config), renormalise=False)
+    config.require(method in ("greedy", "group_limited_greedy"), f"topk_method {method!r} is not supported",
+                   "Use greedy or group_limited_greedy.")  # fmt: skip
+    is_limited = method == "group_limited_greedy"
+    groups, top_groups = (config.size("n_group"), config.size("topk_group")) if is_limited else (1, 1)
+    check_groups(config, groups, top_groups, best=1)
+    return Architecture(family="deepseek_v2", **_common(config), renormalise=False, router_groups=groups,
+                        router_top_groups=top_groups, router_group_best=1)  # fmt: skip
 
 
 def read_v3(config: ConfigReader) -> Architecture:
