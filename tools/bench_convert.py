@@ -1,4 +1,4 @@
-"""Time and memory of a conversion, beside a copy by safetensors alone: `python tools/bench_convert.py --folder /tmp/x`
+"""Time and memory of a conversion, beside a copy by safetensors alone: `python tools/bench_convert.py`
 
 The model is a Qwen3-MoE of random numbers in bf16. The copy is load_file and save_file of the same files. Each of the
 three runs in a process of its own, in turns, and is timed until its files are on the disk, without the imports.
@@ -52,9 +52,10 @@ for file in Path({0!r}).glob("*.safetensors"):
     save_file(load_file(file), Path({1!r}) / file.name)
 """
 LIMIT = 0.7
+TEMPORARY = Path(tempfile.gettempdir())
 
 
-def main(folder: Path, layers: int = 12, rounds: int = 3) -> int:
+def main(folder: Path = TEMPORARY, layers: int = 12, rounds: int = 6) -> int:
     """Measure.
 
     Args:
