@@ -227,14 +227,14 @@ def whole_model(
     """
     if dtype not in NAMES:
         raise ConversionError(f"{dtype} is not supported. Give one of: {', '.join(map(str, NAMES))}.")
-    is_first = not dist.is_initialized()
+    is_ours = not dist.is_initialized()
     runtime = runtimes.start("cpu", is_alone)
     topology = topologies.start(ONE, seed=0)
     try:
         yield model_builder.bare(shape, ModelConfig(), topology, runtime, dtype)[0], topology
     finally:
         topologies.stop()
-        if is_first:
+        if is_ours:
             runtimes.stop()
 
 
