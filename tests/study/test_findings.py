@@ -111,13 +111,17 @@ def test_an_empty_folder_has_no_report(tmp_path):
 
 
 def test_the_plan_is_what_was_promised():
-    """Every main arm at every learning rate with every seed; others with three; four ranks; no name twice."""
+    """Every main arm at every learning rate with every seed, and as many seeds again at the lowest; others with three;
+    four ranks; GRPO's two arms nearer to the edge of a harder setting; no name twice."""
     specs = plan.routing_replay(5)
     names = [spec.name for spec in specs]
     assert len(set(names)) == len(names)
     for arm in plan.MAIN_ARMS:
         for lr in plan.LEARNING_RATES:
-            assert sum((s.arm, s.setting, s.lr, s.ranks) == (arm, "main", lr, 1) for s in specs) == 5
+            count = 10 if lr == 2e-4 else 5
+            assert sum((s.arm, s.setting, s.lr, s.ranks) == (arm, "main", lr, 1) for s in specs) == count
     for arm in ("gspo_token", "dapo"):
         assert sum((s.arm, s.setting) == (arm, "main") for s in specs) == 3
     assert sum(s.ranks == 4 for s in specs) == 3
+    added = [(s.arm, s.seed) for s in specs if (s.setting, s.lr) == ("experts_32", 3e-4)]
+    assert sorted(added) == [(arm, seed) for arm in ("grpo", "grpo_R2") for seed in range(1, 6)]
