@@ -11,14 +11,17 @@ from gspo_megatron.metrics.axes import BLUE, GREY, ORANGE, RED, SKY
 from gspo_megatron.metrics.plots import LOOK
 from gspo_megatron.metrics.record import series
 from gspo_megatron.study import plan
+from gspo_megatron.study.findings import Comparison, Findings
 from gspo_megatron.study.inference import interval
 from gspo_megatron.study.results import RunResult, of
 
 STYLE = {"gspo": (BLUE, "-"), "gspo_R2": (SKY, "--"), "grpo": (RED, "-"), "grpo_R2": (ORANGE, "--")}
 LABEL = {"gspo": "GSPO, routing free", "gspo_R2": "GSPO, R2", "grpo": "GRPO, routing free", "grpo_R2": "GRPO, R2"}
 
+WIDEST = 0.6  # difference of accuracy in a picture; intervals beyond it go off the edge
 
-def draw(results: list[RunResult]) -> dict[str, Figure]:
+
+def draw(results: list[RunResult], findings: Findings) -> dict[str, Figure]:
     """By file name. Arms or learning rates without data are left out."""
     rates = sorted({r.spec.lr for r in results if r.spec.setting == "main" and r.spec.arm in plan.MAIN_ARMS})
     with matplotlib.rc_context(LOOK):
@@ -27,6 +30,8 @@ def draw(results: list[RunResult]) -> dict[str, Figure]:
             "accuracy_by_step": _grid(results, rates, "eval/accuracy", "held-out accuracy", by_time=False),
             "accuracy_by_time": _grid(results, rates, "eval/accuracy", "held-out accuracy", by_time=True),
             "reward_by_step": _grid(results, rates, "reward/mean", "mean reward", by_time=False),
+            "gspo_without_replay": _forest(findings.equivalence, "GSPO: routing free minus R2"),
+            "grpo_with_replay": _forest(findings.assay, "GRPO: R2 minus routing free"),
             "routing_change": _routing(results, rates),
             "ratio_spread": _spread(results, rates),
             "clipping": _clipping(results, rates),
@@ -50,7 +55,7 @@ def _edge(results: list[RunResult], rates: list[float]) -> Figure:
                 ax.plot([lr * shift] * len(chosen), [r.outcome for r in chosen], marker, color=colour, alpha=0.45,
                         markersize=5, linestyle="")  # fmt: skip
             if runs:
-                found = interval([r.outcome for r in runs], plan.CONFIDENCE)
+                found = interval([r.outcome for r in runs], plan.CONFIDENCE).cut(0, 1)
                 means.append((lr * shift, found.mean))
                 if found.count > 1:
                     ax.plot([lr * shift] * 2, [found.low, found.high], color=colour, linewidth=1.4)
@@ -88,6 +93,8 @@ def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str,
         seconds = [{row["step"]: total for row, total in zip(run.rows, _seconds(run), strict=True)} for run in runs]
         x = np.median([[each[step] for step in steps] for each in seconds], axis=0)
     bounds = [interval(column, plan.CONFIDENCE) for column in values.T.tolist()]
+    if key == "eval/accuracy":
+        bounds = [each.cut(0, 1) for each in bounds]
     ax.plot(x, [each.mean for each in bounds], color=colour, linestyle=style, label=label)
     if len(runs) > 1:
         ax.fill_between(x, [each.low for each in bounds], [each.high for each in bounds], color=colour, alpha=0.13,
@@ -126,21 +133,44 @@ def _routing(results: list[RunResult], rates: list[float]) -> Figure:
 
 
 def _spread(results: list[RunResult], rates: list[float]) -> Figure:
-    """Standard deviation of log s over sequences, whole and by what it comes from."""
-    figure = Figure(figsize=(7.6, 4.0))
-    ax = figure.subplots()
-    width, parts = 0.8 / len(plan.MAIN_ARMS), (("weights", 0.55), ("routes", 1.0))
-    for number, arm in enumerate(plan.MAIN_ARMS):
-        for place, lr in enumerate(rates):
-            runs = list(of(results, arm, "main", lr).values())
-            for part, alpha in parts:
+    """Standard deviation of log s over sequences, by what it comes from."""
+    figure = Figure(figsize=(11.0, 3.8))
+    width = 0.8 / len(plan.MAIN_ARMS)
+    for ax, part, title in zip(figure.subplots(1, 2, sharey=True), ("weights", "routes"),
+                               ("from changed weights", "from changed routes"), strict=True):  # fmt: skip
+        for number, arm in enumerate(plan.MAIN_ARMS):
+            bars = {}
+            for place, lr in enumerate(rates):
+                runs = of(results, arm, "main", lr).values()
                 found = [m for run in runs if (m := run.mean(f"ratio_parts/sequence_{part}")) is not None]
                 if found:
-                    ax.bar(place + (number - 1.5) * width, np.mean(found) ** 0.5, width * 0.92, color=STYLE[arm][0],
-                           alpha=alpha, label=f"{LABEL[arm]}: {part}" if place == 0 else None)  # fmt: skip
-    ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-    _finish(ax, "Spread of the sequence log-ratio, by its cause", "learning rate",
-            "std. deviation of log s\n(pale: weights; full: changed routes)", legend=False)  # fmt: skip
+                    bars[place + (number - 1.5) * width] = np.mean(found) ** 0.5
+            if bars:
+                ax.bar(bars.keys(), bars.values(), width * 0.92, color=STYLE[arm][0], label=LABEL[arm])
+        ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+        _finish(ax, f"Spread of log s {title}", "learning rate", "std. deviation over sequences",
+                legend=bool(ax.containers))  # fmt: skip
+    return figure
+
+
+def _forest(comparisons: Sequence[Comparison], title: str) -> Figure:
+    """A row a comparison: its mean, its 90% interval (thick), its 95% one (thin), and the margin as a band. Rows in
+    which everything collapsed are pale: they show nothing."""
+    figure = Figure(figsize=(8.6, 1.5 + 0.34 * len(comparisons)))
+    ax = figure.subplots()
+    ax.axvspan(-plan.EQUIVALENCE_MARGIN, plan.EQUIVALENCE_MARGIN, color=GREY, alpha=0.18, linewidth=0)
+    ax.axvline(0, color=GREY, linewidth=1)
+    for row, each in enumerate(comparisons):
+        look = {"color": BLUE, "alpha": 0.25 if each.reading == "floor" else 1.0, "solid_capstyle": "butt"}
+        ax.plot([each.difference.low, each.difference.high], [row, row], linewidth=1.2, **look)
+        ax.plot([each.equivalence.low, each.equivalence.high], [row, row], linewidth=4.5, **look)
+        ax.plot([each.equivalence.mean], [row], marker="D", markersize=6, markeredgecolor="white", **look)
+    names = [f"{c.setting}, {c.lr:g}, {c.equivalence.count} seeds" + (" *" if c.decides else "") for c in comparisons]
+    ax.set_yticks(range(len(names)), names)
+    label = "difference of accuracy (thick: 90%, thin: 95%; grey: the margin; pale: all collapsed)"
+    _finish(ax, title, label, "", legend=False)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlim(-WIDEST, WIDEST)
     return figure
 
 

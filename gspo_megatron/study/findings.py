@@ -1,7 +1,8 @@
 """What a routing-replay study found: tables, tests by the rules of plan.py, and a conclusion in words.
 
 The comparison that decides is made at the largest learning rate at which neither of its two arms collapses in any seed,
-which is where replay should help if it does. Everything else is shown beside it.
+which is where replay should help if it does. Everything else is shown beside it, at intervals that are wider by the
+number of looks. Every comparison is read by the same rule (inference.read): no interval, no claim.
 """
 
 import dataclasses
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 
 from gspo_megatron.metrics.record import series
 from gspo_megatron.study import plan
-from gspo_megatron.study.inference import Interval, interval, paired
+from gspo_megatron.study.inference import Interval, interval, paired, read, together
 from gspo_megatron.study.results import RunResult, of
-from gspo_megatron.study.wording import say
+from gspo_megatron.study.wording import READINGS, say
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class Comparison:
     theirs: str
     setting: str
     lr: float
-    difference: Interval
-    decides: bool = False
+    collapsed: tuple[int, int]  # seeds of each
+    equivalence: Interval  # 90%
+    difference: Interval  # 95%, of the row that decides; of the others for all of them together
+    decides: bool
+    reading: str  # a key of wording.READINGS
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,10 @@ class Findings:
     cells: list[Cell]
     stable_lr: dict[str, float | None]  # arm -> largest learning rate at which, and below which, no seed collapsed
     stable_minibatches: dict[str, int | None]  # arm -> most updates a rollout batch likewise
-    equivalence: list[Comparison]  # gspo - gspo_R2, 90%
-    superiority: list[Comparison]  # gspo - grpo, 95%
-    assay: list[Comparison]  # grpo_R2 - grpo, 95% over all of them together
-    layouts: list[Comparison]  # four ranks - one rank
+    equivalence: list[Comparison]  # gspo - gspo_R2
+    superiority: list[Comparison]  # gspo - grpo
+    assay: list[Comparison]  # grpo_R2 - grpo; none decides
+    layouts: list[Comparison]  # gspo on four ranks - on one
     replay_time: dict[str, float]  # algorithm -> step time with R2 / without, medians at equal settings
     starts_differ: bool  # runs of one seed that did not begin from the same weights
     conclusion: list[str]
@@ -74,13 +78,14 @@ def find(results: list[RunResult]) -> Findings:
     main = [cell for cell in cells if cell.setting == "main" and cell.ranks == 1]
     rates = sorted({cell.lr for cell in main if cell.arm in plan.MAIN_ARMS})
     stable = {arm: _largest_stable(main, arm) for arm in plan.MAIN_ARMS}
-    equivalence = _compare(results, "gspo", "gspo_R2", rates, 0.9, stable)
-    superiority = _compare(results, "gspo", "grpo", rates, plan.CONFIDENCE, stable)
-    assay = _assay(results, cells)
-    layouts = [_comparison(results, "gspo", "gspo", "main", lr, plan.CONFIDENCE, ranks=4) for lr in rates]
+    at_rates = [("main", lr) for lr in rates]
+    where = {arm: [(c.setting, c.lr) for c in cells if c.arm == arm and c.ranks == 1] for arm in plan.MAIN_ARMS}
     findings = Findings(
-        cells=cells, stable_lr=stable, stable_minibatches=_stable_minibatches(cells), equivalence=equivalence,
-        superiority=superiority, assay=assay, layouts=[each for each in layouts if each],
+        cells=cells, stable_lr=stable, stable_minibatches=_stable_minibatches(cells),
+        equivalence=_compare(results, "gspo", "gspo_R2", where["gspo_R2"], _common(stable, "gspo", "gspo_R2")),
+        superiority=_compare(results, "gspo", "grpo", at_rates, _common(stable, "gspo", "grpo")),
+        assay=_compare(results, "grpo_R2", "grpo", where["grpo_R2"]),
+        layouts=_compare(results, "gspo", "gspo", at_rates, ranks=4),
         replay_time=_replay_time(results), starts_differ=_starts_differ(results), conclusion=[],
     )  # fmt: skip
     findings.conclusion.extend(conclude(findings))
@@ -96,7 +101,7 @@ def _cells(results: list[RunResult]) -> list[Cell]:
         means = {key: [m for run in runs if (m := run.mean(key)) is not None] for key in METRICS}
         times = [seconds for run in runs for seconds in series(run.rows, "time/step")[1]]
         cells.append(Cell(
-            arm, setting, lr, ranks, interval([run.outcome for run in runs], plan.CONFIDENCE),
+            arm, setting, lr, ranks, interval([run.outcome for run in runs], plan.CONFIDENCE).cut(0, 1),
             sum(run.start for run in runs) / len(runs), sum(run.collapsed for run in runs),
             {key: sum(values) / len(values) for key, values in means.items() if values}, statistics.median(times),
         ))  # fmt: skip
@@ -123,29 +128,36 @@ def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
     return found
 
 
-def _comparison(results, ours: str, theirs: str, setting: str, lr: float, confidence: float, decides: bool = False,
-                ranks: int = 1) -> Comparison | None:  # fmt: skip
-    first, second = of(results, ours, setting, lr, ranks), of(results, theirs, setting, lr)
-    difference = paired(
-        {seed: run.outcome for seed, run in first.items()},
-        {seed: run.outcome for seed, run in second.items()},
-        confidence,
-    )
-    return None if difference is None else Comparison(ours, theirs, setting, lr, difference, decides)
+def _common(stable: dict[str, float | None], ours: str, theirs: str) -> float | None:
+    """The largest learning rate that both are stable at."""
+    return None if None in (stable[ours], stable[theirs]) else min(stable[ours], stable[theirs])
 
 
-def _compare(results, ours: str, theirs: str, rates: list[float], confidence: float, stable: dict) -> list[Comparison]:
-    common = None if None in (stable[ours], stable[theirs]) else min(stable[ours], stable[theirs])
-    found = [_comparison(results, ours, theirs, "main", lr, confidence, lr == common) for lr in rates]
-    return [each for each in found if each]
+def _compare(results: list[RunResult], ours: str, theirs: str, places: list[tuple[str, float]],
+             deciding: float | None = None, ranks: int = 1) -> list[Comparison]:  # fmt: skip
+    """In each (setting, learning rate) that has both.
 
-
-def _assay(results: list[RunResult], cells: list[Cell]) -> list[Comparison]:
-    """Each at a confidence that makes it 95% for all of them together (Bonferroni)."""
-    pairs = [(c.setting, c.lr) for c in cells if c.arm == "grpo_R2" and c.ranks == 1]
-    confidence = 1 - (1 - plan.CONFIDENCE) / max(len(pairs), 1)
-    found = [_comparison(results, "grpo_R2", "grpo", setting, lr, confidence) for setting, lr in pairs]
-    return [each for each in found if each]
+    Args:
+        deciding: the learning rate of the main setting's row that was chosen beforehand, which is one look; the others
+            share theirs.
+        ranks: of `ours`.
+    """
+    pairs = [(setting, lr, of(results, ours, setting, lr, ranks), of(results, theirs, setting, lr))
+             for setting, lr in places]  # fmt: skip
+    pairs = [pair for pair in pairs if pair[2].keys() & pair[3].keys()]
+    name = ours if ranks == 1 else f"{ours} on {ranks} ranks"
+    others = sum((setting, lr) != ("main", deciding) for setting, lr, _, _ in pairs)
+    found = []
+    for setting, lr, first, second in pairs:
+        decides = (setting, lr) == ("main", deciding)
+        seeds = first.keys() & second.keys()
+        one, two = ({seed: runs[seed].outcome for seed in seeds} for runs in (first, second))
+        collapsed = tuple(sum(runs[seed].collapsed for seed in seeds) for runs in (first, second))
+        wide = plan.CONFIDENCE if decides else together(plan.CONFIDENCE, others)
+        equivalence, difference = paired(one, two, plan.EQUIVALENCE_CONFIDENCE), paired(one, two, wide)
+        reading = read(equivalence, difference, plan.EQUIVALENCE_MARGIN, sum(collapsed) == 2 * len(seeds))
+        found.append(Comparison(name, theirs, setting, lr, collapsed, equivalence, difference, decides, reading))
+    return found
 
 
 def _replay_time(results: list[RunResult]) -> dict[str, float]:
@@ -174,32 +186,48 @@ def _starts_differ(results: list[RunResult]) -> bool:
 def conclude(findings: Findings) -> list[str]:
     """The verdict first, then what it rests on; a sentence or two each."""
     deciding = next((each for each in findings.equivalence if each.decides), None)
-    helps = [each for each in findings.assay if each.difference.above_zero]
-    sentences = [say(_kind(deciding) + (" helps" if helps else ""))]
-    if deciding:
-        found = deciding.difference
-        sentences.append(
-            say("deciding", lr=deciding.lr, found=found, count=found.count, margin=plan.EQUIVALENCE_MARGIN)
-        )
     rates = [(arm, findings.stable_lr[arm]) for arm in plan.MAIN_ARMS]
     told = ", ".join(f"{arm} at none" if rate is None else f"{arm} up to {rate:g}" for arm, rate in rates)
     return [
-        *sentences,
+        _verdict(deciding, findings.equivalence, findings.assay),
+        *_gspo_told(deciding, findings.equivalence),
+        *_assay_told(findings.assay),
         say("stable", told=told),
         _against_grpo(findings.superiority),
-        _assay_told(findings.assay, helps),
     ]
 
 
-def _kind(deciding: Comparison | None) -> str:
+def _verdict(deciding: Comparison | None, equivalence: list[Comparison], assay: list[Comparison]) -> str:
+    """What GSPO's row that decides shows; then of GRPO whether replay helps it anywhere, or else what the row in the
+    same place shows; then what both mean for the claim."""
     if deciding is None:
-        return "none"
-    found, margin = deciding.difference, plan.EQUIVALENCE_MARGIN
-    if found.within(margin):
-        return "same"
-    if found.below_zero and found.mean < -margin:
-        return "worse"
-    return "better" if found.above_zero and found.mean > margin else "open"
+        return say("gspo none")
+    at = {_place(each): each.reading for each in assay}
+    helped = [place for place, reading in at.items() if reading == "more"]
+    grpo = "more" if helped else at.get(_place(deciding), "open")
+    claim = None
+    if deciding.reading == "same":
+        there = any(_place(each) in helped and each.reading == "same" for each in equivalence)
+        claim = {"more": "supported" if there else "not there", "same": "neither", "less": "no support"}.get(
+            grpo, "neither seen"
+        )
+    said = [say(f"gspo {deciding.reading}", lr=deciding.lr), say(f"grpo {grpo}")]
+    return " ".join(said + ([say(claim)] if claim else []))
+
+
+def _place(comparison: Comparison) -> tuple[str, float]:
+    return comparison.setting, comparison.lr
+
+
+def _gspo_told(deciding: Comparison | None, comparisons: list[Comparison]) -> list[str]:
+    if deciding is None:
+        return []
+    found = deciding.equivalence
+    said = [say("deciding", lr=deciding.lr, found=found, count=found.count, margin=plan.EQUIVALENCE_MARGIN)]
+    others = [f"{each.setting} {each.lr:g} {READINGS[each.reading]}" for each in comparisons if not each.decides]
+    if others:
+        said.append(say("gspo elsewhere", told=", ".join(others)))
+    return said
 
 
 def _against_grpo(comparisons: list[Comparison]) -> str:
@@ -213,6 +241,28 @@ def _against_grpo(comparisons: list[Comparison]) -> str:
     return say("against grpo", lr=deciding.lr, found=found, count=found.count, verdict=verdict)
 
 
-def _assay_told(comparisons: list[Comparison], helps: list[Comparison]) -> str:
-    where = "; ".join(f"{each.setting} at {each.lr:g}: {each.difference}" for each in helps)
-    return say("help" if helps else "no help", number=len(helps), count=len(comparisons), where=where)
+def _assay_told(comparisons: list[Comparison]) -> list[str]:
+    """Help and harm that are shown, and what is not excluded of the rest."""
+    by_reading: dict[str, list[Comparison]] = {name: [] for name in READINGS}
+    for each in comparisons:
+        by_reading[each.reading].append(each)
+    count = len(comparisons)
+    if not count:
+        return []
+    helps, harms = by_reading["more"], by_reading["less"]
+    said = [say("help" if helps else "no help", number=len(helps), count=count, where=_places(helps, "difference"))]
+    if harms:
+        said.append(say("harm", where=_places(harms, "difference")))
+    if by_reading["same"]:
+        same = _places(by_reading["same"], "equivalence")
+        said.append(say("help excluded", margin=plan.EQUIVALENCE_MARGIN, where=same))
+    if by_reading["open"]:
+        where = ", ".join(f"{each.setting} {each.lr:g} {each.difference.high:+.2f}" for each in by_reading["open"])
+        said.append(say("help open", margin=plan.EQUIVALENCE_MARGIN, where=where))
+    if by_reading["floor"]:
+        said.append(say("help floor", where=", ".join(f"{each.setting} {each.lr:g}" for each in by_reading["floor"])))
+    return said
+
+
+def _places(comparisons: list[Comparison], interval: str) -> str:
+    return "; ".join(f"{each.setting} at {each.lr:g}: {getattr(each, interval)}" for each in comparisons)

@@ -1,4 +1,6 @@
-"""Intervals over seeds, by Student's t. Seeds are the only source of chance that is repeated here."""
+"""Intervals over seeds, by Student's t, and what an interval says. Seeds are the only source of chance that is repeated
+here.
+"""
 
 import math
 from collections.abc import Sequence
@@ -30,6 +32,10 @@ class Interval:
     def within(self, margin: float) -> bool:
         return -margin < self.low and self.high < margin
 
+    def cut(self, low: float, high: float) -> "Interval":
+        """Where the mean is known to lie between these two."""
+        return Interval(self.mean, max(self.low, low), min(self.high, high), self.count)
+
 
 def interval(values: Sequence[float], confidence: float) -> Interval:
     """Of the mean, two-sided; without bounds for a single value."""
@@ -43,6 +49,28 @@ def interval(values: Sequence[float], confidence: float) -> Interval:
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float], confidence: float) -> Interval | None:
-    """Of the mean difference ours - theirs, over the seeds that both have; None where there is none."""
+    """Of the mean difference ours - theirs, of shares, over the seeds that both have; None where there is none."""
     seeds = sorted(ours.keys() & theirs.keys())
-    return interval([ours[seed] - theirs[seed] for seed in seeds], confidence) if seeds else None
+    return interval([ours[seed] - theirs[seed] for seed in seeds], confidence).cut(-1, 1) if seeds else None
+
+
+def together(confidence: float, looks: int) -> float:
+    """The confidence of each of several intervals that all hold together with the one given (Bonferroni)."""
+    return 1 - (1 - confidence) / max(looks, 1)
+
+
+def read(equivalence: Interval, difference: Interval, margin: float, floor: bool) -> str:
+    """What two arms' difference shows: a key of wording.READINGS.
+
+    Args:
+        equivalence: the interval that must be within the margin.
+        difference: the interval that must exclude 0; it may be wider.
+        floor: both arms collapsed in every seed. They are then alike whatever tells them apart elsewhere.
+    """
+    if floor:
+        return "floor"
+    if equivalence.within(margin):
+        return "same"
+    if difference.above_zero or difference.below_zero:
+        return "more" if difference.above_zero else "less"
+    return "open"

@@ -59,6 +59,7 @@ SETTINGS: dict[str, Setting] = {
 # stand. Nothing is chosen by what these runs show: all of them are in the report, and R2's help to GRPO is judged over
 # all settings and learning rates together, with these among them.
 HARDER, HARDER_LEARNING_RATE = "experts_32", 3e-4
+FIRST_SEEDS = 5
 
 PP2_EP2 = {"parallel.pipeline-model-parallel-size": 2, "parallel.expert-model-parallel-size": 2}
 
@@ -104,7 +105,7 @@ class StartSpec:
 
 
 def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> list[RunSpec]:
-    """{gspo, grpo} x {free, R2} at every learning rate; further arms, harder settings and four ranks at one of them; then
+    """{gspo, grpo} x {free, R2} at every learning rate; further arms, harder settings and four ranks at one of them;
     what was added.
 
     In the order in which they are best run: seed by seed, so that a study that is cut short has whole seeds.
@@ -126,6 +127,11 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
     runs += [RunSpec(arm, "main", min(rates), seed) for seed in range(seeds + 1, 2 * seeds + 1) for arm in MAIN_ARMS]
     return runs + [RunSpec(arm, HARDER, HARDER_LEARNING_RATE, seed) for seed in range(1, seeds + 1)
                    for arm in ("grpo", "grpo_R2")]  # fmt: skip
+
+
+def was_added(spec: RunSpec) -> bool:
+    """Of the study that this repository keeps: planned after its first runs were seen."""
+    return (spec.setting, spec.lr) == (HARDER, HARDER_LEARNING_RATE) or spec.seed > FIRST_SEEDS
 
 
 def algorithms(seeds: int, rates: tuple[float, ...] = ALGORITHM_LEARNING_RATES) -> list[RunSpec]:

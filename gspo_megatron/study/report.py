@@ -7,7 +7,7 @@ from gspo_megatron.study import document, figures, plan
 from gspo_megatron.study.document import Document, Section
 from gspo_megatron.study.findings import Cell, Comparison, Findings, find
 from gspo_megatron.study.results import RunResult, load
-from gspo_megatron.study.wording import say
+from gspo_megatron.study.wording import READINGS, say
 
 TITLE = "Do I need routing replay?"
 SETTING_COLUMNS = ["arm", "setting", "learning rate", "ranks", "seeds", "accuracy before", "accuracy after (95%)",
@@ -22,14 +22,16 @@ def write(folder: Path) -> str:
     findings = find(results)
     said = findings.conclusion
     document.write(
-        Document(TITLE, _summary(results), said, _sections(findings), figures.draw(results), findings), folder
+        Document(TITLE, _summary(results), said, _sections(findings), figures.draw(results, findings), findings), folder
     )
     return f"{folder / 'report.html'}: {len(results)} runs. {said[0]}"
 
 
 def _summary(results: list[RunResult]) -> str:
     hours = sum(run.about["seconds"] for run in results) / 3600
-    return say("summary", runs=len(results), seeds=len({run.spec.seed for run in results}), hours=hours)
+    said = say("summary", runs=len(results), seeds=len({run.spec.seed for run in results}), hours=hours)
+    added = sum(plan.was_added(run.spec) for run in results)
+    return f"{said} {say('added', added=added, first=len(results) - added)}" if added else said
 
 
 def _sections(findings: Findings) -> list[Section]:
@@ -38,13 +40,14 @@ def _sections(findings: Findings) -> list[Section]:
     edge = say("edge", outcome_from=plan.OUTCOME_FROM, collapse=plan.COLLAPSE)
     settings = "; ".join(f"{name}: {setting.about}" for name, setting in plan.SETTINGS.items())
     curves = ["edge", "accuracy_by_step", "accuracy_by_time", "reward_by_step"]
-    limits = [say("scale"), say("engines")] + ([say("starts")] if findings.starts_differ else [])
+    limits = [say("scale"), say("engines"), say("seeds")] + ([say("starts")] if findings.starts_differ else [])
     return [
         Section("Where each arm breaks", [edge], SETTING_COLUMNS, [_row(cell) for cell in main], curves),
         Section("Does replay change what GSPO reaches?", [say("equivalence", margin=plan.EQUIVALENCE_MARGIN)],
-                *_comparisons(findings.equivalence)),
+                *_comparisons(findings.equivalence), ["gspo_without_replay"]),
         Section("GSPO against GRPO, both without replay", [say("superiority")], *_comparisons(findings.superiority)),
-        Section("Does replay help GRPO anywhere?", [say("assay")], *_comparisons(findings.assay)),
+        Section("Does replay help GRPO anywhere?", [say("assay")], *_comparisons(findings.assay),
+                ["grpo_with_replay"]),
         Section("Other algorithms, more updates a batch, other models, four ranks",
                 [say("others", settings=settings), _minibatches(findings)], SETTING_COLUMNS[:-1],
                 [_row(cell)[:-1] for cell in others]),
@@ -65,8 +68,10 @@ def _row(cell: Cell) -> list[str]:
 
 def _comparisons(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]]]:
     rows = [[f"{each.ours} − {each.theirs}" + (" *" if each.decides else ""), each.setting, f"{each.lr:g}",
-             str(each.difference.count), str(each.difference)] for each in comparisons]  # fmt: skip
-    return ["difference", "setting", "learning rate", "seeds", "accuracy"], rows
+             f"{each.collapsed[0]}, {each.collapsed[1]} of {each.equivalence.count}", str(each.equivalence),
+             f"[{each.difference.low:+.3f}, {each.difference.high:+.3f}]", READINGS[each.reading]]
+            for each in comparisons]  # fmt: skip
+    return ["difference", "setting", "learning rate", "collapsed", "accuracy (90%)", "95%", "reads"], rows
 
 
 def _routing(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
