@@ -107,11 +107,12 @@ def find(results: list[RunResult]) -> AlgorithmFindings:
 
 
 def _best_rate(results: list[RunResult], arm: str) -> float:
+    """By mean outcome, of the rates that have as many seeds as any."""
     outcomes: dict[float, list[float]] = {}
     for run in results:
         if run.spec.arm == arm:
             outcomes.setdefault(run.spec.lr, []).append(run.outcome)
-    return max(outcomes, key=lambda lr: sum(outcomes[lr]) / len(outcomes[lr]))
+    return max(outcomes, key=lambda lr: (len(outcomes[lr]), sum(outcomes[lr]) / len(outcomes[lr])))
 
 
 def _cell(results: list[RunResult], arm: str, lr: float, best: bool) -> AlgorithmCell:
