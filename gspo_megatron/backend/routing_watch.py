@@ -46,7 +46,7 @@ class RoutingWatch:
 
     def before_old(self, work: Work) -> None:
         """Network.run's `prepare` for a pass of the old policy. With R3 a collective over all ranks."""
-        self._trace(work, self._rollout_routes if self.config.replay == "R3" else None)
+        self._trace(work, self._rollout_routes if self.config.replay == "R3" else None, counts=False)
 
     def after_old(self) -> None:
         """Keep the routes of that pass with its batches. With R3 a collective over all ranks."""
@@ -61,13 +61,15 @@ class RoutingWatch:
 
     def before_fixed(self, work: Work) -> None:
         """`prepare` for a pass of the new policy along old routes, whatever the recipe says. A collective."""
-        self._trace(work, _old_routes)
+        self._trace(work, _old_routes, counts=False)
 
     def after_fixed(self) -> None:
         """Prove that the routes were taken. A collective over all ranks."""
         _together(lambda: self._prove(passes=1, minibatch=None))
 
-    def _trace(self, work: Work, replay: Callable[[PackedBatch, RoutedTokens], Routes | None] | None) -> None:
+    def _trace(
+        self, work: Work, replay: Callable[[PackedBatch, RoutedTokens], Routes | None] | None, counts: bool = True
+    ) -> None:
         """Put a trace into each plan, which follows the microbatch from there."""
         self._traces = []
         if not self._is_on:
@@ -76,7 +78,7 @@ class RoutingWatch:
         def trace_all() -> None:
             for batch, plan in work:
                 tokens = self._taps.tokens(batch, plan)
-                plan.trace = RouteTrace(tokens, self._taps.layers, replay(batch, tokens) if replay else None)
+                plan.trace = RouteTrace(tokens, self._taps.layers, replay(batch, tokens) if replay else None, counts)
                 self._traces.append((batch, plan.trace))
 
         if replay:

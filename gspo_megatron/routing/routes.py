@@ -44,11 +44,12 @@ class Routes:
 class RouteTrace:
     """One pass of a microbatch through this rank's routers: what they choose, and what they are made to take."""
 
-    def __init__(self, tokens: RoutedTokens, layers: list[int], replay: Routes | None = None):
+    def __init__(self, tokens: RoutedTokens, layers: list[int], replay: Routes | None = None, counts: bool = True):
         """
         Args:
             layers: this rank's MoE layers.
             replay: what every one of their routers takes instead of its own choice.
+            counts: for statistics, which take entropies; they cost as much as all the rest.
 
         Raises:
             TrainingError: those routes are of other tokens or layers.
@@ -56,6 +57,7 @@ class RouteTrace:
         self.tokens, self.layers, self.replay = tokens, layers, replay
         self.chosen: dict[int, torch.Tensor] = {}  # layer -> [R, k] int16: the routers' own choices
         self.entropy: dict[int, torch.Tensor] = {}  # layer -> [] summed over counted tokens, nats
+        self._counts = counts
         self._told: dict[int, torch.Tensor] = {}  # layer -> [R, k] int64
         self._uses: Counter[int] = Counter()
         self._astray: dict[int, torch.Tensor] = {}  # layer -> [] int64, routes that Megatron did not take
@@ -68,8 +70,8 @@ class RouteTrace:
         return Routes(self.tokens, {layer: self.taken(layer) for layer in self.layers})
 
     def is_new(self, layer: int) -> bool:
-        """This layer has not been asked yet; recomputation asks again."""
-        return layer not in self.chosen
+        """Its entropy is asked for and not known yet; recomputation comes by again."""
+        return self._counts and layer not in self.chosen
 
     def choose(self, layer: int, own: torch.Tensor) -> torch.Tensor | None:
         """Note a router's own choice [R, k]; returns the experts [R, k] int64 to take instead, None: its own."""
