@@ -131,6 +131,15 @@ def _check_model(shape: Architecture, layout: ParallelConfig) -> None:
         for name, size in ranks:
             require(size % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
                     f"the model's {name} {size} cannot be divided evenly over {cut}", "Give another size.")  # fmt: skip
+    if shape.linear:
+        # As many value heads as key heads, or a multiple: dividing these divides both.
+        heads, context = shape.linear.num_key_heads, _context(layout)
+        require(heads % tensor == 0, "parallel.tensor_model_parallel_size", tensor,
+                f"the model's linear_num_key_heads {heads} cannot be divided evenly over {cut}",
+                "Give a divisor of it.")  # fmt: skip
+        require(context == 1, "parallel.context_parallel_size", context,
+                f"{shape.family} has linear attention, whose memory goes through all tokens of a sequence in order",
+                "Give 1, and tensor or pipeline parallelism for long sequences.")  # fmt: skip
     if 0 in shape.moe_layers:
         _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
     if shape.shared_intermediate_size:

@@ -204,6 +204,19 @@ def test_experts_with_biases_cannot_be_cut(tmp_path):
     )  # fmt: skip
 
 
+def test_linear_attention_is_not_cut_over_tokens_nor_within_a_head(tmp_path):
+    path = model_file(tmp_path, model_type="qwen3_next", linear_num_key_heads=1, linear_num_value_heads=2,
+                      linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
+                      shared_expert_intermediate_size=16)  # fmt: skip
+    given = ("--model.hf-config", path)
+    assert "parallel.context_parallel_size = 2: qwen3_next has linear attention" in refusal(
+        2, *given, "--parallel.context-parallel-size", "2"
+    )
+    assert "the model's linear_num_key_heads 1 cannot be divided evenly over tensor parallel size 2" in refusal(
+        2, *given, "--parallel.tensor-model-parallel-size", "2"
+    )
+
+
 def test_a_missing_model_file():
     assert "model.hf_config = 'nowhere.json': no such file" in refusal(1, "--model.hf-config", "nowhere.json")
 

@@ -77,19 +77,32 @@ class PackedPlan(PackedSeqParams):
             return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), softmax)
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
         out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
-        out = out.transpose(1, 2).reshape(self.num_sequences * self.max_len, query.size(1), value.size(2))
-        return out[self.padded_index]
+        return self.flat(out.transpose(1, 2))
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         """[T, heads, d] -> [S, heads, L, d]."""
+        return self.grid(x).transpose(1, 2)
+
+    def grid(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [S, L, ...], each sequence filled up with zeros at its end."""
         padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
         padded = padded.index_copy(0, self.padded_index, x)
-        return padded.view(self.num_sequences, self.max_len, *x.shape[1:]).transpose(1, 2)
+        return padded.view(self.num_sequences, self.max_len, *x.shape[1:])
+
+    def flat(self, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of `grid`."""
+        return grid.flatten(0, 1)[self.padded_index]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[S] int64."""
+        return torch.diff(self.cu_seqlens_q).long()
 
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d], with a d of their own."""
+    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d], with a d of their own.
+    Layers of linear attention have two of their own form [rows, ...] (gated_delta_net.py)."""
 
     rows: int
     max_len: int

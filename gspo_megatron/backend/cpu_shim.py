@@ -70,6 +70,12 @@ def install() -> bool:
     return True
 
 
+def allow_gated_delta_net() -> None:
+    """Megatron refuses to build its GatedDeltaNet without the package fla, on CUDA too. Our forward of it
+    (gated_delta_net.py) needs none of fla."""
+    importlib.import_module("megatron.core.ssm.gated_delta_net").HAVE_FLA = True
+
+
 class _NullStream:
     """Stands for torch.cuda.Stream and Event: on a CPU every operation has finished when it returns."""
 

@@ -146,6 +146,10 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
             attention.k_layernorm = ModuleSpec(AllHeadsRMSNorm, {"heads": arch.num_key_value_heads})
     if not use_te:
         block.layer_norm = RMSNorm
+    if arch.linear is not None:
+        from gspo_megatron.backend import gated_delta_net  # for a hybrid alone: Megatron calls its own experimental
+
+        gated_delta_net.place(block, config, arch, use_te, vp_stage)
     return block
 
 

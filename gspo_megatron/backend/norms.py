@@ -14,15 +14,22 @@ class RMSNorm(torch.nn.Module):
     Megatron's local wrapper refuses sequence parallelism because torch's module cannot say so.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, zero_centred: bool | None = None,
+                 **kwargs):  # fmt: skip
+        """zero_centred: the factor is 1 + weight; None: as the config says."""
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centred = config.layernorm_zero_centered_gamma if zero_centred is None else zero_centred
+        start = torch.zeros if self.zero_centred else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same."""
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        if not self.zero_centred:
+            return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would lose the weight's bits in bf16
+        return F.rms_norm(x.to(wide), (x.size(-1),), 1 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

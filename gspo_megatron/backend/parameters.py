@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend.norms import AllHeadsRMSNorm
 from gspo_megatron.backend.topology import Topology
@@ -22,12 +23,15 @@ from gspo_megatron.backend.topology import Topology
 # Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
 CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1,
            "linear_q_proj": 0, "linear_q_down_proj": 0, "linear_q_up_proj": 0, "linear_kv_down_proj": 0,
-           "linear_kv_up_proj": 0}  # fmt: skip
+           "linear_kv_up_proj": 0, "in_proj": 0, "conv1d": 0, "out_proj": 1}  # fmt: skip
+CUT_VECTORS = ("softmax_offset", "A_log", "dt_bias")  # one number a head
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)$")
 GROUPED_EXPERT = re.compile(r"experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 
 BIAS = re.compile(r"\.bias\d*$")
+INTO_RESIDUAL = ("linear_proj", "linear_fc2", "out_proj")
+DECAY_RATES = (0.01, 16.0)  # exp(A_log), as transformers starts them
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class FullParameter:
     cut_dim: int | None  # None: every tensor rank holds it whole
     cuts: int  # tensor ranks it is cut over (1: not cut)
     cut_rank: int
-    interleave: int  # 2 for a gated fc1: each rank holds its piece of the gate, then its piece of the up projection
+    # How blocks share the cut dimension: a rank holds its piece of each. (1, 1) for a gated fc1: its piece of the gate,
+    # then its piece of the up projection.
+    shares: tuple[int, ...]
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -52,15 +58,19 @@ class FullParameter:
         """This rank's piece of a tensor of the full shape."""
         if self.cut_dim is None or self.cuts == 1:
             return full
-        blocks = full.chunk(self.interleave, dim=self.cut_dim)
+        blocks = self._blocks(full)
         return torch.cat([b.chunk(self.cuts, dim=self.cut_dim)[self.cut_rank] for b in blocks], dim=self.cut_dim)
 
     def join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         """The inverse of slice_of, from the pieces of all cut ranks in order."""
         if self.cut_dim is None or self.cuts == 1:
             return pieces[0]
-        blocks = [p.chunk(self.interleave, dim=self.cut_dim) for p in pieces]
-        return torch.cat([b[i] for i in range(self.interleave) for b in blocks], dim=self.cut_dim)
+        blocks = [self._blocks(piece) for piece in pieces]
+        return torch.cat([b[i] for i in range(len(self.shares)) for b in blocks], dim=self.cut_dim)
+
+    def _blocks(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        size, whole = tensor.size(self.cut_dim), sum(self.shares)
+        return tensor.split([size * share // whole for share in self.shares], dim=self.cut_dim)
 
 
 def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
@@ -74,15 +84,25 @@ def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]
         cuts = topology.etp_size if is_expert else topology.tp_size
         cut_rank = topology.etp_rank if is_expert else topology.tp_rank
         # q_layernorm and a layer norm fused into a linear layer are whole on every rank.
-        cut_dim = CUT_DIM[module] if module and parameter.dim() == 2 else None
+        cut_dim = CUT_DIM[module] if module and parameter.dim() > 1 else None
         is_bias = parameter.dim() == 1 and BIAS.search(name) is not None
-        if name.endswith(".softmax_offset") or (is_bias and CUT_DIM.get(module) == 0):
+        if name.rpartition(".")[2] in CUT_VECTORS or (is_bias and CUT_DIM.get(module) == 0):
             cut_dim = 0
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AllHeadsRMSNorm):
             cut_dim = 0
-        interleave = 2 if module == "linear_fc1" else 1
         full_name = _global_name(name, model, topology)
-        yield FullParameter(full_name, parameter, cut_dim, cuts if cut_dim is not None else 1, cut_rank, interleave)
+        cuts, shares = cuts if cut_dim is not None else 1, _shares(module, model.config)
+        yield FullParameter(full_name, parameter, cut_dim, cuts, cut_rank, shares)
+
+
+def _shares(module: str | None, config: TransformerConfig) -> tuple[int, ...]:
+    if module == "linear_fc1":
+        return (1, 1)
+    if module not in ("in_proj", "conv1d"):
+        return (1,)
+    heads = config.linear_num_value_heads
+    keys, values = config.linear_num_key_heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
+    return (keys, keys, values, values, heads, heads) if module == "in_proj" else (keys, keys, values)
 
 
 def router_biases(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
@@ -91,7 +111,7 @@ def router_biases(model: torch.nn.Module, topology: Topology) -> Iterator[FullPa
         if isinstance(module, TopKRouter) and module.expert_bias is not None:
             module._maintain_float32_expert_bias()  # a model in bf16 has made it bf16
             full_name = _global_name(f"{name}.expert_bias", model, topology)
-            yield FullParameter(full_name, module.expert_bias, None, 1, 0, 1)
+            yield FullParameter(full_name, module.expert_bias, None, 1, 0, (1,))
 
 
 def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
@@ -132,7 +152,8 @@ def mark(model: torch.nn.Module, topology: Topology) -> None:
 @torch.no_grad()
 def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
     """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
-    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms 1, biases, sinks and a value head 0."""
+    back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms multiply by 1, biases, sinks and a
+    value head are 0. Linear attention's decay rates are drawn from DECAY_RATES, its steps begin at softplus(1)."""
     layers = model.config.num_layers
     for parameter in named(model, topology):
         local = parameter.local
@@ -140,14 +161,27 @@ def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float
             local.zero_()  # a value of 0 is the best guess of an untrained critic: advantages are then rewards to go
             continue
         if local.dim() == 1:
-            local.fill_(0.0 if parameter.name.endswith(("bias", "softmax_offset")) else 1.0)
+            local.fill_(_start(parameter.name, model.config.layernorm_zero_centered_gamma))
+        if local.dim() == 1 and not parameter.name.endswith(".A_log"):
             continue
-        into_residual = "linear_proj" in parameter.name or "linear_fc2" in parameter.name
-        scale = std / (2 * layers) ** 0.5 if into_residual else std
         digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        full = torch.normal(0.0, scale, parameter.full_shape, generator=generator)
+        if local.dim() == 1:
+            full = torch.empty(parameter.full_shape).uniform_(*DECAY_RATES, generator=generator).log()
+        else:
+            into_residual = any(f"{name}." in parameter.name for name in INTO_RESIDUAL)
+            scale = std / (2 * layers) ** 0.5 if into_residual else std
+            full = torch.normal(0.0, scale, parameter.full_shape, generator=generator)
         local.copy_(parameter.slice_of(full))
+
+
+def _start(name: str, is_zero_centred: bool) -> float:
+    """What a vector begins with."""
+    if name.endswith(".dt_bias"):
+        return 1.0
+    if name.endswith(("bias", "softmax_offset")):
+        return 0.0
+    return 0.0 if is_zero_centred and not name.endswith(".out_norm.weight") else 1.0
 
 
 def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda p: p.data) -> dict[str, torch.Tensor]:
@@ -160,14 +194,14 @@ def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda 
     mine = {}
     for chunk in chunks:
         for p in named(chunk, topology):
-            mine[p.name] = (p.cut_rank, p.cut_dim, p.cuts, p.interleave, value(p.local).detach().cpu().clone())
+            mine[p.name] = (p.cut_rank, p.cut_dim, p.cuts, p.shares, value(p.local).detach().cpu().clone())
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     full = {}
     for name in sorted({n for pieces in everyone for n in pieces}):
         found = {pieces[name][0]: pieces[name] for pieces in everyone if name in pieces}
-        _, cut_dim, cuts, interleave, _ = next(iter(found.values()))
-        joiner = FullParameter(name, None, cut_dim, cuts, 0, interleave)
+        _, cut_dim, cuts, shares, _ = next(iter(found.values()))
+        joiner = FullParameter(name, None, cut_dim, cuts, 0, shares)
         full[name] = joiner.join([found[rank][4] for rank in (range(cuts) if cuts > 1 else [min(found)])])
     return full
 

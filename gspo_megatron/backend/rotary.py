@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from gspo_megatron.hf.architecture import Architecture, Linear, Llama3, Yarn
+from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.rope_scaling import Linear, Llama3, Yarn
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:

@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from gspo_megatron.backend.topology import Topology
 from gspo_megatron.config import ModelConfig
-from gspo_megatron.hf.architecture import Architecture, Yarn
+from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf.rope_scaling import Yarn
 
 
 def transformer_config(arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool,
@@ -22,6 +23,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
     return kind(
         **_moe_config(arch),
         **_latent_config(arch),
+        **_linear_config(arch),
         **_softmax_config(arch),
         **_activation_config(arch),
         num_layers=arch.num_hidden_layers,
@@ -31,6 +33,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         num_query_groups=arch.num_key_value_heads,
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=arch.zero_centred_norms,
+        attention_output_gate=arch.output_gate,
         layernorm_epsilon=arch.rms_norm_eps,
         gated_linear_unit=True,
         add_bias_linear=arch.linear_bias,
@@ -106,6 +110,22 @@ def _softmax_config(arch: Architecture) -> dict:
     if arch.sinks:
         found["softmax_type"] = "learnable"
     return found
+
+
+def _linear_config(arch: Architecture) -> dict:
+    """The part of TransformerConfig that a hybrid with linear attention has."""
+    linear = arch.linear
+    if linear is None:
+        return {}
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": list(arch.linear_layers),
+        "linear_conv_kernel_dim": linear.kernel,
+        "linear_key_head_dim": linear.key_head_dim,
+        "linear_value_head_dim": linear.value_head_dim,
+        "linear_num_key_heads": linear.num_key_heads,
+        "linear_num_value_heads": linear.num_value_heads,
+    }
 
 
 def _activation_config(arch: Architecture) -> dict:

@@ -8,11 +8,11 @@ Left out, and refused: rotary scaling but for linear, llama3 and yarn; sliding w
 biases of query, key and value); activations other than SiLU and GPT-OSS's.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.hf.rope_scaling import Linear, Llama3, Yarn
 
 RENAMED = {"num_experts": ("num_experts", "num_local_experts", "n_routed_experts")}
 
@@ -29,43 +29,24 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """Rotary angles of positions divided by a factor."""
+class LinearAttention:
+    """Sizes of a Gated DeltaNet (arXiv 2412.06464). Each key head serves as many value heads."""
 
-    factor: float
-
-
-@dataclass(frozen=True)
-class Llama3:
-    """Rotary angles of Llama 3.1 and later: long wavelengths are stretched, short ones kept."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """Rotary angles for a longer context than the original one (arXiv 2309.00071)."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float  # 0: not given
-    mscale_all_dim: float
-    truncate: bool = True  # the ramp begins and ends at whole dimensions
+    num_key_heads: int  # and of queries
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    kernel: int  # tokens that the causal convolution of query, key and value sees
 
     @property
-    def attention_factor(self) -> float:
-        """Of cosine and sine."""
-        if self.mscale and self.mscale_all_dim:
-            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
-        return self._temperature(1.0)
+    def convolved(self) -> int:
+        """Rows of query, key and value of all heads."""
+        return 2 * self.num_key_heads * self.key_head_dim + self.num_value_heads * self.value_head_dim
 
-    def _temperature(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+    def num_parameters(self, hidden: int) -> int:
+        values = self.num_value_heads * self.value_head_dim
+        projections = hidden * (self.convolved + values + 2 * self.num_value_heads) + values * hidden
+        return projections + self.convolved * self.kernel + 2 * self.num_value_heads + self.value_head_dim
 
 
 @dataclass(frozen=True)
@@ -107,6 +88,10 @@ class Architecture:
     windowed_layers: tuple[int, ...] = ()  # one a layer: 1 windowed; empty: none is
     sinks: bool = False  # a logit of each head that takes its share of the softmax and gives no value
     linear_bias: bool = False  # of the attention's output, the router and the experts
+    linear: LinearAttention | None = None  # in place of attention, in linear_layers
+    linear_layers: tuple[int, ...] = ()  # one a layer: 1 linear attention; empty: none is
+    output_gate: bool = False  # attention's output times the sigmoid of a gate that each query head has
+    zero_centred_norms: bool = False  # norms multiply by 1 + weight, but for those inside of linear attention
     clamped_glu: float = 0.0  # gate * sigmoid(1.702 gate) * (up + 1), both clamped to this; 0: SiLU(gate) * up
 
     @property
@@ -126,6 +111,10 @@ class Architecture:
     def has_whole_query(self) -> bool:
         return self.latent is not None and self.latent.q_lora_rank is None
 
+    def is_linear(self, layer: int) -> bool:
+        """layer: from 0."""
+        return bool(self.linear_layers) and bool(self.linear_layers[layer])
+
     @property
     def num_parameters(self) -> int:
         """Of the whole model, without router_bias (it is not trained)."""
@@ -136,7 +125,9 @@ class Architecture:
         moe += self.num_experts * (2 * self.moe_intermediate_size + hidden + 1) if self.linear_bias else 0
         sparse = sum(self.moe_layers)
         dense = 3 * hidden * self.intermediate_size
-        layers = self.num_hidden_layers * (attention + 2 * hidden)
+        linear = sum(self.linear_layers)
+        layers = (self.num_hidden_layers - linear) * attention + self.num_hidden_layers * 2 * hidden
+        layers += linear * self.linear.num_parameters(hidden) if self.linear else 0
         layers += sparse * moe + (self.num_hidden_layers - sparse) * dense
         return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
 
@@ -155,6 +146,7 @@ class Architecture:
         hidden, dim = self.hidden_size, self.head_dim
         rows = dim * (self.num_attention_heads + 2 * self.num_key_value_heads)
         attention = hidden * (rows + dim * self.num_attention_heads) + (rows if self.qkv_bias else 0)
+        attention += hidden * dim * self.num_attention_heads if self.output_gate else 0
         attention += (self.num_attention_heads if self.sinks else 0) + (hidden if self.linear_bias else 0)
         normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
         return attention + dim * normed_heads[self.qk_norm]
@@ -227,8 +219,8 @@ class ConfigReader:
             mscale_all_dim=float(rope.get("mscale_all_dim") or 0), truncate=bool(rope.get("truncate", True)),
         )  # fmt: skip
 
-    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn")) -> dict:
-        """The fields of attention, embeddings and norms that all families share."""
+    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn"), rotary_share: float = 1.0) -> dict:
+        """The fields of attention, embeddings and norms that all families share; rotary_share where none is given."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
         self.require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
@@ -237,7 +229,7 @@ class ConfigReader:
         activation = self.get("hidden_act", "silu")
         self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
         hidden = self.size("hidden_size")
-        share = float(rope.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0)))
+        share = float(rope.get("partial_rotary_factor", self.get("partial_rotary_factor", rotary_share)))
         if share != 1:  # yarn's factor on cosine and sine goes into the softmax's scale, which the whole head has
             scalings = tuple(kind for kind in scalings if kind != "yarn")
         return {

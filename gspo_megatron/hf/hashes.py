@@ -34,7 +34,7 @@ class TensorHashes:
         place = (piece.expert or 0) * piece.parts + piece.part
         done, _ = self._told.get(piece.tensor, (0, ""))
         assert place == done, f"{piece.tensor}: part {place} comes after {done} parts"
-        self._told[piece.tensor] = (done + 1, str(data.dtype).removeprefix("torch."))
+        self._told[piece.tensor] = (done + piece.count, str(data.dtype).removeprefix("torch."))
         found = self._found.setdefault(piece.tensor, hashlib.sha256())
         self._calls.submit(_update, found, data)
 

@@ -90,7 +90,7 @@ def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, 
 
 def whole_shape(piece: Piece, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
     """Shape of the tensor that a piece of this shape is taken of."""
-    whole = (shape[0] * piece.parts, *shape[1:])
+    whole = (shape[0] * piece.parts // piece.count, *shape[1:])
     whole = whole[::-1] if piece.transposed else whole
     return whole if piece.expert is None else (arch.num_experts, *whole)
 

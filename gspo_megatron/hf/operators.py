@@ -22,14 +22,20 @@ class Piece:
 
     tensor: str
     expert: int | None = None  # index in the leading dimension; None: there is no such dimension
-    part: int = 0  # of `parts` equal shares of the rows
+    part: int = 0  # the first of `count` shares, of the `parts` equal shares that the rows have
     parts: int = 1
+    count: int = 1
     transposed: bool = False  # stored as [columns, rows]
 
 
 @dataclass(frozen=True)
 class Rename:
     """One tensor, the same numbers."""
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """How the pieces share the rows of a Hugging Face tensor that has all of them."""
+        return (1,)
 
     def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         return pieces[0]
@@ -59,6 +65,10 @@ class Rename:
 @dataclass(frozen=True)
 class MergeGateUp(Rename):
     """[gate; up] along the rows, of a gated feed-forward layer."""
+
+    @property
+    def shares(self):
+        return (1, 1)
 
     def merge(self, pieces):
         import torch
@@ -119,6 +129,105 @@ class MergeQkv(Rename):
 
 
 @dataclass(frozen=True)
+class MergeGatedQkv(MergeQkv):
+    """As MergeQkv, where each query head is followed by its output gate: a group's query heads, then their gates, its
+    key head, its value head."""
+
+    def merge(self, pieces):
+        import torch
+
+        q, k, v = pieces
+        heads = q.unflatten(0, (-1, self.queries // self.dim, 2, self.dim))  # [groups, heads, query or gate, dim, ...]
+        grouped = (heads.transpose(1, 2).flatten(1, 3), *(x.unflatten(0, (-1, self.dim)) for x in (k, v)))
+        return torch.cat(grouped, 1).flatten(0, 1)
+
+    def split(self, tensor):
+        groups = tensor.unflatten(0, (-1, 2 * self.queries + 2 * self.dim))
+        q, k, v = groups.split((2 * self.queries, self.dim, self.dim), 1)
+        heads = q.unflatten(1, (2, self.queries // self.dim, self.dim)).transpose(1, 2)
+        return [heads.flatten(0, 3), k.flatten(0, 1), v.flatten(0, 1)]
+
+    def shapes(self, shape):
+        groups = shape[0] // (2 * self.queries + 2 * self.dim)
+        return [(groups * rows, *shape[1:]) for rows in (2 * self.queries, self.dim, self.dim)]
+
+
+@dataclass(frozen=True)
+class MergeDeltaNet(Rename):
+    """[query; key; value; z; beta; alpha] of linear attention, each of all heads, out of two tensors that have their
+    rows by key head: query, key, value, z of the key head and its value heads, and beta, alpha."""
+
+    qkvz: tuple[int, ...]  # rows of one key head
+    ba: tuple[int, ...]
+
+    @classmethod
+    def of(cls, architecture):
+        linear = architecture.linear
+        heads = linear.num_value_heads // linear.num_key_heads
+        values = heads * linear.value_head_dim
+        return cls((linear.key_head_dim, linear.key_head_dim, values, values), (heads, heads))
+
+    def merge(self, pieces):
+        import torch
+
+        parts = [part for piece, rows in zip(pieces, (self.qkvz, self.ba), strict=True)
+                 for part in piece.unflatten(0, (-1, sum(rows))).split(rows, 1)]  # fmt: skip
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def split(self, tensor):
+        rows = (*self.qkvz, *self.ba)
+        heads = tensor.size(0) // sum(rows)
+        return self.from_blocks(list(tensor.split([heads * n for n in rows])))
+
+    def from_blocks(self, blocks):
+        import torch
+
+        rows = (*self.qkvz, *self.ba)
+        if len(blocks) != len(rows):
+            return super().from_blocks(blocks)
+        parts = [block.unflatten(0, (-1, n)) for block, n in zip(blocks, rows, strict=True)]
+        return [torch.cat(some, 1).flatten(0, 1) for some in (parts[:4], parts[4:])]
+
+    def shapes(self, shape):
+        heads = shape[0] // sum((*self.qkvz, *self.ba))
+        return [(heads * sum(rows), *shape[1:]) for rows in (self.qkvz, self.ba)]
+
+
+@dataclass(frozen=True)
+class MergeConvolution(Rename):
+    """[query; key; value] along the rows, in one tensor on both sides: three pieces, because tensor ranks cut each."""
+
+    rows: tuple[int, ...]  # of query, key and value
+
+    @property
+    def shares(self):
+        return self.rows
+
+    @classmethod
+    def of(cls, architecture):
+        linear = architecture.linear
+        keys = linear.num_key_heads * linear.key_head_dim
+        return cls((keys, keys, linear.num_value_heads * linear.value_head_dim))
+
+    def merge(self, pieces):
+        import torch
+
+        return torch.cat(pieces)
+
+    def split(self, tensor):
+        return list(tensor.split([rows[0] for rows in self.shapes(tuple(tensor.shape))]))
+
+    def blocks(self, pieces):
+        return pieces
+
+    def from_blocks(self, blocks):
+        return blocks if len(blocks) == len(self.rows) else super().from_blocks(blocks)
+
+    def shapes(self, shape):
+        return [(shape[0] * rows // sum(self.rows), *shape[1:]) for rows in self.rows]
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of a family's table: Megatron's name, theirs, the operator. {layer} and {expert} stand for numbers."""
 
@@ -136,6 +245,19 @@ def rename(ours: str, theirs: str, when: str | None = None) -> Row:
 
 def merge_qkv(ours: str, q: str, k: str, v: str, when: str | None = None) -> Row:
     return Row(ours, (q, k, v), MergeQkv, when=when)
+
+
+def merge_gated_qkv(ours: str, q: str, k: str, v: str) -> Row:
+    """`q` has the rows of an output gate beside those of the query."""
+    return Row(ours, (q, k, v), MergeGatedQkv)
+
+
+def merge_delta_net(ours: str, qkvz: str, ba: str) -> Row:
+    return Row(ours, (qkvz, ba), MergeDeltaNet)
+
+
+def convolution(ours: str, theirs: str) -> Row:
+    return Row(ours, (theirs,), MergeConvolution)
 
 
 def merge_gate_up(ours: str, gate: str, up: str, when: str | None = None) -> Row:

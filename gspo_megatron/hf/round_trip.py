@@ -29,6 +29,9 @@ VOCAB = 192
 _SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB,
           "max_position_embeddings": 64, "num_key_value_heads": 2}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Its norm enlarges the rounding of heads that read nearly nothing, in transformers too: hence the larger epsilon.
+_DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+              "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-4}  # fmt: skip
 _GLM = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
         "n_shared_experts": 2, "routed_scaling_factor": 1.5, "intermediate_size": 40, "head_dim": 16}  # fmt: skip
 _DEEPSEEK = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
@@ -47,6 +50,9 @@ TINY: dict[str, dict] = {
                   "mlp_only_layers": [1], "rope_theta": 1e6} | _EXPERTS,
     "qwen3_moe tied": {"model_type": "qwen3_moe", "intermediate_size": 40, "head_dim": 16,
                        "tie_word_embeddings": True} | _EXPERTS,
+    "qwen3_next": {"model_type": "qwen3_next", "intermediate_size": 40, "head_dim": 16, "mlp_only_layers": [1],
+                   "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+                   "shared_expert_intermediate_size": 32} | _DELTA_NET | _EXPERTS,
     "qwen2_moe": {"model_type": "qwen2_moe", "intermediate_size": 40, "shared_expert_intermediate_size": 32,
                   "decoder_sparse_step": 2} | _EXPERTS,
     "mixtral": {"model_type": "mixtral", "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -109,6 +115,11 @@ def write_model(folder: Path, config: dict, is_stacked: bool = False, dtype: tor
             # Away from 0.02, ones and zeros, so that no norm, bias, route or head can be taken for another.
             if "inv_freq" not in name:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+            # Linear attention: queries, keys and values that are not next to 0, and a memory that lasts.
+            if name.endswith("conv1d.weight"):
+                tensor.mul_(5)
+            elif name.endswith("A_log"):
+                tensor.sub_(3)
     model.to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):

@@ -125,7 +125,7 @@ class SafetensorsFolder:
         shape = self.shape(piece.tensor)[piece.expert is not None :]
         shape = shape[::-1] if piece.transposed else shape
         bounds = [(0, size) for size in shape]
-        bounds[0] = _share(bounds[0], piece.part, piece.parts)
+        bounds[0] = _share(bounds[0], piece.part, piece.parts, piece.count)
         if cut_dim is not None and cuts > 1:
             bounds[cut_dim] = _share(bounds[cut_dim], rank, cuts)
         where = tuple(slice(*bound) for bound in bounds)
@@ -157,6 +157,6 @@ class SafetensorsFolder:
         return self._files[self._home[name]].get_slice(name)
 
 
-def _share(bound: tuple[int, int], index: int, count: int) -> tuple[int, int]:
-    step = (bound[1] - bound[0]) // count
-    return bound[0] + index * step, bound[0] + (index + 1) * step
+def _share(bound: tuple[int, int], index: int, parts: int, count: int = 1) -> tuple[int, int]:
+    step = (bound[1] - bound[0]) // parts
+    return bound[0] + index * step, bound[0] + (index + count) * step

@@ -116,7 +116,7 @@ class SafetensorsWriter:
         """
         spec = self._specs[piece.tensor]
         shape = spec.shape[piece.expert is not None :]
-        shape = (shape[0] // piece.parts, *shape[1:])
+        shape = (shape[0] * piece.count // piece.parts, *shape[1:])
         tensor = tensor.t() if piece.transposed else tensor
         place = (piece.expert, piece.part)
         if tuple(tensor.shape) != shape:
@@ -126,7 +126,7 @@ class SafetensorsWriter:
         self._written[spec.name].add(place)
         data = tensor.detach().to("cpu", spec.dtype).contiguous()
         file, start = self._place[spec.name]
-        offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes
+        offset = start + ((piece.expert or 0) * piece.parts + piece.part) * data.nbytes // piece.count
         with reported(self.folder):
             self._files.write(file, [data], offset)
         self._left[spec.name] -= data.nbytes

@@ -6,18 +6,21 @@ Left out: which of them a rank holds (backend/parameters.py), and multi-token pr
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.families import FAMILIES
-from gspo_megatron.hf.operators import MergeGateUp, Piece, Rename, Row
+from gspo_megatron.hf.operators import Piece, Rename, Row
 
 # Old checkpoints hold this table of angles, which follows from the config.
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+MTP = re.compile(r"^mtp\.")  # Qwen3-Next's name of what other families number as further layers
 # Transformer Engine keeps some norms inside the linear layer behind them; pre_mlp_layernorm only in dense layers.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.in_proj.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 MANY = 5  # names shown in a message
@@ -55,25 +58,30 @@ def entries(architecture: Architecture, is_stacked: bool = False) -> dict[str, E
         for row in rows:
             if row.when is None or getattr(architecture, row.when):
                 name = row.ours.format(layer=layer, expert=expert)
-                found[name] = Entry(name, row.operator.of(architecture), _pieces(row, layer, expert))
+                operator = row.operator.of(architecture)
+                found[name] = Entry(name, operator, _pieces(row, operator, layer, expert))
 
     add(family.model)
     for layer, is_moe in enumerate(architecture.moe_layers):
         add(family.layer, layer)
+        add(family.linear if architecture.is_linear(layer) else family.softmax, layer)
         add(moe if is_moe else family.dense, layer)
         for expert in range(architecture.num_experts if is_moe else 0):
             add(experts, layer, expert)
     return found
 
 
-def _pieces(row: Row, layer: int, expert: int) -> tuple[Piece, ...]:
+def _pieces(row: Row, operator: Rename, layer: int, expert: int) -> tuple[Piece, ...]:
     names = [name.format(layer=layer, expert=expert) for name in row.theirs]
-    if not row.stacked:
+    if len(names) > 1:
         return tuple(Piece(name) for name in names)
-    whole = Piece(names[0], expert, transposed=row.transposed)
-    if row.operator is not MergeGateUp:
+    whole = Piece(names[0], expert if row.stacked else None, transposed=row.transposed)
+    shares = operator.shares
+    if len(shares) == 1:
         return (whole,)
-    return tuple(replace(whole, part=part, parts=2) for part in range(2))
+    starts = accumulate((0, *shares[:-1]))
+    return tuple(replace(whole, part=start, parts=sum(shares), count=n)
+                 for start, n in zip(starts, shares, strict=True))  # fmt: skip
 
 
 def tensors(table: dict[str, Entry]) -> dict[str, list[Piece]]:
@@ -104,6 +112,7 @@ def match(architecture: Architecture, names: Iterable[str], drop_mtp: bool, orig
     """
     names = {name for name in names if not DERIVED.search(name)}
     beyond = {n for n in names if (m := LAYER.match(n)) and int(m.group(1)) >= architecture.num_hidden_layers}
+    beyond |= {n for n in names if MTP.match(n)}
     if beyond and not drop_mtp:
         raise ConversionError(
             f"{origin}: {some(beyond)} of layers behind the model's {architecture.num_hidden_layers}, which predict "

@@ -13,19 +13,19 @@ def test_gated_slice_takes_gate_and_up_of_each_rank():
     """fc1 of [gate 0..3; up 4..7] over two ranks: rank 0 holds rows 0, 1, 4, 5 and rank 1 rows 2, 3, 6, 7."""
     full = torch.arange(8.0).unsqueeze(1).expand(8, 3)
     local = torch.nn.Parameter(torch.empty(4, 3))
-    pieces = [FullParameter("w", local, 0, 2, rank, 2).slice_of(full) for rank in range(2)]
+    pieces = [FullParameter("w", local, 0, 2, rank, (1, 1)).slice_of(full) for rank in range(2)]
     assert pieces[0][:, 0].tolist() == [0, 1, 4, 5]
     assert pieces[1][:, 0].tolist() == [2, 3, 6, 7]
-    assert torch.equal(FullParameter("w", local, 0, 2, 0, 2).join(pieces), full)
-    assert FullParameter("w", local, 0, 2, 0, 2).full_shape == (8, 3)
+    assert torch.equal(FullParameter("w", local, 0, 2, 0, (1, 1)).join(pieces), full)
+    assert FullParameter("w", local, 0, 2, 0, (1, 1)).full_shape == (8, 3)
 
 
 def test_row_parallel_slice_cuts_columns():
     full = torch.arange(12.0).view(2, 6)
     local = torch.nn.Parameter(torch.empty(2, 3))
-    pieces = [FullParameter("w", local, 1, 2, rank, 1).slice_of(full) for rank in range(2)]
+    pieces = [FullParameter("w", local, 1, 2, rank, (1,)).slice_of(full) for rank in range(2)]
     assert pieces[1].tolist() == [[3, 4, 5], [9, 10, 11]]
-    assert torch.equal(FullParameter("w", local, 1, 2, 0, 1).join(pieces), full)
+    assert torch.equal(FullParameter("w", local, 1, 2, 0, (1,)).join(pieces), full)
 
 
 def full_weights(layout: ParallelConfig) -> dict:

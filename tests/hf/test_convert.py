@@ -31,7 +31,7 @@ from tests.distributed import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = 40_000  # bytes: a dozen files a model
-CUT = ("qwen3_moe", "olmoe", "glm4_moe", "gpt_oss", "llama")
+CUT = ("qwen3_moe", "qwen3_next", "olmoe", "glm4_moe", "gpt_oss", "llama")
 
 
 def quiet(done: int, total: int) -> None:

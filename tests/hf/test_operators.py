@@ -3,9 +3,21 @@
 import pytest
 import torch
 
-from gspo_megatron.hf.operators import Interleave, MergeGateUp, MergeQkv, Rename
+from gspo_megatron.hf.operators import (
+    Interleave,
+    MergeConvolution,
+    MergeDeltaNet,
+    MergeGatedQkv,
+    MergeGateUp,
+    MergeQkv,
+    Rename,
+)
 
 QKV = MergeQkv(queries=4, dim=2)  # two query heads of size 2 share a key and a value head
+
+GATED_QKV = MergeGatedQkv(queries=4, dim=2)
+DELTA_NET = MergeDeltaNet(qkvz=(1, 1, 2, 2), ba=(2, 2))  # two value heads of size 1 to a key head of size 1
+CONVOLUTION = MergeConvolution(rows=(2, 2, 4))
 
 
 def test_qkv_is_by_group():
@@ -14,6 +26,21 @@ def test_qkv_is_by_group():
     merged = QKV.merge([q, k, v])
     assert merged[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
     assert QKV.merge([q[:, 0], k[:, 0], v[:, 0]]).tolist() == merged[:, 0].tolist()  # a bias has no columns
+
+
+def test_gates_of_queries_stand_behind_the_group_s_queries():
+    """One group. Head 0 has query 0, 1 and gate 2, 3; head 1 has query 4, 5 and gate 6, 7; key 8, 9, value 10, 11."""
+    q, k, v = (torch.arange(first, last).float() for first, last in ((0, 8), (8, 10), (10, 12)))
+    assert GATED_QKV.merge([q, k, v]).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
+
+
+def test_linear_attention_is_by_kind_and_not_by_key_head():
+    """Two key heads. The first has query 0, key 1, values 2, 3, z 4, 5, the second 6 to 11; beta and alpha 12, 13 | 14,
+    15 and 16, 17 | 18, 19."""
+    merged = DELTA_NET.merge([torch.arange(12.0), torch.arange(12.0, 20)])
+    assert merged.tolist() == [0, 6, 1, 7, 2, 3, 8, 9, 4, 5, 10, 11, 12, 13, 16, 17, 14, 15, 18, 19]
+    blocks = list(merged.split([2, 2, 4, 4, 4, 4]))  # as a checkpoint has them
+    assert [piece.tolist() for piece in DELTA_NET.from_blocks(blocks)] == [list(range(12)), list(range(12, 20))]
 
 
 def test_gate_stands_before_up():
@@ -32,6 +59,9 @@ CASES = {
     "interleaved bias": (Interleave(), [(8,)]),
     "qkv": (QKV, [(8, 3), (4, 3), (4, 3)]),
     "qkv bias": (QKV, [(8,), (4,), (4,)]),
+    "gated qkv": (GATED_QKV, [(16, 3), (4, 3), (4, 3)]),
+    "linear attention": (DELTA_NET, [(12, 3), (8, 3)]),
+    "convolution": (CONVOLUTION, [(2, 1, 3), (2, 1, 3), (4, 1, 3)]),
 }
 
 

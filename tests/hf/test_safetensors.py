@@ -32,6 +32,7 @@ def test_slices_of_pieces(tmp_path):
     assert files.read(Piece("a"), 0, 1, 2).tolist() == A[2:].tolist()
     assert files.read(Piece("b", expert=1, part=1, parts=2)).tolist() == B[1, 2:].tolist()
     assert files.read(Piece("b", expert=1, part=1, parts=2), 0, 1, 2).tolist() == B[1, 3:].tolist()
+    assert files.read(Piece("b", expert=1, part=1, parts=4, count=2), 0, 1, 2).tolist() == B[1, 2:3].tolist()
     assert files.read(Piece("a"), 1, 2, 3).tolist() == A[:, 2:].tolist()
 
 

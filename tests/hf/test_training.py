@@ -35,7 +35,8 @@ from tests.distributed import spawn
 
 ONE, TP2, PP2, MIXED = (ParallelConfig(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
 DENSE = ParallelConfig(2, 2, None, 1, 1)
-FAMILIES = ("qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama")
+FAMILIES = ("qwen3_next", "qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "gpt_oss",
+            "llama")  # fmt: skip
 
 
 def examples() -> list[TrainSequence]:
@@ -79,6 +80,11 @@ def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[Piec
     return float(loss), split
 
 
+def taken(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The piece's rows."""
+    return torch.cat(tensor.chunk(piece.parts)[piece.part : piece.part + piece.count])
+
+
 def truth(folder: Path) -> tuple[float, dict[Piece, torch.Tensor]]:
     """Loss and gradients by transformers, of published pieces."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
@@ -96,7 +102,7 @@ def truth(folder: Path) -> tuple[float, dict[Piece, torch.Tensor]]:
         for piece, to in zip(entry.pieces, published[name].pieces, strict=True):
             if piece.tensor in grads:
                 whole = grads[piece.tensor] if piece.expert is None else grads[piece.tensor][piece.expert]
-                found[to] = (whole.t() if piece.transposed else whole).chunk(piece.parts)[piece.part]
+                found[to] = taken(whole.t() if piece.transposed else whole, piece)
     return float(total / number), found
 
 
@@ -165,5 +171,5 @@ def test_a_run_starts_from_another_run_s_export(tmp_path):
     state = model.state_dict()
     for name, entry in table.entries(arch, is_stacked=True).items():
         pieces = [state[p.tensor] if p.expert is None else state[p.tensor][p.expert] for p in entry.pieces]
-        pieces = [tensor.chunk(p.parts)[p.part] for tensor, p in zip(pieces, entry.pieces, strict=True)]
+        pieces = [taken(tensor, p) for tensor, p in zip(pieces, entry.pieces, strict=True)]
         assert torch.equal(entry.operator.merge(pieces), answer["start"][name]), name

@@ -1,11 +1,22 @@
 """FAMILIES: model_type of a config.json -> how that family's config and tensors are read. Imports no torch.
 
-Left out, and refused by name: what REFUSED says, and everything that is not a decoder of text.
+Left out, and refused by name: everything that is not a decoder of text.
 """
 
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.hf.architecture import Architecture, ConfigReader
-from gspo_megatron.hf.families import deepseek, glm4_moe, gpt_oss, llama, mixtral, olmoe, qwen2_moe, qwen3, qwen3_moe
+from gspo_megatron.hf.families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+)
 from gspo_megatron.hf.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,12 +28,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
     "gpt_oss": gpt_oss.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
     "qwen3": qwen3.FAMILY,
     "llama": llama.FAMILY,
-}
-REFUSED = {
-    "qwen3_next": "Megatron-Core's Gated DeltaNet takes neither packed sequences nor a cache for generation, so it can "
-    "neither be trained nor sampled here",
 }
 
 
@@ -37,8 +45,6 @@ def architecture(hf: dict, origin: str = "config.json") -> Architecture:
         ConfigError: the family is unknown, a size is missing, or the model has something that is not built here.
     """
     family = hf.get("model_type")
-    if family in REFUSED:
-        raise ConfigError(f"{origin}: model_type {family!r} is not supported: {REFUSED[family]}. Use another model.")
     if family not in FAMILIES:
         raise ConfigError(
             f"{origin}: model_type {family!r} is not supported. Give a model of one of: {', '.join(FAMILIES)}."

@@ -24,6 +24,9 @@ class Family:
     # What replaces `moe` and `experts` in a folder that transformers saved with save_original_format off.
     stacked_moe: tuple[Row, ...] = ()
     stacked_experts: tuple[Row, ...] = ()
+    # Of a hybrid: what layers with softmax attention, and those with linear attention, have besides `layer`.
+    softmax: tuple[Row, ...] = ()
+    linear: tuple[Row, ...] = ()
 
 
 OURS = "decoder.layers.{layer}."
