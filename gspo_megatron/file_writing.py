@@ -1,9 +1,7 @@
-"""Large files, written while the caller goes on: one thread copies to the system, another one waits for the disk.
+"""Large files, written while the caller goes on: a thread copies to the system, and the end waits for the disk.
 
-Left to itself Linux begins to write to the disk only when much of the memory waits for it, and the caller's last fsync
-takes as long as the disk needs for all of it. Here the disk is asked every FLUSH_BYTES.
-
-Left out: several threads that copy. One fills what a disk takes, and other work (hashes, what is next) needs the cores.
+Left out: several threads that copy (one fills what a disk takes, and other work needs the cores), and asking the disk
+early: fdatasync in the middle was seen to cost up to half as much again, and Linux begins by itself where much waits.
 """
 
 import errno
@@ -20,7 +18,6 @@ from gspo_megatron.errors import ConversionError
 from gspo_megatron.tensor_bytes import memory
 
 AHEAD = 16  # writes that may wait; their tensors are held meanwhile
-FLUSH_BYTES = 2**27
 
 
 class Ahead:
@@ -58,20 +55,17 @@ class FileWriter:
     def __init__(self, folder: Path):
         self._folder = folder
         self._open: dict[str, int] = {}
-        self._unflushed: dict[str, int] = {}
-        self._copies, self._disk = Ahead("copies", AHEAD), Ahead("disk", 2)
+        self._copies = Ahead("copies", AHEAD)
 
     def create(self, file: str, size: int = 0) -> None:
         """An empty file, or one of zeros, so that a disk that is too small is found out here."""
         self._open[file] = os.open(self._folder / file, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
-        self._unflushed[file] = 0
         if size:
             self._call(file, os.posix_fallocate, self._open[file], 0, size)
 
     def join(self, file: str) -> None:
         """A file that another process has created, to write other places of it."""
         self._open[file] = os.open(self._folder / file, os.O_RDWR)
-        self._unflushed[file] = 0
 
     def write(self, file: str, parts: Sequence[bytes | torch.Tensor], offset: int) -> int:
         """Parts one behind the other from `offset` on. Returns where they end.
@@ -88,10 +82,6 @@ class FileWriter:
             while view.nbytes:
                 written = self._call(file, os.pwrite, self._open[file], view, offset)
                 view, offset = view[written:], offset + written
-                self._unflushed[file] += written
-        if self._unflushed[file] >= FLUSH_BYTES:
-            self._unflushed[file] = 0
-            self._disk.submit(self._call, file, os.fdatasync, self._open[file])
 
     def _call(self, file: str, call: Callable, *args: object) -> int | None:
         try:
@@ -103,14 +93,12 @@ class FileWriter:
         """Wait until everything is on the disk, and close the files."""
         self._copies.finish()
         for file, descriptor in self._open.items():
-            self._disk.submit(self._call, file, os.fsync, descriptor)
-        self._disk.finish()
+            self._call(file, os.fsync, descriptor)
         self._close()
 
     def abandon(self) -> None:
         """Stop where it is, and close the files. Nothing is raised."""
         self._copies.abandon()
-        self._disk.abandon()
         self._close()
 
     def _close(self) -> None:

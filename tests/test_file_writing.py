@@ -1,4 +1,4 @@
-"""Files written in the background: the bytes, the errors, and when the disk is asked."""
+"""Files written in the background: the bytes, the errors, and the wait for the disk."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-from gspo_megatron import file_writing
 from gspo_megatron.file_writing import Ahead, FileWriter
 
 
@@ -25,27 +24,25 @@ def test_bytes_and_tensors_come_to_their_places(tmp_path):
     assert (tmp_path / "b").read_bytes() == b"\0\0\0end" + bytes(6)
 
 
-def test_the_disk_is_asked_while_writing_goes_on(tmp_path, monkeypatch):
-    """10 writes of 30 bytes with a limit of 100: after 120 and 240 bytes. At the end every file once more."""
+def test_the_end_waits_for_the_disk(tmp_path, monkeypatch):
+    """Each file once, after its last byte."""
     asked, monkey = [], monkeypatch.setattr
-    monkey(file_writing, "FLUSH_BYTES", 100)
-    monkey(os, "fdatasync", lambda descriptor: asked.append("data"))
-    monkey(os, "fsync", lambda descriptor: asked.append("all"))
+    monkey(os, "fsync", lambda descriptor: asked.append(os.fstat(descriptor).st_size))
     writer = FileWriter(tmp_path)
-    writer.create("a")
-    for number in range(10):
-        writer.write("a", [bytes(30)], 30 * number)
+    for file, writes in (("a", 3), ("b", 5)):
+        writer.create(file)
+        for number in range(writes):
+            writer.write(file, [bytes(30)], 30 * number)
     writer.finish()
-    assert asked == ["data", "data", "all"]
+    assert asked == [90, 150]
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "fsync"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
 def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch, call):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    monkeypatch.setattr(file_writing, "FLUSH_BYTES", 1)
     writer = FileWriter(tmp_path)
     writer.create("a")
     with pytest.raises(OSError, match="No space left") as caught:
@@ -53,7 +50,7 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch, call):
         writer.finish()
     assert caught.value.filename == str(tmp_path / "a") and caught.value.errno == errno.ENOSPC
     writer.abandon()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("copies", "disk"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("copies")]
 
 
 def test_calls_wait_in_order_and_few_ahead():

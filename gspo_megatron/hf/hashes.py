@@ -1,15 +1,16 @@
-"""A SHA-256 of every tensor, beside the weights that a conversion writes: tensors.json.
+"""A BLAKE3 hash of every tensor, beside the weights that a conversion writes: tensors.json.
 
 Both sides of a conversion name published tensors and hash their bytes as safetensors has them, so the two files are the
 same where no type is changed; and what comes out of a checkpoint is compared with what went in, because Megatron's
-checkpoints have no checksums of their own. One thread hashes while another one writes.
+checkpoints have no checksums of their own. One thread hashes while another one writes; BLAKE3 takes it less than
+half of SHA-256's time. The command b3sum knows it too.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.file_writing import Ahead
@@ -26,7 +27,7 @@ class TensorHashes:
 
     def __init__(self) -> None:
         self._calls = Ahead("hashes", AHEAD)
-        self._found: dict[str, hashlib._Hash] = {}
+        self._found: dict[str, blake3] = {}
         self._told: dict[str, tuple[int, str]] = {}  # places that were hashed, type
 
     def add(self, piece: Piece, data: torch.Tensor) -> None:
@@ -35,17 +36,17 @@ class TensorHashes:
         done, _ = self._told.get(piece.tensor, (0, ""))
         assert place == done, f"{piece.tensor}: part {place} comes after {done} parts"
         self._told[piece.tensor] = (done + piece.count, str(data.dtype).removeprefix("torch."))
-        found = self._found.setdefault(piece.tensor, hashlib.sha256())
+        found = self._found.setdefault(piece.tensor, blake3())
         self._calls.submit(_update, found, data)
 
     def finish(self) -> dict[str, dict[str, str]]:
-        """{tensor: {dtype, sha256}}."""
+        """{tensor: {dtype, blake3}}."""
         self._calls.finish()
-        return {name: {"dtype": self._told[name][1], "sha256": found.hexdigest()}
+        return {name: {"dtype": self._told[name][1], "blake3": found.hexdigest()}
                 for name, found in sorted(self._found.items())}  # fmt: skip
 
 
-def _update(found: "hashlib._Hash", data: torch.Tensor) -> None:
+def _update(found: "blake3", data: torch.Tensor) -> None:
     found.update(memory(data))  # which releases Python's lock
 
 
@@ -65,7 +66,7 @@ def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
         return
     told = json.loads(path.read_text(encoding="utf-8"))
     wrong = [name for name, own in found.items() if name in told and told[name]["dtype"] == own["dtype"]
-             and told[name]["sha256"] != own["sha256"]]  # fmt: skip
+             and told[name]["blake3"] != own["blake3"]]  # fmt: skip
     if wrong:
         raise ConversionError(
             f"{folder.parent}: {some(wrong)} not what was converted: the hash in {path} is another one. The checkpoint "
