@@ -89,22 +89,25 @@ class FileWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._folder / file)) from None
 
+    def close(self, file: str) -> None:
+        """No more is written to this file: it is closed once it is on the disk, while the caller goes on."""
+        self._copies.submit(self._sync, file)
+
+    def _sync(self, file: str) -> None:
+        self._call(file, os.fsync, self._open[file])
+        os.close(self._open.pop(file))
+
     def finish(self) -> None:
         """Wait until everything is on the disk, and close the files."""
         self._copies.finish()
-        for file, descriptor in self._open.items():
-            self._call(file, os.fsync, descriptor)
-        self._close()
+        for file in list(self._open):
+            self._sync(file)
 
     def abandon(self) -> None:
         """Stop where it is, and close the files. Nothing is raised."""
         self._copies.abandon()
-        self._close()
-
-    def _close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """An error that one rank finds, raised on all: a rank that raises alone leaves the others in their next collective."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from gspo_megatron.errors import GspoError
+from gspo_megatron.errors import GspoError, LostRankError
 
 
 def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = None) -> None:
@@ -19,10 +19,17 @@ def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = No
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block whose error on one rank is raised on all at its end. It has no collective of its own inside."""
-    error = None
+    """A block whose error on one rank is raised on all at its end. It has no collective of its own inside.
+
+    A defect keeps its trace on the rank that has it; the others raise LostRankError.
+    """
     try:
         yield
-    except GspoError as problem:
-        error = problem
-    raise_together(error)
+    except GspoError as error:
+        raise_together(error)
+    except Exception as defect:
+        with suppress(GspoError):
+            raise_together(LostRankError(f"rank {dist.get_rank()} failed ({type(defect).__name__}: {defect})."))
+        raise
+    else:
+        raise_together(None)

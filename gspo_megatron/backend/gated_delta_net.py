@@ -99,7 +99,10 @@ def place(block: TransformerBlockSubmodules, config: TransformerConfig, arch: Ar
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     for number, layer in enumerate(block.layer_specs):
         if arch.is_linear(first + number):  # a new spec, because layers share theirs
-            parts = replace(layer.submodules, self_attention=spec(use_te))
+            names = dict(layer.submodules.sharded_state_dict_keys_map)
+            if not use_te:  # as model.py's _te_names
+                names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
+            parts = replace(layer.submodules, self_attention=spec(use_te), sharded_state_dict_keys_map=names)
             block.layer_specs[number] = replace(layer, submodules=parts)
 
 

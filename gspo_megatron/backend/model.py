@@ -20,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from gspo_megatron.backend import parameters
 from gspo_megatron.backend.attention import CachePlan, SdpaCoreAttention, softmax_of
@@ -131,7 +132,8 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     core = _te_attention_with_cache() if use_te else SdpaCoreAttention
-    for layer in block.layer_specs:
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    for number, layer in enumerate(block.layer_specs, first):
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = core
         if arch.latent is not None and not use_te:
@@ -139,6 +141,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
             attention.q_layernorm = attention.kv_layernorm = LatentNorm
         if not use_te:
             layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+            layer.submodules.sharded_state_dict_keys_map = _te_names(arch, bool(arch.moe_layers[number]))
             if arch.qk_norm == "head":
                 attention.q_layernorm = attention.k_layernorm = RMSNorm
         if arch.qk_norm == "all_heads":
@@ -151,6 +154,17 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
 
         gated_delta_net.place(block, config, arch, use_te, vp_stage)
     return block
+
+
+def _te_names(arch: Architecture, is_moe: bool) -> dict[str, str]:
+    """Where a checkpoint has the norms of a local layer: where Transformer Engine's layers have them, in the linear layer
+    behind or apart. Megatron's own table does not know layers with experts, and latent attention has none."""
+    found = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if arch.latent is not None:
+        found = {
+            f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")
+        }
+    return found if is_moe else found | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def _te_attention_with_cache():

@@ -40,12 +40,13 @@ def has_transformer_engine() -> bool:
 TIMEOUT = timedelta(minutes=10)  # of every process group: a collective that waits longer ends its rank with an error
 
 
-def start(device: str = "auto", is_alone: bool = False) -> Runtime:
+def start(device: str = "auto", is_alone: bool = False, timeout: timedelta = TIMEOUT) -> Runtime:
     """Join the process group that torchrun describes in the environment (one rank alone needs none).
 
     Args:
         device: "auto" (CUDA where there is one), "cpu" or "cuda".
         is_alone: a group of this process and no other, whatever the environment says.
+        timeout: a collective of all ranks that waits longer ends its rank with an error.
     """
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -64,7 +65,7 @@ def start(device: str = "auto", is_alone: bool = False) -> Runtime:
         # No device_id, as in Megatron-LM: with it NCCL would put all sends and receives of a group into one queue, and
         # the interleaved schedule relies on their independence.
         store = dist.HashStore() if is_alone else fresh_store(rank, world_size, TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if not use_cuda:
         kernels = "Megatron local layers, PyTorch attention"
     elif has_transformer_engine():

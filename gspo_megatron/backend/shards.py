@@ -29,6 +29,7 @@ from gspo_megatron.file_writing import FileWriter
 
 ALIGNMENT = 64  # of an archive in its file, so that its numbers are aligned too
 NAME = "__{}_{}.distcp"
+OPEN = 32  # files that are written and not yet closed; the system lets a process have some hundreds
 TAIL = 4096  # bytes at an archive's end that have its directory: some records of 50 to 100 bytes
 LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field, which stand between header and contents
 Shape = tuple[int, ...]
@@ -117,6 +118,8 @@ class ShardWriter:
             self._name, self._end = NAME.format(self._rank, self._count), 0
             self._count += 1
             self._files.create(self._name)
+            if self._count > OPEN:
+                self._files.close(NAME.format(self._rank, self._count - 1 - OPEN))
         start = -(-self._end // ALIGNMENT) * ALIGNMENT
         self._end = self._files.write(self._name, parts, start)
         place = _StorageInfo(self._name, start, self._end - start)

@@ -141,10 +141,11 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
             results = self._write(plans[0].items, planner, Path(checkpoint_dir))
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, results)
-        if dist.get_rank() == 0:
-            writer = FileSystemWriter(checkpoint_dir, thread_count=1)
-            writer.set_up_storage_writer(True)
-            writer.finish(metadata, everyone)
+        with together(), reported(Path(checkpoint_dir)):
+            if dist.get_rank() == 0:
+                writer = FileSystemWriter(checkpoint_dir, thread_count=1)
+                writer.set_up_storage_writer(True)
+                writer.finish(metadata, everyone)
 
     def _write(self, items: list[WriteItem], planner: object, folder: Path) -> list[WriteResult]:
         """This rank's parameters; the first rank also writes what is no tensor."""

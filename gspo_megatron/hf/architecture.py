@@ -258,6 +258,7 @@ class ConfigReader:
     def sparse_steps(self) -> tuple[int, ...]:
         """moe_layers of the Qwen families: every decoder_sparse_step-th layer but those of mlp_only_layers."""
         step, dense = self.get("decoder_sparse_step", 1), set(self.get("mlp_only_layers", ()))
+        self.require(step > 0, f"decoder_sparse_step is {step}", "Give 1 or more.")
         return tuple(int((i + 1) % step == 0 and i not in dense) for i in range(self.size("num_hidden_layers")))
 
     def sliding_window(self) -> None:

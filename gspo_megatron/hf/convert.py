@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from gspo_megatron.model_file import read_json
 Progress = Callable[[int, int], None]
 Shape = tuple[int, ...]
 PADDED = (streaming.EMBEDDING, "output_layer.weight")
+PATIENCE = timedelta(days=1)  # ranks meet at the end of their shares; torchrun ends those that wait for a dead one
 POWERS = 14  # Megatron's 128 times a tensor parallel size of up to 64
 ONE = ParallelConfig(1, 1, None, 1, 1)
 
@@ -228,7 +230,7 @@ def whole_model(
     if dtype not in NAMES:
         raise ConversionError(f"{dtype} is not supported. Give one of: {', '.join(map(str, NAMES))}.")
     is_ours = not dist.is_initialized()
-    runtime = runtimes.start("cpu", is_alone)
+    runtime = runtimes.start("cpu", is_alone, PATIENCE)
     topology = topologies.start(ONE, seed=0)
     try:
         yield model_builder.bare(shape, ModelConfig(), topology, runtime, dtype)[0], topology
@@ -247,7 +249,8 @@ def _written_aside(target: Path) -> Iterator[Path]:
             if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-        yield unfinished
+        with reported(target):  # what Megatron writes beside the tensors
+            yield unfinished
         with together(), reported(target):
             if is_main:
                 os.rename(unfinished, target)

@@ -64,9 +64,15 @@ def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    told = json.loads(path.read_text(encoding="utf-8"))
-    wrong = [name for name, own in found.items() if name in told and told[name]["dtype"] == own["dtype"]
-             and told[name]["blake3"] != own["blake3"]]  # fmt: skip
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [name for name, own in found.items() if name in told and told[name]["dtype"] == own["dtype"]
+                 and told[name]["blake3"] != own["blake3"]]  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{path}: no table of hashes ({type(error).__name__}: {error}). Convert the original again, or remove the "
+            "file: then nothing is compared."
+        ) from None
     if wrong:
         raise ConversionError(
             f"{folder.parent}: {some(wrong)} not what was converted: the hash in {path} is another one. The checkpoint "

@@ -2,7 +2,7 @@
 
 The format: 8 bytes with the header's length, the header (JSON: name -> dtype, shape, begin and end of its bytes), then
 the bytes. A writer therefore knows every file's layout from names, shapes and types alone: it writes headers first and
-each tensor, or a part of its rows, to its place. Nothing is held in memory, and the folder gets its name at the end.
+each tensor, or a part of its rows, to its place. Few tensors are held in memory. The folder gets its name at the end.
 """
 
 import json

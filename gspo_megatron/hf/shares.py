@@ -27,10 +27,9 @@ def share(entries: Mapping[str, Entry], sizes: Mapping[str, int], rank: int, wor
 def _groups(entries: Mapping[str, Entry]) -> list[list[str]]:
     """Runs of the table that share no published tensor with what stands before or behind them."""
     groups: list[list[str]] = []
-    place: dict[str, int] = {}  # of a published tensor's group; where that was joined into an earlier one: behind it
+    place: dict[str, int] = {}  # of a published tensor's group
     for entry in entries.values():
-        known = [min(place[piece.tensor], len(groups) - 1) for piece in entry.pieces if piece.tensor in place]
-        first = min(known, default=len(groups))
+        first = min([place[piece.tensor] for piece in entry.pieces if piece.tensor in place], default=len(groups))
         groups[first:] = [[*(name for group in groups[first:] for name in group), entry.name]]
-        place.update({piece.tensor: first for piece in entry.pieces})
+        place.update({piece.tensor: first for name in groups[first] for piece in entries[name].pieces})
     return groups

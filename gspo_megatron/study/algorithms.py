@@ -16,7 +16,7 @@ from gspo_megatron.metrics.plots import LOOK
 from gspo_megatron.metrics.record import series
 from gspo_megatron.study import document, plan
 from gspo_megatron.study.document import Document, Section
-from gspo_megatron.study.inference import Interval, interval, paired
+from gspo_megatron.study.inference import Interval, interval, paired, together
 from gspo_megatron.study.results import RunResult, load, of
 from gspo_megatron.study.wording import say
 
@@ -98,10 +98,10 @@ def find(results: list[RunResult]) -> AlgorithmFindings:
     cells = [_cell(results, arm, lr, lr == best[arm]) for arm in arms
              for lr in sorted({run.spec.lr for run in results if run.spec.arm == arm})]  # fmt: skip
     gspo = {seed: run.outcome for seed, run in of(results, "gspo", lr=best.get("gspo")).items()}
-    against = {}
+    against, confidence = {}, together(plan.CONFIDENCE, len(arms) - 1)
     for arm in arms:
         theirs = {seed: run.outcome for seed, run in of(results, arm, lr=best[arm]).items()}
-        if arm != "gspo" and (found := paired(gspo, theirs, plan.CONFIDENCE)):
+        if arm != "gspo" and (found := paired(gspo, theirs, confidence)):
             against[arm] = found
     return AlgorithmFindings(cells, against, _conclude([cell for cell in cells if cell.best], against))
 

@@ -7,7 +7,8 @@ TEXTS = {
         rollout chose (which here is the same engine); free routing pins nothing. Made by `gspo-megatron study
         routing-replay`; the rules and margins (gspo_megatron/study/plan.py) were written before the first run.""",
     "added": """{added} of the runs were planned after the other {first} had been seen, to narrow the intervals for
-        GRPO; that every row is read against the margin was written then, too.""",
+        GRPO. Written then, too: that every row is read against the margin, that the rows which do not decide share
+        their 95%, and that a row whose arms all collapsed shows nothing.""",
     "edge": """A run's outcome is its held-out accuracy, mean over the evaluations after {outcome_from:.0%} of its
         steps; it has collapsed below {collapse:.0%} of the accuracy it started from.""",
     "equivalence": """The paired difference, GSPO free minus GSPO with R2. The same: its 90% interval is within
@@ -92,7 +93,7 @@ TEXTS = {
         medians over the seeds that reached it. The row marked * is the algorithm's best learning rate by mean accuracy
         after.""",
     "against": """Accuracy after, GSPO's minus the other's, paired by seed, each at its own best learning rate; 95%
-        intervals.""",
+        for all rows together. The best rate was picked by the same outcomes.""",
     "efficiency": """That GSPO needs 30 to 40% less training, or half the time on MoE models, as others report at scale:
         the table above is what came out here.""",
     "order": """To a held-out accuracy of {threshold:g} in all seeds, each at its best learning rate: {told}.""",

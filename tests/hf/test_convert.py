@@ -5,6 +5,7 @@ Left out: models larger than memory (tools/bench_convert.py measures the peak).
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,23 @@ def test_checkpoints_load_and_are_saved_under_another_layout(converted, folder):
     errors = spawn(in_another_layout, 4, folder)[0]
     assert max(errors.values()) < round_trip.LIMIT and set(errors) == set(CUT)
     assert spawn(one_process, 1, folder)[0] == {name: set() for name in CUT}
+
+
+def test_norms_have_the_keys_of_transformer_engine_s_layers(converted, folder):
+    """Where Megatron's specs for Transformer Engine keep them (gpt_layer_specs.py): in the linear layer behind, but for
+    the norm before experts and latent attention's input. So what a CPU has written loads on a GPU."""
+    keys = {}
+    for name in ("glm4_moe", "deepseek_v3", "qwen3_next"):
+        metadata = (folder / f"{name}.megatron/.metadata").read_bytes()
+        keys[name] = {m.decode() for m in re.findall(rb"decoder\.layers\.[\w.]*norm[\w.]*weight", metadata)}
+    layer = "decoder.layers.{}.".format
+    assert {layer(0) + "self_attention.linear_qkv.layer_norm_weight", layer(0) + "mlp.linear_fc1.layer_norm_weight",
+            layer(1) + "pre_mlp_layernorm.weight"} <= keys["glm4_moe"]  # fmt: skip
+    assert {layer(1) + "input_layernorm.weight", layer(1) + "self_attention.linear_q_up_proj.layer_norm_weight",
+            layer(1) + "self_attention.linear_kv_up_proj.layer_norm_weight"} <= keys["deepseek_v3"]  # fmt: skip
+    assert {layer(0) + "self_attention.in_proj.layer_norm_weight", layer(0) + "self_attention.out_norm.weight",
+            layer(1) + "mlp.linear_fc1.layer_norm_weight",
+            layer(2) + "self_attention.linear_qkv.layer_norm_weight"} <= keys["qwen3_next"]  # fmt: skip
 
 
 def refusals(rank: int, world_size: int, folder: Path) -> dict[str, str]:

@@ -37,6 +37,8 @@ def test_shares_are_even_and_keep_together_what_one_tensor_gives():
     assert [share(apart, sizes, rank, 2) for rank in range(2)] == [{"a", "b"}, {"c", "d"}]
     assert [share(joined, sizes, rank, 2) for rank in range(2)] == [{"a"}, {"b", "c", "d"}]
     assert [share(around, sizes, rank, 2) for rank in range(2)] == [set(), {"a", "b", "c", "d"}]
+    late = table({"a": ("1",), "b": ("2",), "c": ("3",), "d": ("1",), "e": ("4",), "f": ("2",)})
+    assert share(late, dict.fromkeys("abcdef", 1), 0, 2) in (set(), set("abcdef"))  # f joins b, which is with a and d
     assert [share(apart, sizes, rank, 5) for rank in range(5)] == [{"a"}, set(), {"b", "c"}, set(), {"d"}]
 
 

@@ -36,6 +36,7 @@ LINEAR = (
 
 def _linear_layers(config: ConfigReader) -> tuple[int, ...]:
     layers, interval = config.size("num_hidden_layers"), config.get("full_attention_interval", 4)
+    config.require(interval > 0, f"full_attention_interval is {interval}", "Give 1 or more.")
     default = ["full_attention" if layer % interval == 0 else "linear_attention" for layer in range(1, layers + 1)]
     types = config.get("layer_types", default)
     known = set(types) <= {"linear_attention", "full_attention"} and len(types) == layers
