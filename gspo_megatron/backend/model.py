@@ -157,7 +157,7 @@ def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_s
 
 
 def _te_names(arch: Architecture, is_moe: bool) -> dict[str, str]:
-    """Where a checkpoint has the norms of a local layer: where Transformer Engine's layers have them, in the linear layer
+    """Where a checkpoint has a local layer's norms: where Transformer Engine's layers have them, in the linear layer
     behind or apart. Megatron's own table does not know layers with experts, and latent attention has none."""
     found = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if arch.latent is not None:
