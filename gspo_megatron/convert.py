@@ -5,8 +5,9 @@ One process, or under torchrun several on one file system, each with a share of 
 """
 
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,9 @@ def main(argv: list[str], direction: Direction | None = None, program: str = PRO
     """
     options = tyro.cli(Options, prog=program, args=argv)
     direction = check(options, direction)
+    with suppress(ValueError, OSError):  # a mapped file keeps a descriptor, and a large model has thousands of files
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: Megatron uses any GPU it can see
     import torch
 
