@@ -75,6 +75,9 @@ def test_transformers_loads_the_export(outcomes, folder, name):
     """Nothing missing or unexpected, and its logits are those of the first model to the bit."""
     model, told = AutoModelForCausalLM.from_pretrained(folder / f"{name}.out", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    for parameter in model.parameters():
+        # A mapped file's numbers are aligned otherwise than the first model's, and sums then may round otherwise.
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         logits = torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
     assert torch.equal(logits, torch.load(folder / name / "logits.pt"))
