@@ -9,6 +9,7 @@ A checkpoint made here, or by a run, has config.json and tokenizer in its folder
 verify.py compares logits, upcycle.py makes experts of a dense model.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -230,11 +231,15 @@ def whole_model(
     if dtype not in NAMES:
         raise ConversionError(f"{dtype} is not supported. Give one of: {', '.join(map(str, NAMES))}.")
     is_ours = not dist.is_initialized()
+    gc.freeze()  # what the imports have made is no garbage,
+    gc.disable()  # and neither is what planning makes; looking for some took a tenth of the time
     runtime = runtimes.start("cpu", is_alone, PATIENCE)
     topology = topologies.start(ONE, seed=0)
     try:
         yield model_builder.bare(shape, ModelConfig(), topology, runtime, dtype)[0], topology
     finally:
+        gc.enable()
+        gc.unfreeze()
         topologies.stop()
         if is_ours:
             runtimes.stop()
