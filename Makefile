@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -type f)  # the editable install builds them, so a c
 # A build of torch for other hardware: make install TORCH=torch==2.13.0+cpu
 TORCH ?= $(shell grep '^torch==' $(PINS))
 # One rank a GPU; 4 on a CPU.
-NPROC ?= $(shell $(BIN)/python -c 'from gspo_megatron.cli import gpu_count; print(gpu_count() or 4)')
+NPROC ?= $(shell $(BIN)/python -c 'from gspo_megatron.cli.launch import gpu_count; print(gpu_count() or 4)')
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install train test lint help

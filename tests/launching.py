@@ -38,7 +38,7 @@ def world():
     dist.barrier()
     return dist
 
-from gspo_megatron import process
+from gspo_megatron.process import lifecycle
 from gspo_megatron.errors import ConfigError
 """
 

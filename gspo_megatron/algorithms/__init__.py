@@ -1,19 +1,19 @@
 """Policy-optimization mathematics on packed log-probs. Never imports Megatron.
 
 One small file an algorithm, and this literal table. What else makes an algorithm: the values that a recipe need not
-give (config_algorithm.ALGORITHMS), and where its advantages come from (train.make_estimator).
+give (config/algorithm.py), and where its advantages come from (trainer/rl.py).
 """
 
 import math
 from functools import partial
 
-from gspo_megatron.algorithms.contract import ClipRange, Loss, LossOptions
 from gspo_megatron.algorithms.dapo import dapo_loss
 from gspo_megatron.algorithms.dpo import dpo_loss
 from gspo_megatron.algorithms.dr_grpo import dr_grpo_loss
 from gspo_megatron.algorithms.grpo import grpo_loss
 from gspo_megatron.algorithms.gspo import gspo_loss
 from gspo_megatron.algorithms.gspo_token import gspo_token_loss
+from gspo_megatron.algorithms.interface import ClipRange, Loss, LossOptions
 from gspo_megatron.algorithms.ppo import ppo_loss
 from gspo_megatron.config import AlgorithmConfig
 

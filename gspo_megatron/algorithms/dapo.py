@@ -9,7 +9,7 @@ by their length (section 3.3). Responses near the limit lose reward by `overlong
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import token_surrogate
 
 

@@ -11,10 +11,10 @@ Left out: label smoothing, and a length-normalised h.
 import torch
 import torch.nn.functional as F
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import LARGEST
+from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import sequence_partials
-from gspo_megatron.types import SequenceTable
 
 PREFERENCE_LOSSES = {
     "sigmoid": lambda h, beta: -F.logsigmoid(beta * h),

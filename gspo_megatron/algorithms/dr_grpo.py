@@ -7,7 +7,7 @@ nearly solved or nearly hopeless; and the sum over tokens is divided by the cons
 instead of |y_i|, which favoured long wrong answers. Defaults: clip 0.2 / 0.2, no KL term.
 """
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import token_surrogate
 
 

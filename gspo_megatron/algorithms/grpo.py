@@ -6,7 +6,7 @@ with r_it = pi(y_it) / pi_old(y_it), A_i = (r_i - group mean) / (group std + 1e-
 KL(pi || ref), equation 4. Defaults: clip 0.2 / 0.2, kl_coef 0.04 (section 4.2).
 """
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import token_surrogate
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.mismatch import corrected
 from gspo_megatron.algorithms.surrogate import LARGEST, regularizer_value, regularizers, token_weights
+from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import COLUMNS, gspo_surrogate, sequence_partials
-from gspo_megatron.types import SequenceTable
 
 
 def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:

@@ -4,8 +4,8 @@ s_it = sg[s_i] pi(y_it) / sg[pi(y_it)] has the value s_i and the gradient s_i d 
 no logp - sg(logp) is ever formed, so none of s_i can be rounded away by it.
 """
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.gspo import sequence_surrogate
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.mismatch import corrected
 
 

@@ -12,7 +12,7 @@ import dataclasses
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions
 
 
 def _truncated(weight: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ learns the returns by its own loss below. Defaults: clip 0.2 / 0.2, values clipp
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import token_surrogate
 
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOutputs
 from gspo_megatron.algorithms.surrogate import LARGEST
+from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import sequence_partials
-from gspo_megatron.types import SequenceTable
 
 
 def supervised_loss(inputs: LossInputs) -> LossOutputs:

@@ -8,11 +8,11 @@ Clipping is in ops/token_surrogate.py. Left out: the sequence ratio (gspo.py, op
 
 import torch
 
-from gspo_megatron.algorithms.contract import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.mismatch import corrected
+from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import COLUMNS
 from gspo_megatron.ops.token_surrogate import token_objectives
-from gspo_megatron.types import SequenceTable
 
 LARGEST = 4  # the column of a table that is combined by its maximum: max_abs_log_ratio
 

@@ -1,4 +1,7 @@
-"""Everything Megatron-Core, nothing about reinforcement learning.
+"""Everything Megatron-Core: parallel/, layers/, model/, engine/, checkpoint/, each above the one before.
+
+What is computed from the model's outputs (losses, advantages) is algorithms/; where prompts and rewards come from is
+not known here.
 
 Importing this package makes Megatron importable on a machine without CUDA (cpu_shim.py), which has to happen before the
 first import of megatron; nothing outside this package imports megatron.

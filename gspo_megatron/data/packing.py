@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from gspo_megatron.batch import PackedBatch, TrainSequence
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.routing.rollout_routes import UNKNOWN
-from gspo_megatron.types import PackedBatch, TrainSequence
 
 
 def pack(

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gspo_megatron.config import require
+from gspo_megatron.batch import Prompt, TaskItem
+from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import CheckpointError, RolloutError
 from gspo_megatron.tasks.mixture import TaskMixture
-from gspo_megatron.types import Prompt, TaskItem
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

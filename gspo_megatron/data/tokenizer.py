@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gspo_megatron.config import require
+from gspo_megatron.config.constraints import require
 
 # The padding token has id 0 because packed batches are padded with 0.
 PAD, END_OF_TEXT, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>")

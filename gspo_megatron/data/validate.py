@@ -6,8 +6,8 @@ not a number, where looking at each step would cost a synchronisation.
 
 import torch
 
+from gspo_megatron.batch import PackedBatch
 from gspo_megatron.errors import RolloutError
-from gspo_megatron.types import PackedBatch
 
 TOKEN_FIELDS = ("position_ids", "loss_mask", "old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns")
 OVERFLOW = 88.0  # exp of more is infinite in fp32

@@ -21,30 +21,31 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend import model as model_builder
-from gspo_megatron.backend import runtime as runtimes
-from gspo_megatron.backend import streaming
-from gspo_megatron.backend import topology as topologies
-from gspo_megatron.backend.agreement import together
-from gspo_megatron.backend.model import ModelShape, PackedModel
-from gspo_megatron.backend.topology import Topology
-from gspo_megatron.config import ModelConfig, ParallelConfig
+from gspo_megatron.backend.checkpoint import streaming
+from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import ModelShape, PackedModel
+from gspo_megatron.backend.parallel import runtime as runtimes
+from gspo_megatron.backend.parallel import topology as topologies
+from gspo_megatron.backend.parallel.collective_errors import together
+from gspo_megatron.backend.parallel.topology import Topology
+from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.file_writing import reported
-from gspo_megatron.hf import export, shares, table
-from gspo_megatron.hf.architecture import Architecture
+from gspo_megatron.hf import export, partition
 from gspo_megatron.hf.hashes import FILE, TensorHashes, compare, content
 from gspo_megatron.hf.load import check_tied_head, pieces_of
 from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
-from gspo_megatron.model_file import read_json
+from gspo_megatron.models import table
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.recipe.hf_config import read_json
+from gspo_megatron.utils.file_writing import reported
 
 Progress = Callable[[int, int], None]
 Shape = tuple[int, ...]
 PADDED = (streaming.EMBEDDING, "output_layer.weight")
 PATIENCE = timedelta(days=1)  # ranks meet at the end of their shares; torchrun ends those that wait for a dead one
 POWERS = 14  # Megatron's 128 times a tensor parallel size of up to 64
-ONE = ParallelConfig(1, 1, None, 1, 1)
+ONE = Layout()
 
 
 def to_megatron(
@@ -157,7 +158,7 @@ def _held(
 def _share(entries: dict[str, table.Entry], held: dict[str, export.Held]) -> set[str]:
     """Full names of the parameters that this rank converts."""
     sizes = {name: math.prod(form.full_shape) * form.dtype.itemsize for name, form in held.items()}
-    return shares.share(entries, sizes, dist.get_rank(), dist.get_world_size())
+    return partition.share(entries, sizes, dist.get_rank(), dist.get_world_size())
 
 
 def _of_all(found: dict) -> dict:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend.agreement import raise_together
-from gspo_megatron.backend.topology import Topology
+from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import ConversionError, GspoError
-from gspo_megatron.hf import table as tables
-from gspo_megatron.hf.architecture import Architecture
 from gspo_megatron.hf.load import stored, whole_shape
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
+from gspo_megatron.models import table as tables
+from gspo_megatron.models.architecture import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = 5 * 10**9

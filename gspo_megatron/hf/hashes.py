@@ -13,10 +13,10 @@ import torch
 from blake3 import blake3
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.file_writing import Ahead
-from gspo_megatron.hf.operators import Piece
-from gspo_megatron.hf.table import some
-from gspo_megatron.tensor_bytes import memory
+from gspo_megatron.models.operators import Piece
+from gspo_megatron.models.table import some
+from gspo_megatron.utils.file_writing import Ahead
+from gspo_megatron.utils.tensor_bytes import memory
 
 FILE = "tensors.json"
 AHEAD = 16  # tensors that may wait to be hashed, and are held meanwhile

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend import parameters
-from gspo_megatron.backend.agreement import raise_together
-from gspo_megatron.backend.parameters import FullParameter
-from gspo_megatron.backend.topology import Topology
+from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.parameters import FullParameter
+from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import ConversionError, GspoError
-from gspo_megatron.hf import table as tables
-from gspo_megatron.hf.architecture import Architecture
-from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import SafetensorsFolder
+from gspo_megatron.models import table as tables
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.operators import Piece
 
 ROWS_AT_ONCE = 4096
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.quantised import BLOCKS, FP8, SCALE, SCALES, BlockScales, Mxfp4, of_folder
-from gspo_megatron.hf.table import some
+from gspo_megatron.models.operators import Piece
+from gspo_megatron.models.table import some
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -17,10 +17,10 @@ from types import TracebackType
 import torch
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.file_writing import FileWriter, reported
-from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import INDEX, NAMES, SINGLE
-from gspo_megatron.hf.table import some
+from gspo_megatron.models.operators import Piece
+from gspo_megatron.models.table import some
+from gspo_megatron.utils.file_writing import FileWriter, reported
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf import export, table
-from gspo_megatron.hf.architecture import Architecture
-from gspo_megatron.hf.families import architecture
+from gspo_megatron.hf import export
 from gspo_megatron.hf.load import check_tied_head
-from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
-from gspo_megatron.model_file import read_json
+from gspo_megatron.models import table
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.families import architecture
+from gspo_megatron.models.operators import Piece
+from gspo_megatron.recipe.hf_config import read_json
 
 EXPERT = re.compile(r"experts\.\d+\.")
 ROUTER = ".mlp.router.weight"

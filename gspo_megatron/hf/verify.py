@@ -1,7 +1,7 @@
 """Do a Hugging Face folder and a Megatron checkpoint hold the same model? Compares their logits on given prompts.
 
 Both models are whole in memory here, in fp32, one after the other. Left out: other layouts than one process
-(tools/conversion_matrix.py), and families that transformers cannot run.
+(tools/validation/conversion_matrix.py), and families that transformers cannot run.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from gspo_megatron.backend import streaming
-from gspo_megatron.backend.attention import PackedPlan
-from gspo_megatron.backend.model import ModelShape
+from gspo_megatron.backend.checkpoint import streaming
+from gspo_megatron.backend.layers.attention import PackedPlan
+from gspo_megatron.backend.model.builder import ModelShape
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.convert import whole_model
 

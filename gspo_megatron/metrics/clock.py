@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gspo_megatron import whereabouts
+from gspo_megatron.process import progress
 
 
 class StepClock:
@@ -20,7 +20,7 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         started = self._now()
-        with whereabouts.part(name):
+        with progress.part(name):
             yield
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - started
 

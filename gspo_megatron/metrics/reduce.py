@@ -8,8 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend.policy import UpdateResult
-from gspo_megatron.types import SequenceTable
+from gspo_megatron.batch import SequenceTable, UpdateResult
 
 
 def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

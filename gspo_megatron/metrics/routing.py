@@ -1,40 +1,52 @@
-"""route/* and ratio_parts/* of one RL step, from all ranks."""
+"""route/* of one RL step: routing counts beside the ratios and clip flags that the last stage published."""
 
 import torch
+import torch.distributed as dist
 
-from gspo_megatron.backend.policy import Policy, UpdateResult
-from gspo_megatron.metrics.reduce import gather_rows, published
-from gspo_megatron.routing.ratio_parts import log_ratio_parts, spread
-from gspo_megatron.routing.statistics import change_beside_ratio, routing_metrics
-from gspo_megatron.types import PackedBatch
+from gspo_megatron.batch import SequenceTable, UpdateResult
+from gspo_megatron.metrics.reduce import published
+from gspo_megatron.routing.statistics import MinibatchRouting, routing_metrics
 
 
-def step_routing(policy: Policy, results: list[UpdateResult]) -> dict:
-    """Routing counts of the updates in `results`, one a minibatch, joined with the published ratios and clip flags. A
-    collective over all ranks; the same on every stage."""
-    counted = policy.routing.take()
-    metrics = routing_metrics(counted, policy.routing.topk)
+def step_routing(
+    counted: list[MinibatchRouting], topk: int, results: list[UpdateResult], group: dist.ProcessGroup
+) -> dict:
+    """Routing metrics of the updates in `results`, one a minibatch. A collective; the same on every stage.
+
+    Args:
+        counted: sums over all ranks, by minibatch (RoutingStatistics.take).
+        topk: experts a token.
+        group: data-parallel ranks.
+    """
+    metrics = routing_metrics(counted, topk)
     if len(counted) > 1:
         sequences = torch.cat([minibatch.sequences for minibatch in counted[1:]], dim=1).flatten(0, 1)
-        table = published(results[1:], policy.topology.dp_group)
+        table = published(results[1:], group)
         metrics |= change_beside_ratio(sequences.to(table.values.device), table)
     return metrics
 
 
-def ratio_parts(policy: Policy, batches: list[PackedBatch]) -> dict[str, float]:
-    """ratio_parts/* of batches that have old log-probs and old routes, at the weights as they are: two passes. A
-    collective over all ranks."""
-    free, fixed = policy.log_probs(batches), policy.log_probs_along_old_routes(batches)
-    found = {}  # on the last stage
-    if policy.topology.is_last_stage:
-        found = {
-            id(batch): log_ratio_parts(batch.old_logprobs, *new)
-            for batch, *new in zip(batches, free, fixed, strict=True)
-        }
-    columns: list[torch.Tensor] = []
-    lengths = policy.sums_by_sequence(batches, lambda batch: torch.ones_like(batch.loss_mask))
-    for part in range(3):
-        columns.append(policy.sums_by_sequence(batches, lambda batch, part=part: found[id(batch)][part]))
-        columns.append(policy.sums_by_sequence(batches, lambda batch, part=part: found[id(batch)][part].square()))
-    rows = gather_rows(torch.stack([lengths, *columns], dim=1), policy.topology.dp_group)
-    return spread(rows[:, 0], rows[:, 1::2], rows[:, 2::2])
+def change_beside_ratio(sequences: torch.Tensor, table: SequenceTable) -> dict[str, float]:
+    """Does routing change explain clipping? Of the minibatches after the first, over all replicas.
+
+    Args:
+        sequences: [N, 2] fp64, changed and compared pairs.
+        table: N rows, the same sequences as the last stage published them.
+
+    Returns:
+        route/changed_clipped, route/changed_unclipped: mean share of a sequence's (token, layer) pairs that changed,
+        over sequences that lost gradient to the clip and over the others; route/change_ratio_correlation: Pearson's,
+        of that share and |mean log-ratio|. What has no value is left out.
+    """
+    lengths, sums = table.column("num_tokens"), table.column("sum_log_ratio")
+    known = (sequences[:, 1] > 0) & (lengths > 0) & torch.isfinite(sums)
+    share = (sequences[:, 0] / sequences[:, 1])[known]
+    distance = (sums / lengths).abs()[known]
+    clipped = ((table.column("clipped_low_tokens") + table.column("clipped_high_tokens")) > 0)[known]
+    metrics = {}
+    for name, chosen in (("clipped", share[clipped]), ("unclipped", share[~clipped])):
+        if chosen.numel():
+            metrics[f"route/changed_{name}"] = float(chosen.mean())
+    if share.numel() > 2 and float(share.std()) > 0 and float(distance.std()) > 0:
+        metrics["route/change_ratio_correlation"] = float(torch.corrcoef(torch.stack([share, distance]))[0, 1])
+    return metrics

@@ -2,7 +2,7 @@
 
 The logits are made tile by tile (so many tokens by so many rows of the weight), reduced to four numbers a token, and
 made again in the backward. They are not rounded to the model's type: bf16 logits alone move the sequence log-ratio by
-more than GSPO's clip range (tools/ratio_accuracy.py).
+more than GSPO's clip range (tools/validation/ratio_accuracy.py).
 
 Types: bf16 inputs give fp32 logits (on a CPU, where no matrix product takes bf16 to fp32, from upcast tiles; on CUDA by
 torch.mm(out_dtype), which nobody has run yet), fp32 gives fp32, fp64 gives fp64. In the backward of bf16 inputs the

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from gspo_megatron import whereabouts
-from gspo_megatron.backend.attention import CachePlan, KeyValueCache, PackedPlan
-from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.layers.attention import CachePlan, KeyValueCache, PackedPlan
+from gspo_megatron.batch import Completion, Prompt
+from gspo_megatron.process import progress
 from gspo_megatron.rollout.sampling import SamplingParams, sample
 from gspo_megatron.routing.rollout_routes import RolloutRecorder, SequenceRoutes
-from gspo_megatron.types import Completion, Prompt
 
 
 @dataclass
@@ -79,7 +79,7 @@ class MegatronEngine:
             model.eval()
         waves = self._waves(prompts, group_size, params, uniform)
         for iteration in range(params.max_tokens):
-            whereabouts.detail(f"token {iteration + 1}")
+            progress.detail(f"token {iteration + 1}")
             for chunk in range(len(self.policy.models)):
                 for wave in [wave for wave in waves if not wave.finished]:
                     if chunk == 0 and iteration > 0 and not self.topology.is_last_stage:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.routing.routes import Routes, RouteTrace, changed_experts
-from gspo_megatron.types import SequenceTable
 
 COLUMNS = (
     "tokens",  # trained
@@ -160,29 +159,3 @@ def _change_metrics(later: list[MinibatchRouting], topk: int, moe: torch.Tensor)
 
 def _by_layer(values: torch.Tensor, moe: torch.Tensor) -> list[float | None]:
     return [float(value) if is_moe else None for value, is_moe in zip(values, moe, strict=True)]
-
-
-def change_beside_ratio(sequences: torch.Tensor, table: SequenceTable) -> dict[str, float]:
-    """Does routing change explain clipping? Of the minibatches after the first, over all replicas.
-
-    Args:
-        sequences: [N, 2] fp64, changed and compared pairs.
-        table: N rows, the same sequences as the last stage published them.
-
-    Returns:
-        route/changed_clipped, route/changed_unclipped: mean share of a sequence's (token, layer) pairs that changed,
-        over sequences that lost gradient to the clip and over the others; route/change_ratio_correlation: Pearson's,
-        of that share and |mean log-ratio|. What has no value is left out.
-    """
-    lengths, sums = table.column("num_tokens"), table.column("sum_log_ratio")
-    known = (sequences[:, 1] > 0) & (lengths > 0) & torch.isfinite(sums)
-    share = (sequences[:, 0] / sequences[:, 1])[known]
-    distance = (sums / lengths).abs()[known]
-    clipped = ((table.column("clipped_low_tokens") + table.column("clipped_high_tokens")) > 0)[known]
-    metrics = {}
-    for name, chosen in (("clipped", share[clipped]), ("unclipped", share[~clipped])):
-        if chosen.numel():
-            metrics[f"route/changed_{name}"] = float(chosen.mean())
-    if share.numel() > 2 and float(share.std()) > 0 and float(distance.std()) > 0:
-        metrics["route/change_ratio_correlation"] = float(torch.corrcoef(torch.stack([share, distance]))[0, 1])
-    return metrics

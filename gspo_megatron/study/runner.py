@@ -26,10 +26,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gspo_megatron import recipe
 from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics.tracker import read_metrics
-from gspo_megatron.model_file import read_json
+from gspo_megatron.recipe.hf_config import read_json
+from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.study.plan import SETTINGS, RunSpec, StartSpec
 
 KEPT = (  # of each step
@@ -178,7 +178,7 @@ def _model(study: Study, start: StartSpec) -> Path | None:
     if not changes:
         return None
     path = study.work / f"{start.setting}.json"
-    original = recipe.load([str(study.recipe)], quiet=True).model.hf_config
+    original = load_recipe([str(study.recipe)], quiet=True).model.hf_config
     path.write_text(json.dumps(read_json(original, "model.hf_config") | changes, indent=2))
     return path
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 
-from gspo_megatron.config_faults import FaultsConfig
-from gspo_megatron.process import SIGNALS
+from gspo_megatron.config import FaultsConfig
+from gspo_megatron.process.lifecycle import SIGNALS
 from gspo_megatron.tasks.scoring_process import LENGTH
 
 PROGRAM = "gspo_megatron.tasks.scoring_process"

@@ -21,10 +21,11 @@ from typing import Any
 
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from gspo_megatron.config import TaskConfig, require
+from gspo_megatron.batch import TaskItem
+from gspo_megatron.config import TaskConfig
+from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
-from gspo_megatron.types import TaskItem
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gspo_megatron.config_algorithm import PreferenceConfig
-from gspo_megatron.requirements import require
+from gspo_megatron.config import PreferenceConfig
+from gspo_megatron.config.constraints import require
 
 FIELDS = ("prompt", "chosen", "rejected")
 HELD_OUT_SHARE = 10  # one in so many of the pairs of `path`, where the recipe gives no eval_path
@@ -49,7 +49,7 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
     """
     name = "algorithm.preference.path"
     require(config.path is not None, name, None, "dpo learns from preference pairs",
-            "Give a JSONL file; tools/make_preferences.py writes one from a recipe's tasks.")  # fmt: skip
+            "Give a JSONL file; examples/make_preferences.py writes one from a recipe's tasks.")  # fmt: skip
     pairs = read_pairs(config.path, name)
     if config.eval_path is None:
         cut = len(pairs) - max(1, len(pairs) // HELD_OUT_SHARE)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from gspo_megatron.algorithms.contract import ClipRange, GlobalCounts, LossInputs, LossOptions
+from gspo_megatron.algorithms.interface import ClipRange, GlobalCounts, LossInputs, LossOptions
 
 WIDE = ClipRange(0.1, 0.2)  # low and high differ, so that swapping them shows
 PAPER = ClipRange(3e-4, 4e-4)

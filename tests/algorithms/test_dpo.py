@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gspo_megatron.algorithms import policy_loss
-from gspo_megatron.algorithms.contract import GlobalCounts, LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.dpo import dpo_loss
-from gspo_megatron.config_algorithm import AlgorithmConfig, PreferenceConfig
+from gspo_megatron.algorithms.interface import GlobalCounts, LossInputs, LossOptions, LossOutputs
+from gspo_megatron.config import AlgorithmConfig, PreferenceConfig
 from tests.algorithms.packed import PAPER, Response, gradient
 from tests.algorithms.packed import pack as pack_responses
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.algorithms.advantages import group_advantages
-from gspo_megatron.algorithms.contract import GlobalCounts, LossOptions
 from gspo_megatron.algorithms.gspo import gspo_loss
 from gspo_megatron.algorithms.gspo_token import gspo_token_loss
+from gspo_megatron.algorithms.interface import GlobalCounts, LossOptions
 from gspo_megatron.config import AlgorithmConfig
 from tests.algorithms.packed import (
     EMPTY,

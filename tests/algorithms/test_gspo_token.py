@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gspo_megatron.algorithms.contract import LossOptions
 from gspo_megatron.algorithms.gspo import gspo_loss
 from gspo_megatron.algorithms.gspo_token import gspo_token_loss
+from gspo_megatron.algorithms.interface import LossOptions
 from tests.algorithms.packed import (
     EMPTY,
     MASKED,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gspo_megatron.algorithms import LOSSES
-from gspo_megatron.algorithms.contract import ClipRange, LossOptions
+from gspo_megatron.algorithms.interface import ClipRange, LossOptions
 from gspo_megatron.algorithms.mismatch import corrected
 from tests.algorithms.packed import Response, gradient, pack
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from gspo_megatron.algorithms import LOSSES, policy_loss
-from gspo_megatron.algorithms.contract import ClipRange, LossOptions
-from gspo_megatron.config import AlgorithmConfig
-from gspo_megatron.config_algorithm import ALGORITHMS, KlConfig, MismatchConfig, PreferenceConfig
+from gspo_megatron.algorithms.interface import ClipRange, LossOptions
+from gspo_megatron.config import AlgorithmConfig, KlConfig, MismatchConfig, PreferenceConfig
+from gspo_megatron.config.algorithm import ALGORITHMS
 
 CHOSEN = AlgorithmConfig(
     name="grpo", clip_ratio_low=0.11, clip_ratio_high=0.12, clip_ratio_dual=3.5, aggregation="constant_length",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gspo_megatron.algorithms.contract import GlobalCounts
+from gspo_megatron.algorithms.interface import GlobalCounts
 from gspo_megatron.algorithms.supervised import supervised_loss
 from tests.algorithms.packed import EMPTY, MASKED, Response, gradient, pack
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.algorithms import LOSSES, policy_loss
-from gspo_megatron.algorithms.contract import ClipRange, GlobalCounts, LossInputs, LossOptions
 from gspo_megatron.algorithms.dapo import overlong_penalty
+from gspo_megatron.algorithms.interface import ClipRange, GlobalCounts, LossInputs, LossOptions
 from gspo_megatron.config import AlgorithmConfig
 from tests.algorithms.packed import EMPTY, MASKED, Response, count, gradient, pack, ragged
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from gspo_megatron.backend import runtime, topology
-from gspo_megatron.backend.model import ModelShape
-from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
+from gspo_megatron.batch import PackedBatch
 from gspo_megatron.config import ParallelConfig, TrainConfig
-from gspo_megatron.types import PackedBatch
 
 CONFIG_PATH = Path(__file__).parents[2] / "examples/models/qwen3_moe_tiny/config.json"
 SINGLE = ParallelConfig(1, 1, None, 1, 1)

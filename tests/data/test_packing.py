@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gspo_megatron.batch import TrainSequence
 from gspo_megatron.data.packing import microbatches_needed, pack
 from gspo_megatron.errors import RolloutError
-from gspo_megatron.types import TrainSequence
 
 
 def sequence(length: int, prompt: int = 1, start: int = 100, **fields) -> TrainSequence:

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from gspo_megatron import cli, whereabouts
-from gspo_megatron.backend import network, policy, saver
+from gspo_megatron.backend.checkpoint import saver
+from gspo_megatron.backend.engine import network, policy
+from gspo_megatron.cli import main
+from gspo_megatron.process import progress
 from gspo_megatron.tasks import isolation
 
 
@@ -34,15 +36,15 @@ class At:
 
     def __init__(self, phase: str, step: int, part: str, detail: str, act):
         self.wanted, self.act = (phase, step, part), act
-        go = whereabouts._go
+        go = progress._go
 
-        def watched(place: whereabouts.Place) -> None:
+        def watched(place: progress.Place) -> None:
             go(place)
             if self.act and (place.phase, place.step, place.part) == self.wanted and place.detail.startswith(detail):
                 act, self.act = self.act, None
                 act()
 
-        whereabouts._go = watched
+        progress._go = watched
 
 
 def in_rollout(phase: str, step: int) -> None:
@@ -60,7 +62,7 @@ def in_backward(phase: str, step: int) -> None:
     backward = schedules.backward_step
 
     def hooked(*args, **kwargs):
-        here = whereabouts.here()
+        here = progress.here()
         if (here.phase, here.step, here.part) == (phase, step, "update"):
             torch.autograd.graph.register_multi_grad_hook(_parameters(), lambda _: kill(), mode="any")
         return backward(*args, **kwargs)
@@ -75,7 +77,7 @@ def in_optimizer(phase: str, step: int) -> None:
     on = OptimizerParamScheduler.step
 
     def hooked(self, increment):
-        here = whereabouts.here()
+        here = progress.here()
         if (here.phase, here.step) == (phase, step) and increment == 1:
             kill()
         on(self, increment)
@@ -118,7 +120,7 @@ def _poison_gradients(phase: str, step: int, value: float) -> None:
     def poisoned(self, batches, share, drained=lambda: None, **rest):
         def spoil() -> None:
             drained()
-            here = whereabouts.here()
+            here = progress.here()
             if (here.phase, here.step) == (phase, step):
                 next(iter(_parameters(self))).main_grad.view(-1)[0] = value
 
@@ -146,7 +148,7 @@ def _spoil_old_log_probs(phase: str, step: int, change: float) -> None:
 
     def spoiled(self, batches):
         fill(self, batches)
-        here = whereabouts.here()
+        here = progress.here()
         for batch in batches if (here.phase, here.step) == (phase, step) else []:
             if batch.old_logprobs is not None:
                 batch.old_logprobs = batch.old_logprobs + change * (batch.loss_mask > 0)
@@ -159,7 +161,7 @@ def full_disk(phase: str, step: int) -> None:
     stage = saver._in_host_memory
 
     def filled(request):
-        here = whereabouts.here()
+        here = progress.here()
         if (here.phase, here.step) == (phase, step):
             with Path("runs/filler").open("wb") as filler, contextlib.suppress(OSError):
                 filler.write(bytes(shutil.disk_usage("runs").free - (1 << 20)))
@@ -211,4 +213,4 @@ if __name__ == "__main__":
     for name, rank, phase, step, start in json.loads(os.environ["FAULTS"]):
         if int(os.environ["RANK"]) == rank and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == start:
             FAULTS[name](phase, step)
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    sys.exit(main.main(["train", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """Faults in real trainings, one function each: what happens, what the user reads, and that nothing is lost.
 
 Every scenario starts a short training of the example (pipeline over two ranks) under torchrun, in which one thing
-breaks, and raises AssertionError unless all went as docs/faults.md promises. `tools/fault_matrix.py` runs all of them
+breaks, and raises AssertionError unless all went as docs/faults.md promises. `tools/validation/fault_matrix.py` runs all of them
 and prints a row each; test_scenarios.py runs some of them in CI.
 """
 

@@ -1,4 +1,4 @@
-"""A part of tools/kill_resume.py for every day: two kills at random moments in one of its layouts."""
+"""A part of tools/validation/kill_resume.py for every day: two kills at random moments in one of its layouts."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Whole folders converted by one process, and their checkpoints in other layouts.
 
-Left out: models larger than memory (tools/bench_convert.py measures the peak).
+Left out: models larger than memory (tools/benchmarks/convert.py measures the peak).
 """
 
 import json
@@ -17,18 +17,20 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron import convert as command
-from gspo_megatron.backend import checkpoint, runtime, saver, topology
-from gspo_megatron.backend.model import ModelShape
-from gspo_megatron.backend.policy import Policy
-from gspo_megatron.backend.reference import FrozenReference
+from gspo_megatron.backend.checkpoint import saver, sharded
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.engine.reference import FrozenReference
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
+from gspo_megatron.cli import convert as command
 from gspo_megatron.config import ModelConfig, TrainConfig
 from gspo_megatron.errors import CheckpointError, ConfigError, ConversionError
-from gspo_megatron.hf import convert, round_trip
+from gspo_megatron.hf import convert
 from gspo_megatron.hf.export import write_side
-from gspo_megatron.hf.round_trip import LAYOUTS, TINY, differences, write_model
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from tests.distributed import spawn
+from tools.validation import round_trip
+from tools.validation.round_trip import LAYOUTS, TINY, differences, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = 40_000  # bytes: a dozen files a model
@@ -105,7 +107,7 @@ def in_another_layout(rank: int, world_size: int, folder: Path) -> dict[str, flo
         started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
         config = replace(TrainConfig(), parallel=layout, model=ModelConfig(hf_config=folder / name / "config.json"))
         policy = Policy(config, shape, cut, started)
-        checkpoint.load_weights(policy.network, folder / f"{name}.megatron")
+        sharded.load_weights(policy.network, folder / f"{name}.megatron")
         policy.start_optimizer()  # so that what is saved has more in it than weights
         errors[name] = round_trip.logits_error(policy.network, torch.load(folder / name / "logits.pt"))
         saver.save(
@@ -205,7 +207,7 @@ def test_what_cannot_be_converted_is_named_and_leaves_nothing(converted, folder)
 
 def test_the_command_line_goes_both_ways(folder, tmp_path):
     tool = [str(ROOT / "tools/convert_hf_to_megatron.py")]
-    entry = ["-c", "import sys; from gspo_megatron.cli import main; sys.exit(main())", "convert"]
+    entry = ["-c", "import sys; from gspo_megatron.cli.main import main; sys.exit(main())", "convert"]
     for program, source, target in ((tool, folder / "mixtral", "m"), (entry, tmp_path / "m", "h")):
         argv = [sys.executable, *program, str(source), str(tmp_path / target)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron.backend import model as model_builder
-from gspo_megatron.backend import runtime, topology
-from gspo_megatron.backend.model import unwrap
+from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import unwrap
+from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.config import ModelConfig, ParallelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
-from gspo_megatron.hf.round_trip import TINY, differences, write_model
 from tests.distributed import spawn
+from tools.validation.round_trip import TINY, differences, write_model
 
 PP2 = ParallelConfig(1, 2, None, 1, 1)
 WEIGHT = "model.layers.3.mlp.experts.1.up_proj.weight"

@@ -11,14 +11,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gspo_megatron.backend import parameters, runtime, topology
-from gspo_megatron.backend.model import ModelShape
-from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig
-from gspo_megatron.hf.round_trip import TINY, write_model
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from tests.backend.small import TP2_PP2_EP2, in_layouts
 from tests.distributed import spawn
+from tools.validation.round_trip import TINY, write_model
 
 pytestmark = pytest.mark.oracle
 MODELS = {family: TINY[family] for family in ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe")}

@@ -8,17 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron.backend import parameters, runtime, topology
-from gspo_megatron.backend.model import ModelShape
-from gspo_megatron.backend.policy import Policy
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import convert
-from gspo_megatron.hf.operators import Piece
-from gspo_megatron.hf.round_trip import TINY, differences, write_model
 from gspo_megatron.hf.safetensors import SafetensorsFolder
+from gspo_megatron.models.operators import Piece
 from tests.backend.small import TP2_PP2_EP2, in_layouts
 from tests.distributed import spawn
+from tools.validation.round_trip import TINY, differences, write_model
 
 BLOCK = (20, 16)  # divides hardly any of the model's sizes
 QUANTISED = ("_proj.weight", "kv_a_proj_with_mqa.weight")  # as released: no embedding, norm, router or head

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gspo_megatron.hf import round_trip
-from gspo_megatron.hf.round_trip import LAYOUTS, TINY, Outcome, sequences, write_model
 from tests.distributed import spawn
+from tools.validation import round_trip
+from tools.validation.round_trip import LAYOUTS, TINY, Outcome, sequences, write_model
 
 MIXED = "TP2 PP2 EP2"
 STACKED, BF16 = ("qwen3_moe", "mixtral"), ("qwen3_moe", "glm4_moe")

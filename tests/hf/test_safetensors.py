@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf.operators import Piece
 from gspo_megatron.hf.safetensors import INDEX, SINGLE, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
+from gspo_megatron.models.operators import Piece
 
 A, B = torch.arange(12.0).view(4, 3), torch.arange(24.0).view(2, 4, 3)
 

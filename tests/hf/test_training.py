@@ -12,26 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gspo_megatron import run as runs
 from gspo_megatron.algorithms.supervised import supervised_loss
-from gspo_megatron.backend import parameters, runtime, topology
-from gspo_megatron.backend.batches import global_counts, microbatches
-from gspo_megatron.backend.model import ModelShape
-from gspo_megatron.backend.policy import Policy
-from gspo_megatron.config import (
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    RolloutConfig,
-    TrainConfig,
-    WarmStartConfig,
-)
-from gspo_megatron.hf import table
-from gspo_megatron.hf.operators import Piece
-from gspo_megatron.hf.round_trip import TINY, write_model
-from gspo_megatron.train import make_estimator, run_step, train
-from gspo_megatron.types import TrainSequence
+from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
+from gspo_megatron.batch import TrainSequence
+from gspo_megatron.config import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from gspo_megatron.models import table
+from gspo_megatron.models.operators import Piece
+from gspo_megatron.trainer import build
+from gspo_megatron.trainer.rl import make_estimator, run_step
+from gspo_megatron.trainer.train import train
 from tests.distributed import spawn
+from tools.validation.round_trip import TINY, write_model
 
 ONE, TP2, PP2, MIXED = (ParallelConfig(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
 DENSE = ParallelConfig(2, 2, None, 1, 1)
@@ -148,12 +143,12 @@ def first_run(rank: int, world_size: int, folder: Path) -> None:
 def second_run(rank: int, world_size: int, folder: Path) -> dict:
     """Starts from the first run's export in another layout, and takes an RL step."""
     config = replace(RUN, output_dir=folder, parallel=TP2, model=ModelConfig(load_hf=folder / "moe_gspo/hf"))
-    run = runs.start(config)
+    run = build.build_run(config)
     start = parameters.gather_full(run.policy.models, run.topology)
     run.policy.start_optimizer()
     row = run_step(run, make_estimator(run), 1)
     answer = {"start": start, "loss": row["loss"], "tokens": run.tokenizer.encode("a b c 1 2 3")}
-    runs.stop(run)
+    build.close_run(run)
     return answer
 
 

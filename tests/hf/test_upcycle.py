@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gspo_megatron import upcycle as command
+from gspo_megatron.cli import upcycle as command
 from gspo_megatron.errors import ConfigError, ConversionError
-from gspo_megatron.hf.round_trip import TINY, write_model
 from gspo_megatron.hf.upcycle import upcycle
+from tools.validation.round_trip import TINY, write_model
 
 PAIRS = {"llama": "mixtral", "qwen3": "qwen3_moe"}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron import convert as command
+from gspo_megatron.cli import convert as command
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import convert, verify
-from gspo_megatron.hf.round_trip import TINY, write_model
 from tests.distributed import spawn
+from tools.validation.round_trip import TINY, write_model
 
 PROMPTS = ("one", "two words")
 

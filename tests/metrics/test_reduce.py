@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend.policy import UpdateResult
+from gspo_megatron.batch import SequenceStats, SequenceTable, UpdateResult
 from gspo_megatron.metrics.reduce import gather_rows, update_metrics
-from gspo_megatron.types import SequenceStats, SequenceTable
 from tests.distributed import spawn
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -1,10 +1,10 @@
-"""tools/gspo_forms.py: every form that the benchmark compares with is the GSPO loss, in value and gradient."""
+"""tools/benchmarks/gspo_forms.py: every form that the benchmark compares with is the GSPO loss, in value and gradient."""
 
 import pytest
 import torch
 
 from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
-from tools import gspo_forms as forms
+from tools.benchmarks import gspo_forms as forms
 
 LENGTHS = [5, 1, 9, 3, 7, 4]
 PADDED = [forms.padded, forms.same_outputs, forms.trl, forms.verl, forms.nemo_rl]

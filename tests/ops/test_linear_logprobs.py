@@ -197,7 +197,7 @@ def in_regions(rank, world_size):
     """
     from megatron.core import tensor_parallel
 
-    from gspo_megatron.backend import topology
+    from gspo_megatron.backend.parallel import topology
     from gspo_megatron.config import ParallelConfig
 
     cut = topology.start(ParallelConfig(world_size, 1, None, 1, 1), seed=1)

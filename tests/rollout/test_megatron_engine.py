@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import ParallelConfig
 from gspo_megatron.data.packing import pack
-from gspo_megatron.rollout.groups import join_context
+from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
-from gspo_megatron.types import Prompt, RolloutGroup, TrainSequence
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
 from tests.distributed import spawn
 

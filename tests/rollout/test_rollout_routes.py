@@ -5,15 +5,14 @@ import pytest
 import torch.distributed as dist
 
 from gspo_megatron.algorithms import policy_loss
-from gspo_megatron.backend.batches import global_counts
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig
-from gspo_megatron.config_routing import RoutingConfig
+from gspo_megatron.backend.engine.microbatches import global_counts
+from gspo_megatron.batch import RolloutGroup, TrainSequence
+from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig, RoutingConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import TrainingError
-from gspo_megatron.rollout.groups import join_context
+from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
-from gspo_megatron.types import RolloutGroup, TrainSequence
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
 from tests.distributed import spawn
 from tests.rollout.test_megatron_engine import GROUP, NEW, STOPS, prompts

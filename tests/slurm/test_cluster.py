@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron import cli
+from gspo_megatron.cli import main
 from gspo_megatron.metrics.tracker import read_metrics
 from tests.launching import ROOT, wait_until
 from tests.slurm.cluster import STOPPED, Cluster, cluster, missing
@@ -61,7 +61,7 @@ def submit(slurm: Cluster, folder: Path) -> str:
     """Write a script as users do, and submit it. `grace`: seconds. Returns the job's number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert cli.main(["slurm", str(ROOT / "examples/recipes/moe_gspo.yaml"), "--nodes", "2", "--ranks-per-node",
+        assert main.main(["slurm", str(ROOT / "examples/recipes/moe_gspo.yaml"), "--nodes", "2", "--ranks-per-node",
                          "2", "--max-restarts", "1", "--time", "01:00:00", "--grace", "75", *SIZES]) == 0  # fmt: skip
     return slurm.submit(folder / "moe_gspo.sbatch", cwd=folder)
 

@@ -10,13 +10,12 @@ import time
 import psutil
 import pytest
 
-from gspo_megatron.config import TaskConfig
-from gspo_megatron.config_faults import FaultsConfig
+from gspo_megatron.batch import TaskItem
+from gspo_megatron.config import FaultsConfig, TaskConfig
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks import isolation
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
-from gspo_megatron.types import TaskItem
 from tests.launching import ROOT, gone
 
 SPELL = {"name": "spell_backward", "seed": 1, "size": 10}
@@ -122,7 +121,7 @@ def test_a_program_that_cannot_start_says_so(monkeypatch):
 def test_the_process_does_not_outlive_its_rank(tmp_path):
     """Killed outright while a scorer hangs: the kernel's timer ends the process all the same."""
     code = f"""
-from gspo_megatron.config_faults import FaultsConfig
+from gspo_megatron.config import FaultsConfig
 from gspo_megatron.tasks.isolation import ScoringProcess
 process = ScoringProcess(FaultsConfig(reward_timeout=2.0))
 process.score({SPELL!r}, "nus", {{"answer": "nus", "metadata": {{"word": "sun"}}}})

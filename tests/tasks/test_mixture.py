@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from gspo_megatron.batch import TaskItem
 from gspo_megatron.config import TaskConfig
 from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks import mixture as module
 from gspo_megatron.tasks.mixture import SPLITS, TaskMixture, is_correct, split_of, task_names
-from gspo_megatron.types import TaskItem
 
 SPELL = {"spell_backward": TaskConfig()}
 

@@ -10,13 +10,13 @@ from types import ModuleType
 
 import pytest
 
-from gspo_megatron import advice, check, recipe
-from gspo_megatron.config import TaskConfig
-from gspo_megatron.config_algorithm import PreferenceConfig
+from gspo_megatron.batch import TaskItem
+from gspo_megatron.config import PreferenceConfig, TaskConfig
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.recipe import check, lint
+from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct, split_of
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
-from gspo_megatron.types import TaskItem
 
 GOOD = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 SETTING = "algorithm.preference.path"
@@ -103,7 +103,7 @@ def test_what_cannot_be_trained_on(tmp_path, monkeypatch, config, text):
 
 def dpo(path: Path, *argv: str):
     given = ["--algorithm.name", "dpo", "--algorithm.preference.path", str(path), *argv]
-    return recipe.load(given)
+    return load_recipe(given)
 
 
 def check_in(config, world_size: int) -> None:
@@ -132,22 +132,22 @@ def test_paths_are_looked_up_beside_the_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "algorithm: {name: dpo, preference: {path: pairs.jsonl, eval_path: pairs.jsonl, batch_size: 8}}\n"
     )
-    preference = recipe.load([str(tmp_path / "recipe.yaml")]).algorithm.preference
+    preference = load_recipe([str(tmp_path / "recipe.yaml")]).algorithm.preference
     assert preference.path == preference.eval_path == path.resolve() and preference.batch_size == 8
 
 
 def test_the_example_recipe_passes_with_pairs(tmp_path):
     path = written(tmp_path, *numbered(80))
-    example = str(recipe.REPOSITORY / "examples/recipes/moe_dpo.yaml")
+    example = str(REPOSITORY / "examples/recipes/moe_dpo.yaml")
     for world_size in (1, 2, 4, 8):
-        config = recipe.load([example, "--algorithm.preference.path", str(path)])
+        config = load_recipe([example, "--algorithm.preference.path", str(path)])
         check_in(config, world_size)
-        assert advice.warnings(config) == []
+        assert lint.warnings(config) == []
 
 
 def test_warnings_about_what_dpo_does_not_use(tmp_path):
     path = written(tmp_path, *numbered(80))
-    found = advice.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
+    found = lint.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
                                "--rollout.temperature", "0.5"))  # fmt: skip
     assert len(found) == 2 and "algorithm.num_minibatches, algorithm.kl." in found[0]
     assert "rollout.temperature = 0.5 divides the logits" in found[1]
@@ -158,13 +158,13 @@ def test_reading_imports_neither_torch_nor_megatron():
         "import sys; from gspo_megatron.tasks import preferences\n"
         "sys.exit(str({'torch', 'megatron', 'transformers', 'reasoning_gym'} & set(sys.modules) or '') or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=recipe.REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def make_preferences() -> ModuleType:
     """The tool, which is a script and in no package."""
-    place = importlib.util.spec_from_file_location("make_preferences", recipe.REPOSITORY / "tools/make_preferences.py")
+    place = importlib.util.spec_from_file_location("make_preferences", REPOSITORY / "examples/make_preferences.py")
     tool = importlib.util.module_from_spec(place)
     place.loader.exec_module(tool)
     return tool
@@ -172,7 +172,7 @@ def make_preferences() -> ModuleType:
 
 def test_the_tool_writes_pairs_that_the_tasks_own_scorer_agrees_with(tmp_path, capsys):
     tool = make_preferences()
-    target, example = tmp_path / "a folder/pairs.jsonl", recipe.REPOSITORY / "examples/recipes/moe_dpo.yaml"
+    target, example = tmp_path / "a folder/pairs.jsonl", REPOSITORY / "examples/recipes/moe_dpo.yaml"
     assert tool.main(example, target, count=60) == 0
     assert capsys.readouterr().out == f"{target}: 60 pairs\n"
     pairs = read_pairs(target, SETTING)

@@ -1,0 +1,62 @@
+"""Megatron's Adam and learning-rate schedules."""
+
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from gspo_megatron.backend.parallel.topology import Topology
+from gspo_megatron.config import Layout, OptimizerConfig, WarmStartConfig
+
+
+def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Layout) -> MegatronOptimizer:
+    """Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
+    model_config = chunks[0].config
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=0.0,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=model_config.bf16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=layout.use_distributed_optimizer,
+        ),
+        chunks,
+        pg_collection=topology.groups,
+        use_gloo_process_groups=False,
+    )
+
+
+def rl_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up over warmup_steps, then constant."""
+    return _schedule(optimizer, config.lr, config.lr, config.warmup_steps, steps, config.weight_decay, "constant")
+
+
+def warm_start_schedule(optimizer: MegatronOptimizer, config: WarmStartConfig) -> OptimizerParamScheduler:
+    """Linear warm-up, then a cosine down to min_lr."""
+    return _schedule(optimizer, config.lr, config.min_lr, config.warmup_steps, config.steps, 0.0, "cosine")
+
+
+def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -> OptimizerParamScheduler:
+    steps = max(steps, warmup_steps + 1)
+    for group in optimizer.param_groups:
+        # Megatron lets a group's own limits win over the schedule's.
+        group["max_lr"], group["min_lr"] = lr, min_lr
+    schedule = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=lr, min_lr=min_lr, lr_warmup_steps=warmup_steps, lr_decay_steps=steps,
+        lr_decay_style=style, start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=steps, wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
+    )  # fmt: skip
+    # The first step would otherwise run with learning rate 0.
+    schedule.step(increment=1 if warmup_steps else 0)
+    return schedule
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate that the optimizer is set to: of the step just made, until the schedule moves on."""
+    return float(next(group["lr"] for group in optimizer.param_groups))

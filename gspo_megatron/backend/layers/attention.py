@@ -1,0 +1,194 @@
+"""Core attention over packed sequences, in training and in cached generation, on torch's SDPA.
+
+Megatron hands core attention the query, key and value (already rotated) and whatever object came in as
+`packed_seq_params`. Ours are `PackedPlan` (training: block-diagonal causal) and `CachePlan` (generation: write keys
+and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls. Training
+under context parallelism adds a `ContextSplit` (context_parallel.py) to its plan; generation never does.
+
+On CUDA with Transformer Engine, training uses its kernels and only generation comes here (model.py).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+
+from gspo_megatron.backend.layers.context_parallel import ContextSplit
+from gspo_megatron.backend.layers.softmax import Softmax
+from gspo_megatron.routing.rollout_routes import RolloutRecorder
+from gspo_megatron.routing.routes import RouteTrace
+
+if TYPE_CHECKING:
+    from gspo_megatron.backend.layers.latent_attention import Angles
+
+
+@dataclass
+class PackedPlan(PackedSeqParams):
+    """Block-diagonal causal attention over S sequences packed into T tokens."""
+
+    num_sequences: int = 0
+    max_len: int = 0
+    padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
+    split: ContextSplit | None = None  # None: this rank feeds all tokens
+    trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
+    angles: "Angles | None" = None  # by token, for latent attention (latent_attention.py)
+
+    @classmethod
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group: dist.ProcessGroup | None = None
+    ) -> "PackedPlan":
+        """Plan for cu_seqlens [S+1] int32.
+
+        Args:
+            cu_seqlens: bounds of the sequences with their padding; multiples of 2 CP under context parallelism.
+            qkv_format: `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own.
+            cp_group: ranks that share the tokens; None: no context parallelism.
+        """
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+        max_len = int(lengths.max())
+        sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+        position = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].long()[sequence]
+        # Transformer Engine takes the bounds with padding as those of the padded layout too: padding is attended to
+        # by itself alone, being last, so it need not be told apart. (Its packed context parallelism: not run by us.)
+        padded = cu_seqlens if cp_group is not None else None
+        return cls(
+            qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded,
+            max_seqlen_q=max_len, max_seqlen_kv=max_len, num_sequences=lengths.numel(), max_len=max_len,
+            padded_index=sequence * max_len + position,
+            split=ContextSplit.zig_zag(cu_seqlens, cp_group) if cp_group is not None else None,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """[T/CP] int64: places of the tokens that this rank feeds through the model; None: all of them."""
+        return None if self.split is None else self.split.rows
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
+        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
+        if self.split is not None:
+            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), softmax)
+        # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
+        out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
+        return self.flat(out.transpose(1, 2))
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, heads, d] -> [S, heads, L, d]."""
+        return self.grid(x).transpose(1, 2)
+
+    def grid(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [S, L, ...], each sequence filled up with zeros at its end."""
+        padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
+        padded = padded.index_copy(0, self.padded_index, x)
+        return padded.view(self.num_sequences, self.max_len, *x.shape[1:])
+
+    def flat(self, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of `grid`."""
+        return grid.flatten(0, 1)[self.padded_index]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[S] int64."""
+        return torch.diff(self.cu_seqlens_q).long()
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one wave of responses: per layer two tensors [rows, max_len, g, d], with a d of their own.
+    Layers of linear attention have two of their own form [rows, ...] (gated_delta_net.py)."""
+
+    rows: int
+    max_len: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    def of_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
+        return self.layers[layer]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop every row but `rows` ([n] int64), so that finished sequences cost neither time nor memory."""
+        self.rows = rows.numel()
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+
+
+@dataclass
+class CachePlan(PackedSeqParams):
+    """Generation: the first `num_tokens` tokens of the batch are real, the rest is padding for sequence parallelism."""
+
+    cache: KeyValueCache | None = None
+    num_tokens: int = 0
+    positions: torch.Tensor | None = None  # [num_tokens] int64
+    rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
+    prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
+    trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
+    angles: "Angles | None" = None
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
+        """query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
+        n = self.num_tokens
+        cached_key, cached_value = self.cache.of_layer(layer, key, value)
+        if self.prompt is not None:
+            positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
+            cached_key[self.rows, positions] = key[:n].unsqueeze(1)
+            cached_value[self.rows, positions] = value[:n].unsqueeze(1)
+            out = self.prompt.attend(layer, query[:n], key[:n], value[:n], softmax)
+        elif n == 0:  # every response here has finished, but other replicas still need this rank's experts
+            out = value.new_zeros(0, query.size(1), value.size(2))
+        else:
+            rows = torch.arange(n, device=key.device)
+            cached_key[rows, self.positions] = key[:n]
+            cached_value[rows, self.positions] = value[:n]
+            out = self._decode(query[:n], cached_key, cached_value, softmax)
+        return F.pad(out, (0, 0, 0, 0, 0, query.size(0) - n))
+
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+        """query [n, heads, d] against the cache [n, max_len, g, d]."""
+        longest = int(self.positions.max()) + 1
+        keys, values = (cached[:, :longest].transpose(1, 2) for cached in (key, value))
+        return softmax.at(self.positions.unsqueeze(1), query.unsqueeze(2), keys, values).squeeze(2)
+
+
+def softmax_of(
+    config: TransformerConfig, layer: int, sinks: torch.Tensor | None, scale: float | None = None
+) -> Softmax:
+    """Of a layer (Megatron's number, from 1), from Megatron's fields."""
+    if scale is None:
+        scale = config.softmax_scale if config.softmax_scale is not None else config.kv_channels**-0.5
+    is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
+    return Softmax(scale, config.window_size[0] + 1 if is_windowed else None, sinks)
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Megatron's core_attention slot: the layer's softmax; the plan decides what is attended to."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
+                 softmax_scale=None, cp_comm_type=None, pg_collection=None, **kwargs):  # fmt: skip
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.softmax_scale = softmax_scale  # latent attention gives its own
+        offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp_group.size()
+            offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+        self.register_parameter("softmax_offset", offset)  # Megatron's name of the sinks: [n / TP]
+
+    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):  # fmt: skip
+        """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
+        form = softmax_of(self.config, self.layer_number, self.softmax_offset, self.softmax_scale)
+        out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
+        return out.reshape(out.size(0), 1, -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's default would take the sinks for whole on every tensor rank."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)

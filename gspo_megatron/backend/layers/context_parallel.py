@@ -1,0 +1,101 @@
+"""Context parallelism of packed sequences: who feeds which tokens, and attention over all of them.
+
+Every sequence is cut into 2 CP equal chunks, and rank r takes chunks r and 2 CP - 1 - r of each (zig-zag): a causal
+query costs as much as it has tokens before it, and one early chunk plus one late chunk cost the same on every rank. It
+is the order that Transformer Engine's packed attention expects. On the CPU each rank gathers all keys and values
+(forward: one all-gather each; backward: the gradients go back and are added in rank order), and its queries attend to
+them.
+
+Left out: ring attention, which would hold the keys and values of one rank at a time. Transformer Engine does that on
+CUDA; this way of using it has not been run by us.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend.layers.softmax import Softmax
+
+
+@dataclass(frozen=True)
+class ContextSplit:
+    """This rank's part of T packed tokens in S sequences, n tokens a chunk (each sequence its own n, N the largest)."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int  # CP
+    num_sequences: int
+    max_chunk: int  # N
+    rows: torch.Tensor  # [T/CP] int64, ascending: packed places of this rank's tokens
+    gathered: torch.Tensor  # [T] int64: where each packed token is among the rows of all ranks, end to end
+    query_index: torch.Tensor  # [T/CP] int64: chunk (0 or 1) * S * N + sequence * N + place in the chunk
+    positions: tuple[torch.Tensor, torch.Tensor]  # a chunk each, [S, N] int64, of its queries
+    visible: tuple[int, int]  # a chunk each: keys that its queries can see
+
+    @classmethod
+    def zig_zag(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> "ContextSplit":
+        """cu_seqlens [S+1]: every sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
+
+        Raises:
+            ValueError: a length is no such multiple.
+        """
+        size, rank, device = dist.get_world_size(group), dist.get_rank(group), cu_seqlens.device
+        lengths = torch.diff(cu_seqlens.long())
+        chunk = lengths // (2 * size)  # [S] n
+        if bool((chunk * 2 * size != lengths).any()):
+            raise ValueError(f"sequences of {lengths.tolist()} tokens: under context parallelism of {size} each must "
+                             f"be padded to a multiple of {2 * size}. Pack with sequence_multiple.")  # fmt: skip
+        sequence = torch.repeat_interleave(lengths)  # [T]
+        position = torch.arange(sequence.numel(), device=device) - cu_seqlens.long()[sequence]
+        number = position // chunk[sequence]  # of the chunk, 0 to 2 CP - 1
+        owner = torch.minimum(number, 2 * size - 1 - number)
+        by_rank = torch.argsort(owner, stable=True)  # rows of rank 0, then of rank 1, ...
+        rows = by_rank.view(size, -1)[rank]
+        biggest = int(chunk.max())
+        numbers = (rank, 2 * size - 1 - rank)
+        late = (number[rows] >= size).long()
+        place = position[rows] % chunk[sequence[rows]]
+        return cls(
+            group=group, rank=rank, size=size, num_sequences=lengths.numel(), max_chunk=biggest, rows=rows,
+            gathered=torch.argsort(by_rank),
+            query_index=(late * lengths.numel() + sequence[rows]) * biggest + place,
+            # Padded queries have positions too, and see something: else their softmax is nan.
+            positions=tuple(n * chunk.unsqueeze(1) + torch.arange(biggest, device=device) for n in numbers),
+            visible=tuple((n + 1) * biggest for n in numbers),
+        )  # fmt: skip
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values of this rank's tokens [T/CP, g, d] -> of all tokens in their packed order [T, g, d]."""
+        return _AllGather.apply(x, self.group)[self.gathered]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+        """query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
+
+        Early and late chunks go apart: an early one needs the keys of the first chunks only.
+        """
+        slots = 2 * self.num_sequences * self.max_chunk
+        padded = query.new_zeros(slots, *query.shape[1:]).index_copy(0, self.query_index, query)
+        padded = padded.view(2, self.num_sequences, self.max_chunk, *query.shape[1:]).transpose(2, 3)
+        outs = []
+        for queries, positions, keys in zip(padded, self.positions, self.visible, strict=True):  # [S, n, N, d]
+            outs.append(softmax.at(positions, queries, key[:, :, :keys], value[:, :, :keys]).transpose(1, 2))
+        return torch.stack(outs).reshape(slots, query.size(1), value.size(-1))[self.query_index]
+
+
+class _AllGather(torch.autograd.Function):
+    """[n, ...] of each rank -> [CP * n, ...] in rank order. Backward adds the ranks' gradients in rank order, so that
+    the bits do not depend on who comes first (a reduce-scatter adds as its backend pleases)."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.size(0), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        pieces = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(pieces, grad.contiguous(), group=ctx.group)
+        return pieces.view(dist.get_world_size(ctx.group), -1, *grad.shape[1:]).sum(0), None

@@ -1,0 +1,96 @@
+"""How many ranks a command runs on, and their start by torchrun. Nothing here imports torch.
+
+Started without torchrun, `train` and `doctor` check everything first and then start torchrun on this machine with the
+same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that
+is cheaper than a broadcast) and rank 0 alone prints.
+
+Left out: several machines without Slurm (call torchrun yourself; the ranks only need its environment variables).
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from gspo_megatron.config import Layout, TrainConfig
+from gspo_megatron.config.constraints import require
+from gspo_megatron.recipe.check import resolve_layout
+
+CPU_RANKS = 4
+TORCHRUN = ("-m", "torch.distributed.run")
+# A diagnosis that is bad is no failure of a rank: its exit status is passed on, without torchrun's account of it.
+QUIET_TORCHRUN = (
+    "-c",
+    """
+import logging, sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+try:
+    main()
+except ChildFailedError as error:
+    sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))
+""",
+)
+
+
+def gpu_count() -> int:
+    """GPUs that torch could use, without importing torch: by NVML, CUDA_VISIBLE_DEVICES and the build of torch."""
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    count = ctypes.c_uint(0)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return count.value
+    named = [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return min(count.value, len(named))
+
+
+def layout_of(config: TrainConfig) -> tuple[Layout, int]:
+    """Every size of the layout filled in, and the number of ranks there are or will be."""
+    gpus = gpu_count()
+    use_cuda = config.device != "cpu" and gpus > 0
+    if "RANK" in os.environ:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    else:
+        world_size = _ranks_to_start(gpus if use_cuda else CPU_RANKS)
+    layout = resolve_layout(config, world_size, has_cuda=gpus > 0)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    require(not use_cuda or local_ranks <= gpus, "ranks on this machine", local_ranks,
+            f"there are {gpus} GPUs, and NCCL needs one for each rank",
+            f"Start {gpus} ranks, or give --device cpu.")  # fmt: skip
+    return layout, world_size
+
+
+def _ranks_to_start(default: int) -> int:
+    given = os.environ.get("NPROC", str(default))
+    require(given.isdigit() and int(given) > 0, "NPROC", given, "must be a whole number above 0",
+            f"Unset it for {default} ranks.")  # fmt: skip
+    return int(given)
+
+
+def become_ranks(config: TrainConfig, count: int, torchrun: tuple[str, ...] = TORCHRUN) -> None:
+    """Become torchrun, which runs this same command line once a rank; inside a rank only hide the GPUs that the recipe
+    does not want.
+
+    Args:
+        torchrun: arguments of the interpreter that start it.
+    """
+    if config.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: Megatron uses any GPU it can see
+    if "RANK" in os.environ:
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    command = sys.argv
+    if Path(sys.argv[0]).resolve() == Path(__file__).resolve().with_name("__main__.py"):
+        # torchrun would put this folder into sys.path, where its files hide modules of the same names.
+        command = ["-m", "gspo_megatron.cli", *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, *torchrun, "--nproc-per-node", str(count), *command])

@@ -1,0 +1,30 @@
+"""`gspo-megatron plot`: a run's charts again, from its metrics.jsonl."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gspo_megatron.metrics.plots import draw
+
+PROGRAM = "gspo-megatron plot"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Returns the exit status 0.
+
+    Raises:
+        MetricsError: the run has no metrics that can be read.
+    """
+    for path in draw(tyro.cli(_run, prog=PROGRAM, args=argv)):
+        print(path)
+    return 0
+
+
+def _run(run: Annotated[Path, tyro.conf.Positional]) -> Path:
+    """Draw every chart the run has data for into its plots folder and print their paths.
+
+    Args:
+        run: Run folder with a metrics.jsonl; it may still be running.
+    """
+    return run

@@ -1,0 +1,43 @@
+"""`gspo-megatron slurm`: a batch script for a recipe, checked against the nodes before it waits in a queue."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import tyro
+
+from gspo_megatron.config.constraints import require
+from gspo_megatron.recipe import check as recipe_check
+from gspo_megatron.recipe import lint
+from gspo_megatron.recipe.load import load_recipe
+from gspo_megatron.slurm import job as jobs
+from gspo_megatron.slurm.job import Job
+from gspo_megatron.slurm.script import PROGRAM, render
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Returns the exit status: 0, or sbatch's.
+
+    Raises:
+        ConfigError: the recipe does not fit the nodes, or an option cannot work.
+        SystemExit: 0 for --help, 2 for a value of the wrong type.
+    """
+    job, rest = tyro.cli(Job, prog=PROGRAM, args=argv, return_unknown_args=True)
+    config = load_recipe([str(job.recipe), *rest], program=PROGRAM)
+    jobs.check(job, config)
+    layout = recipe_check.resolve_layout(config, job.world_size, has_cuda=config.device != "cpu")
+    recipe_check.check(config, layout, job.world_size)
+    target = job.output or Path(f"{config.name}.sbatch")
+    require(job.overwrite or not target.exists(), "--output", str(target), "exists already",
+            "Give --overwrite to replace it, or another name.")  # fmt: skip
+    require(target.absolute().parent.is_dir(), "--output", str(target), "its folder does not exist",
+            "Make the folder first.")  # fmt: skip
+    job.logs.mkdir(parents=True, exist_ok=True)
+    target.write_text(render(job, config, rest))
+    for sentence in [*jobs.warnings(job, layout), *lint.warnings(config)]:
+        print(f"warning: {sentence}", file=sys.stderr)
+    print(jobs.summary(job, config, layout, target))
+    if job.submit:
+        return subprocess.run(["sbatch", str(target)]).returncode
+    print(f"submit it with: sbatch {target}")
+    return 0

@@ -1,0 +1,29 @@
+"""The recipe's `algorithm.critic` section."""
+
+from dataclasses import dataclass
+
+from gspo_megatron.config.constraints import STRICT, positive, require
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """PPO's critic: a model of the policy's shape with a value head, and generalised advantage estimation."""
+
+    __pydantic_config__ = STRICT
+    lr: float = 1e-4
+    warmup_steps: int = 8
+    gamma: float = 1.0
+    """Discount by token."""
+    gae_lambda: float = 0.95
+    clip_value: float = 0.2
+    """A value that has moved further than this from the one at collection gets no gradient in that direction."""
+    whiten_advantages: bool = True
+    """Mean 0 and standard deviation 1 over the trained tokens of the whole batch."""
+
+    def __post_init__(self) -> None:
+        positive("algorithm.critic", self, "lr", "gamma", "clip_value")
+        for name in ("gamma", "gae_lambda"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"algorithm.critic.{name}", value, "must lie between 0 and 1", "Give 1 or 0.95.")
+        require(self.warmup_steps >= 0, "algorithm.critic.warmup_steps", self.warmup_steps, "must be 0 or more",
+                "Give 0 for none.")  # fmt: skip

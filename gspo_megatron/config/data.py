@@ -1,0 +1,40 @@
+"""The recipe's `tasks` and `data` sections: where prompts come from, and the tokenizer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gspo_megatron.config.constraints import STRICT, positive, require
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One reasoning-gym task of the mixture."""
+
+    __pydantic_config__ = STRICT
+    weight: float = 1.0
+    """Share of the prompts, relative to the other tasks' weights."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the task generator, for example {min_word_len: 3}."""
+
+    def __post_init__(self) -> None:
+        positive("tasks.*", self, "weight")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and tokenizer."""
+
+    __pydantic_config__ = STRICT
+    vocab_size: int = 320
+    """Most entries of the byte-pair tokenizer that is trained on the tasks and saved with the run."""
+    max_prompt_length: int = 96
+    """Tokens, chat template included; a longer prompt is an error, never cut."""
+    num_eval_prompts: int = 256
+    """Held-out prompts, disjoint from the warm start's and the RL stream's."""
+    eval_samples: int = 4
+    """Responses a held-out prompt, sampled as in the rollouts; accuracy is their mean (pass@1)."""
+
+    def __post_init__(self) -> None:
+        positive("data", self, "max_prompt_length", "num_eval_prompts", "eval_samples")
+        require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size,
+                "must be at least 260, the 256 bytes and the special tokens", "Give 320 or more.")  # fmt: skip

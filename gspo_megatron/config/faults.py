@@ -1,0 +1,35 @@
+"""The recipe's limits on what may go wrong before a run stops: field names, defaults, and what they must satisfy."""
+
+from dataclasses import dataclass
+
+from gspo_megatron.config.constraints import STRICT, positive, require
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """When a run takes something for broken. docs/faults.md tells what happens then."""
+
+    __pydantic_config__ = STRICT
+    heartbeat_timeout: float = 60.0
+    """Seconds without a sign of life from a rank's process until the run ends and names it. 0: no watchdog."""
+    collective_timeout: float = 540.0
+    """Seconds that a rank may wait in one collective until the run ends and names the ranks that do not take part.
+    Longer than any rank works alone, and below the 10 minutes after which a collective fails by itself."""
+    max_skipped_updates: int = 3
+    """Updates in a row that may be skipped because a loss or gradient is not finite; one more stops the run."""
+    max_ratio: float = 100.0
+    """A larger importance ratio of any response is warned about."""
+    reward_timeout: float = 30.0
+    """Seconds for the reward of one response; it is 0 where the scorer takes longer."""
+    reward_memory_gb: float = 4.0
+    """Address space of the process that runs the scorers."""
+
+    def __post_init__(self) -> None:
+        positive("faults", self, "collective_timeout", "max_ratio", "reward_timeout", "reward_memory_gb")
+        for name in ("heartbeat_timeout", "max_skipped_updates"):
+            value = getattr(self, name)
+            require(value >= 0, f"faults.{name}", value, "must be 0 or more", "Give 0 for none.")
+        require(self.collective_timeout < 600, "faults.collective_timeout", self.collective_timeout,
+                "must be below 600, when a collective fails by itself and no rank is named", "Give 540.")  # fmt: skip
+        require(self.reward_memory_gb >= 1, "faults.reward_memory_gb", self.reward_memory_gb,
+                "must be at least 1: Python and the tasks need about half of that", "Give 4.")  # fmt: skip

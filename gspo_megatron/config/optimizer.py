@@ -1,0 +1,27 @@
+"""The recipe's `optimizer` section."""
+
+from dataclasses import dataclass
+
+from gspo_megatron.config.constraints import STRICT, positive, require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam in RL (Megatron's optimizer; constant learning rate after a linear warm-up)."""
+
+    __pydantic_config__ = STRICT
+    lr: float = 1e-4
+    warmup_steps: int = 8
+    """Optimizer steps (minibatches), not rollout steps. Fresh Adam moves many routes at once without it."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest gradient norm."""
+
+    def __post_init__(self) -> None:
+        positive("optimizer", self, "lr", "adam_eps", "clip_grad")
+        require(
+            self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more", "Give 0 for none."
+        )

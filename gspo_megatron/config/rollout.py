@@ -1,0 +1,30 @@
+"""The recipe's `rollout` section: how responses are sampled."""
+
+from dataclasses import dataclass
+
+from gspo_megatron.config.constraints import STRICT, positive, require
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling on the training model itself, with a key/value cache."""
+
+    __pydantic_config__ = STRICT
+    num_prompts: int = 32
+    """Prompts a step, over all data-parallel (and context-parallel) ranks."""
+    group_size: int = 8
+    """G: responses a prompt."""
+    max_response_length: int = 32
+    temperature: float = 1.0
+    """Also divides the logits in old and new log-probs."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability; 1: all."""
+
+    def __post_init__(self) -> None:
+        positive("rollout", self, "num_prompts", "group_size", "max_response_length", "temperature", "top_p")
+        require(
+            self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens."
+        )
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "must be 0 or more", "Give 0 to sample from all tokens.")

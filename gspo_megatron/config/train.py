@@ -1,0 +1,83 @@
+"""The whole recipe: one dataclass a section, each of which validates itself before a process group or a model exists.
+
+A recipe is a YAML file with the same nesting as `TrainConfig`; command-line overrides (`--optimizer.lr 1e-4`)
+come on top. Each dataclass checks its own fields in __post_init__; what needs two sections, the model's shape or the
+world size is checked in `recipe/check.py`. Field names are Megatron-Core's where it has one.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from gspo_megatron.config.algorithm import GROUP_NORMALISED, AlgorithmConfig, ResolvedAlgorithm
+from gspo_megatron.config.checkpoint import CheckpointConfig
+from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.data import DataConfig, TaskConfig
+from gspo_megatron.config.faults import FaultsConfig
+from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.optimizer import OptimizerConfig
+from gspo_megatron.config.parallel import Layout, ParallelConfig
+from gspo_megatron.config.rollout import RolloutConfig
+from gspo_megatron.config.routing import RoutingConfig
+from gspo_megatron.config.warm_start import WarmStartConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: supervised warm start, then reinforcement learning on fresh prompts, or DPO on pairs."""
+
+    __pydantic_config__ = STRICT
+    name: str = "moe_gspo"
+    """The run folder is output_dir/name. Where that exists: see resume."""
+    output_dir: Path = Path("runs")
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the newest run of this name, if it is unfinished, has a checkpoint and the same recipe (only
+    steps, intervals, layout and device may differ); otherwise, and with never, a new folder with a number added."""
+    seed: int = 1
+    """Of the initial weights, the prompts and the sampling. Layouts differ by rounding."""
+    steps: int = 100
+    """RL steps: rollouts, rewards, then num_minibatches optimizer steps. dpo: optimizer steps."""
+
+    save_hf: bool = False
+    """Write the final policy as a Hugging Face folder too: hf/ in the run folder, with its tokenizer."""
+    eval_interval: int = 25
+    """Steps between evaluations on held-out prompts (dpo: pairs); they also run before and after."""
+    max_tokens_per_microbatch: int = 8192
+    """Packing limit of one microbatch on one data-parallel rank."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL where there is a GPU, else CPU with Gloo."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tasks: dict[str, TaskConfig] = field(default_factory=lambda: {"spell_backward": TaskConfig()})
+    """reasoning-gym tasks by name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+
+    def __post_init__(self) -> None:
+        positive("train", self, "eval_interval", "max_tokens_per_microbatch")
+        require(self.steps >= 0, "steps", self.steps, "must be 0 or more", "Give 0 to run the warm start alone.")
+        require(
+            len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}."
+        )
+        require(self.rollout.group_size >= 2 or self.algorithm.name not in GROUP_NORMALISED, "rollout.group_size",
+                self.rollout.group_size, f"{self.algorithm.name} compares the responses to one prompt, so it needs 2 "
+                "or more", "The GSPO paper uses 8.")  # fmt: skip
+
+    def resolved(self, layout: Layout) -> "ResolvedConfig":
+        """The recipe as ranks train it: on this layout, with the algorithm's own values filled in."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return ResolvedConfig(**values | {"parallel": layout, "algorithm": self.algorithm.resolved()})
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(TrainConfig):
+    """A TrainConfig in which nothing is left to be chosen."""
+
+    parallel: Layout = field(default_factory=Layout)
+    algorithm: ResolvedAlgorithm = field(default_factory=lambda: AlgorithmConfig().resolved())

@@ -1,0 +1,37 @@
+"""From rewarded groups to training sequences, and their division into minibatches."""
+
+import numpy as np
+
+from gspo_megatron.batch import RolloutGroup, TrainSequence
+
+
+def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
+    """One sequence a response, group after group. Advantages come later (trainer/advantages/)."""
+    return [
+        TrainSequence(
+            token_ids=group.prompt.token_ids + completion.token_ids,
+            prompt_length=len(group.prompt.token_ids),
+            reward=reward,
+            group_id=group.prompt.uid,
+            truncated=completion.truncated,
+            rollout_logprobs=completion.logprobs,
+            routes=completion.routes,
+        )
+        for group in groups for completion, reward in zip(group.completions, group.rewards, strict=True)
+    ]  # fmt: skip
+
+
+def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:
+    """Numbers of this replica's responses in each of `count` minibatches, the same share of every group in each.
+
+    Responses of a group are shuffled by (seed, its prompt's uid) and dealt out in turn, so who is in which minibatch
+    does not depend on how many replicas there are.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    place = 0
+    for group in groups:
+        order = np.random.default_rng((*seed, group.prompt.uid)).permutation(len(group.completions))
+        for index in order:
+            parts[place % count].append(place - place % len(order) + int(index))
+            place += 1
+    return parts

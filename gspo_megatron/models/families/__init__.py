@@ -1,0 +1,52 @@
+"""FAMILIES: model_type of a config.json -> how that family's config and tensors are read. Imports no torch.
+
+Left out, and refused by name: everything that is not a decoder of text.
+"""
+
+from gspo_megatron.errors import ConfigError
+from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_next,
+)
+from gspo_megatron.models.families.common import Family
+
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "deepseek_v2": deepseek.V2,
+    "deepseek_v3": deepseek.V3,
+    "gpt_oss": gpt_oss.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "llama": llama.FAMILY,
+}
+
+
+def architecture(hf: dict, origin: str = "config.json") -> Architecture:
+    """What a Hugging Face config says.
+
+    Args:
+        hf: the config.json as a dict.
+        origin: how complaints begin, for example `model.hf_config = 'path'`.
+
+    Raises:
+        ConfigError: the family is unknown, a size is missing, or the model has something that is not built here.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise ConfigError(
+            f"{origin}: model_type {family!r} is not supported. Give a model of one of: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[family].read(ConfigReader(hf, origin))

@@ -1,0 +1,19 @@
+"""Qwen3, dense (arXiv 2505.09388): RMSNorm on each head's query and key."""
+
+from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.families.common import ATTENTION, DENSE, MODEL, Family
+
+
+def read(config: ConfigReader) -> Architecture:
+    config.refuse("attention_bias")
+    config.sliding_window()
+    return Architecture(
+        family="qwen3",
+        **config.attention(),
+        intermediate_size=config.size("intermediate_size"),
+        moe_layers=(0,) * config.size("num_hidden_layers"),
+        qk_norm="head",
+    )
+
+
+FAMILY = Family(read, MODEL, ATTENTION, DENSE)

@@ -1,0 +1,59 @@
+"""The model's Hugging Face config.json, read and checked before anything heavy is imported.
+
+Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights of a
+folder beyond their being there (hf/load.py).
+"""
+
+import json
+from pathlib import Path
+
+from gspo_megatron.config import ModelConfig
+from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import ConfigError
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.families import architecture
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+
+
+def read_shape(model: ModelConfig) -> Architecture:
+    """What the Hugging Face config says.
+
+    Raises:
+        ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size; or there are no
+            weights or no tokenizer in the folder to start from.
+    """
+    path = config_path(model)
+    if model.load_hf is not None:
+        require(model.load_hf.is_dir(), "model.load_hf", str(model.load_hf), "no such folder",
+                "Give a Hugging Face folder with config.json, safetensors files and tokenizer.")  # fmt: skip
+        require(any((model.load_hf / name).is_file() for name in WEIGHTS), "model.load_hf", str(model.load_hf),
+                f"has none of {', '.join(WEIGHTS)}", "Give a folder with safetensors files.")  # fmt: skip
+        # Without one, transformers makes up a tokenizer that knows no token.
+        require(any((model.load_hf / name).is_file() for name in TOKENIZERS), "model.load_hf", str(model.load_hf),
+                f"has no tokenizer ({', '.join(TOKENIZERS)})", "Put the model's own into the folder.")  # fmt: skip
+    field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
+    return architecture(read_json(path, field), f"{field} = {value!r}")
+
+
+def config_path(model: ModelConfig) -> Path:
+    """Of the folder to start from, where there is one."""
+    return Path(model.hf_config) if model.load_hf is None else model.load_hf / "config.json"
+
+
+def read_json(path: Path, field: str) -> dict:
+    """A config.json as a dict. Raises ConfigError, which names the option `field`."""
+    value = str(path)
+    try:
+        shape = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"{field} = {value!r}: {reason}. Give the path of a Hugging Face config.json; a relative path is looked "
+            "up from the current directory, the recipe's folder and the repository."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{field} = {value!r}: not valid JSON: {error}. Give a config.json.") from None
+    require(isinstance(shape, dict), field, value, "must hold a JSON object", "Give a Hugging Face config.json.")
+    return shape

@@ -1,0 +1,43 @@
+"""From prompts to groups of sampled responses, and the groups of all context-parallel ranks brought together.
+
+Every rank of a replica in generation (a data-parallel and context-parallel rank) holds the replica's groups. Training
+wants the groups of all context-parallel ranks together, because those share each sequence: `join_context` brings them
+there.
+"""
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from gspo_megatron.backend.parallel.topology import Topology
+from gspo_megatron.batch import Prompt, RolloutGroup
+from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+
+
+def generate(engine: MegatronEngine, prompts: list[Prompt], group_size: int, params: SamplingParams, seed: int,
+             tokenizer: PreTrainedTokenizerBase) -> list[RolloutGroup]:  # fmt: skip
+    """Sample this replica's share of `prompts` (all of the step's, the same on every rank; a multiple of
+    Topology.replicas). `seed` fixes the samples whatever the layout."""
+    topology = engine.topology
+    share = len(prompts) // topology.replicas
+    mine = slice(topology.dp_cp_rank * share, (topology.dp_cp_rank + 1) * share)
+    rows = slice(mine.start * group_size, mine.stop * group_size)
+    uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
+    completions = engine.generate(prompts[mine], group_size, params, uniform)
+    return [
+        RolloutGroup(prompt, answers, texts=[tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in answers])
+        for prompt, answers in zip(prompts[mine], completions, strict=True)
+    ]
+
+
+def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:
+    """The scored groups of all context-parallel ranks, in the order of the prompts. A collective over them.
+
+    They travel as objects: a step's token ids and log-probs are kilobytes to a few megabytes, once a step, against the
+    seconds that sampling them took; packing them into tensors would save nothing that can be measured.
+    """
+    if topology.cp_size == 1:
+        return groups
+    everyone: list = [None] * topology.cp_size
+    dist.all_gather_object(everyone, groups, group=topology.cp_group)
+    return [group for part in everyone for group in part]

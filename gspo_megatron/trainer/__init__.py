@@ -1,0 +1,1 @@
+"""A training run. READ FIRST: train.py, then rl.py, where one step stands in the order in which it happens."""

@@ -1,0 +1,96 @@
+"""Where advantages come from: each rollout batch's own groups, or a critic. train.py asks whichever the recipe names.
+
+Both see the packed minibatches after old and reference log-probs are there, so that a KL penalty can be part of the
+reward. GroupAdvantages is here; CriticAdvantages, which also learns, is in advantages/critic.py.
+"""
+
+from typing import Protocol
+
+import torch
+
+from gspo_megatron.algorithms.advantages import group_advantages
+from gspo_megatron.algorithms.dapo import overlong_penalty
+from gspo_megatron.algorithms.interface import GlobalCounts
+from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
+from gspo_megatron.backend.engine.critic import Critic
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.batch import Minibatch, RolloutGroup
+from gspo_megatron.config import TrainConfig
+
+
+class AdvantageEstimator(Protocol):
+    """Fills in advantages, and may learn from what it filled in."""
+
+    critic: Critic | None  # what learns
+
+    def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
+        """Set `advantages` of every batch. Returns [P * G] fp64, one a response (its tokens' mean), on every rank."""
+
+    def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
+        """One optimizer step of its own on the minibatch that the policy has just learned from; metrics."""
+
+
+class GroupAdvantages:
+    """Rewards compared within each group. Nothing to learn."""
+
+    critic = None
+
+    def __init__(self, config: TrainConfig, policy: Policy):
+        self.config, self.policy = config, policy
+
+    def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
+        """See AdvantageEstimator. The reward is the task's plus the penalties of the recipe."""
+        algorithm = self.config.algorithm
+        rewards = shaped_rewards(groups, self.config)
+        if algorithm.kl.place == "reward" and algorithm.kl.coef:
+            rewards = rewards - algorithm.kl.coef * kl_by_response(self.policy, minibatches, algorithm.kl.estimator)
+        ids = torch.tensor([group.prompt.uid for group in groups for _ in group.completions])
+        values = group_advantages(rewards, ids, algorithm.normalize_advantage_by_std)
+        if algorithm.shuffle_advantages:
+            values = _shuffled(values, groups, seed)
+        for minibatch in minibatches:
+            for batch, numbers in minibatch.numbered():
+                batch.advantages = values[numbers].float().to(batch.tokens.device)
+        return values
+
+    def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
+        return {}
+
+
+def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Tensor:
+    """[P * G] fp64: the task's reward, less what the soft length penalty takes (DAPO)."""
+    algorithm = config.algorithm
+    rewards = torch.tensor([r for group in groups for r in group.rewards], dtype=torch.float64)
+    lengths = torch.tensor([len(c.token_ids) for group in groups for c in group.completions])
+    limit = config.rollout.max_response_length
+    buffer = max(limit // 5, 1) if algorithm.overlong_buffer is None else algorithm.overlong_buffer
+    return rewards + overlong_penalty(lengths, limit, buffer, algorithm.overlong_penalty)
+
+
+def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
+    """sum_t m_t KL_t of old against reference, [P * G] fp64 in the order of responses, on every stage."""
+    estimate = KL_ESTIMATORS[estimator]
+    batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+
+    def by_token(number: int) -> torch.Tensor:
+        batch = batches[number]
+        return estimate(batch.old_logprobs.double() - batch.ref_logprobs.double())
+
+    rows = policy.sums_by_sequence(batches, by_token)
+    return by_response(rows, minibatches)
+
+
+def by_response(rows: torch.Tensor, minibatches: list[Minibatch]) -> torch.Tensor:
+    """[P * G] fp64 in the order of packing -> in the order of responses, on the CPU."""
+    numbers = [number for minibatch in minibatches for _, numbers in minibatch.numbered() for number in numbers]
+    return torch.empty_like(rows, device="cpu").index_copy(0, torch.tensor(numbers), rows.cpu())
+
+
+def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> torch.Tensor:
+    """The control run: each group's advantages in another order, whatever the layout."""
+    parts = values.split([len(group.completions) for group in groups])
+    shuffled = []
+    for group, part in zip(groups, parts, strict=True):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + group.prompt.uid)
+        shuffled.append(part[torch.randperm(part.numel(), generator=generator)])
+    return torch.cat(shuffled)

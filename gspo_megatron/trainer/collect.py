@@ -1,0 +1,70 @@
+"""The rollouts of one RL step: sample, score, and, where the recipe asks for it, sample anew what has no signal.
+
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. Each
+further round takes as many fresh prompts as the first; a replica keeps its groups with signal until it has its share.
+After `resampling_rounds`, groups without signal fill the rest. Left out: rounds of a size fitted to what is missing,
+and a choice over all replicas: which groups are kept depends on the data-parallel size.
+"""
+
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.batch import RolloutGroup
+from gspo_megatron.metrics.clock import StepClock
+from gspo_megatron.rollout.generation import generate, join_context
+from gspo_megatron.rollout.scoring import score
+from gspo_megatron.trainer.run import Run
+
+
+def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """This replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
+    limit = run.config.algorithm.resampling_rounds
+    groups = _round(run, seed, clock)
+    if limit == 0:
+        return groups, {}
+    share = len(groups)
+    kept = [group for group in groups if _has_signal(group)]
+    flat = [group for group in groups if not _has_signal(group)]
+    rounds = 1
+    while rounds <= limit and _most_missing(run, share - len(kept)) > 0:
+        groups = _round(run, seed + rounds * 1_000_000_007, clock)
+        kept += [group for group in groups if _has_signal(group)]
+        flat += [group for group in groups if not _has_signal(group)]
+        rounds += 1
+    return (kept + flat)[:share], {"sampling/rounds": float(rounds)} | _metrics(run, kept, flat, share)
+
+
+def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share: int) -> dict[str, float]:
+    """Over all replicas. reward/mean is of the groups that are trained on; reward/sampled of all that were sampled."""
+    rewards = [reward for group in kept + flat for reward in group.rewards]
+    sums = torch.tensor(
+        [len(kept), len(flat), max(share - len(kept), 0), max(len(kept) - share, 0), share, sum(rewards), len(rewards)],
+        dtype=torch.float64, device=run.runtime.device,
+    )  # fmt: skip
+    dist.all_reduce(sums, group=run.topology.dp_group)
+    signal, without, filled, unused, shares, reward, number = sums.tolist()
+    return {
+        "sampling/without_signal": without / (signal + without), "sampling/filled": filled / shares,
+        "sampling/unused": unused, "reward/sampled": reward / number,
+    }  # fmt: skip
+
+
+def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
+    config = run.config.rollout
+    prompts = run.prompts.next(config.num_prompts)
+    with clock.part("rollout"):
+        groups = generate(run.engine, prompts, config.group_size, run.sampling_params(), seed, run.tokenizer)
+    with clock.part("reward"):
+        score(groups, run.mixture, run.topology, run.runtime.device)
+    return join_context(groups, run.topology)
+
+
+def _has_signal(group: RolloutGroup) -> bool:
+    return max(group.rewards) != min(group.rewards)
+
+
+def _most_missing(run: Run, missing: int) -> int:
+    """Over replicas: all of them sample while one needs it, for their experts and prompts are shared."""
+    most = torch.tensor([missing], device=run.runtime.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=run.topology.dp_group)
+    return int(most)

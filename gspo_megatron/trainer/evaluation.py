@@ -1,0 +1,49 @@
+"""Accuracy on held-out prompts."""
+
+import dataclasses
+
+import torch
+
+from gspo_megatron.metrics.reduce import gather_rows
+from gspo_megatron.rollout.generation import generate
+from gspo_megatron.rollout.sampling import SamplingParams
+from gspo_megatron.rollout.scoring import score
+from gspo_megatron.tasks.mixture import is_correct
+from gspo_megatron.trainer.run import Run
+
+SEED = 20_250_718  # the same random numbers at every evaluation of every run
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Accuracy on the held-out prompts. A collective over all ranks.
+
+    eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
+    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right.
+    """
+    sampled = run.sampling_params()
+    correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
+    likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
+    metrics = {
+        "eval/accuracy": correct.mean(), "eval/accuracy_greedy": likeliest.mean(),
+        "eval/response_length": length.mean(), "eval/num": len(run.held_out),
+    }  # fmt: skip
+    for index, name in enumerate(run.mixture.names):
+        if bool((task == index).any()):
+            metrics[f"eval/accuracy/{name}"] = correct[task == index].mean()
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Tensor, ...]:
+    """(correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
+    topology, device = run.topology, run.runtime.device
+    # Every replica must get as many prompts; the fillers are not counted.
+    filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
+    groups = generate(run.engine, filled, samples, params, SEED, run.tokenizer)
+    score(groups, run.mixture, topology, device)
+    tasks = run.mixture.names
+    rows = [
+        (is_correct(reward), tasks.index(group.prompt.item.task), len(completion.token_ids))
+        for group in groups for reward, completion in zip(group.rewards, group.completions, strict=True)
+    ]  # fmt: skip
+    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
+    return rows[: len(run.held_out) * samples].unbind(1)

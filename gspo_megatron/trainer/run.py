@@ -1,0 +1,146 @@
+"""Everything one rank holds during a run, and the checkpoints that it writes of it. Made by build.py."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from gspo_megatron.backend.checkpoint.saver import Saver
+from gspo_megatron.backend.checkpoint.sharded import load
+from gspo_megatron.backend.engine import microbatches
+from gspo_megatron.backend.engine.critic import Critic
+from gspo_megatron.backend.engine.network import Network
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.engine.reference import FrozenReference
+from gspo_megatron.backend.parallel.runtime import Runtime
+from gspo_megatron.backend.parallel.topology import Topology
+from gspo_megatron.batch import PackedBatch, Prompt, TrainSequence
+from gspo_megatron.config import ResolvedConfig, RolloutConfig
+from gspo_megatron.data.prompts import PromptSource
+from gspo_megatron.errors import StopRequested
+from gspo_megatron.hf import export
+from gspo_megatron.process import lifecycle, progress
+from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.trainer import resume
+from gspo_megatron.trainer.reporter import Reporter
+
+
+@dataclass
+class Run:
+    """One training run as one rank sees it."""
+
+    config: ResolvedConfig
+    runtime: Runtime
+    topology: Topology
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    mixture: TaskMixture
+    prompts: PromptSource  # fresh prompts for RL
+    held_out: list[Prompt]
+    policy: Policy
+    engine: MegatronEngine
+    reporter: Reporter
+    lock: TextIO | None  # rank 0 holds the folder by it
+    checkpoint: Path | None = None  # what this start goes on from
+    resumed: resume.Progress | None = None  # how far that was
+    reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
+    saver: Saver = field(default_factory=Saver)
+
+    @property
+    def is_past_warm_start(self) -> bool:
+        """The checkpoint that this start goes on from is of a later phase."""
+        return self.resumed is not None and self.resumed.phase != "warm_start"
+
+    def restore(self, phase: str, critic: Critic | None = None) -> int:
+        """Fill everything that trains in this phase from the checkpoint. A collective over all ranks.
+
+        Called once the phase's fresh optimizers and reference exist. Returns the step to begin with: the one after the
+        checkpoint's, or 0 where the phase starts anew.
+        """
+        if self.resumed is None or self.resumed.phase != phase:
+            return 0
+        load(self._networks(critic), self.checkpoint, self.reference)
+        self.prompts.load_state_dict({"position": self.resumed.prompts})
+        return self.resumed.step + 1
+
+    def maybe_save(self, phase: str, step: int, row: dict, critic: Critic | None = None) -> None:
+        """Begin a checkpoint where the recipe wants one after this step, whose metric row is in the record already.
+
+        A collective over all ranks.
+
+        Raises:
+            StopRequested: on every rank, once a checkpoint is written, because one of them was told to stop.
+            CheckpointError: on every rank, because one of them could not write.
+        """
+        config = self.config.checkpoint
+        self.finish_written()
+        is_told = self._any(lifecycle.is_told_to_stop())
+        is_last = phase != "warm_start" and step == self.config.steps
+        must_stop = is_told and not is_last
+        if not (is_last or must_stop) and (step == 0 or config.interval == 0 or step % config.interval):
+            return
+        with progress.part("checkpoint"):
+            self._finish()  # waits for the one before
+            folder = self._begin_checkpoint(phase, step, row, critic)
+            if is_last or must_stop or not config.asynchronous:
+                self._finish()
+        if must_stop:
+            self.reporter.close()
+            raise StopRequested(f"stopped as asked, after {phase} step {step}. The same command goes on from {folder}")
+
+    def _begin_checkpoint(self, phase: str, step: int, row: dict, critic: Critic | None) -> Path:
+        progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
+        folder = self.folder / "checkpoints" / progress.folder
+        dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
+        self.saver.begin(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
+                         lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
+        return folder
+
+    def finish_written(self) -> None:
+        """Make the checkpoint under way visible once all ranks have written it. A collective; nothing where none is."""
+        if self.saver.is_begun and not self._any(self.saver.is_writing):
+            self._finish()
+
+    def _finish(self) -> None:
+        """Make the checkpoint under way visible, if there is one, and remove what it makes superfluous."""
+        config = self.config.checkpoint
+        if self.saver.finish() and self.runtime.is_main:
+            resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
+
+    def hf_files(self) -> tuple[dict, list[Path]]:
+        """The policy's Hugging Face config, and folders with its tokenizer and generation config."""
+        hf, source = self.policy.shape.hf, self.config.model.load_hf
+        if source is not None:
+            return hf, [self.folder / "tokenizer", source]
+        ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        return hf | ids, [self.folder / "tokenizer"]
+
+    def _any(self, flag: bool) -> bool:
+        """It is true on any rank. A collective: all must do the same after the same step."""
+        on_any = torch.tensor([float(flag)], device=self.runtime.device)
+        dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
+        return bool(on_any)
+
+    def _networks(self, critic: Critic | None) -> dict[str, Network]:
+        return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})
+
+    def microbatches(self, sequences: list[TrainSequence], unit: int = 1) -> list[PackedBatch]:
+        """This replica's share of one optimizer step, packed. A collective over data parallelism."""
+        limit = self.config.max_tokens_per_microbatch
+        return microbatches.microbatches(sequences, limit, self.topology, self.runtime.device, unit)
+
+    def sampling_params(self) -> SamplingParams:
+        """How rollouts and evaluations sample."""
+        return sampling_params(self.config.rollout, self.tokenizer)
+
+
+def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """A recipe's sampling; the tokenizer's end-of-text token stops a response."""
+    stop = (tokenizer.eos_token_id,)
+    return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)

@@ -1,0 +1,1 @@
+"""Helpers for bytes and files that know nothing of the rooms above."""

@@ -1,0 +1,107 @@
+"""Latent attention, attention with windows and sinks, and linear attention, in cached generation and (but for the last)
+under context parallelism: one network, whatever the way through it. That it is transformers' network is
+tested in hf/test_round_trip.py, its gradient in hf/test_training.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.parallel import runtime, topology
+from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
+from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.data.packing import pack
+from gspo_megatron.rollout.generation import join_context
+from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
+from tests.distributed import spawn
+from tools.validation.round_trip import TINY, VOCAB
+
+GROUP, NEW = 3, 10
+FAMILIES = ("deepseek_v3", "gpt_oss", "qwen3_next")
+LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2)}
+
+
+def prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = (4, 9, 1, 6)
+    return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
+
+
+def generate(layout: ParallelConfig) -> dict:
+    """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
+    started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+    return {family: of_family(family, layout, cut, started) for family in FAMILIES if is_possible(family, layout)}
+
+
+def is_possible(family: str, layout: ParallelConfig) -> bool:
+    return family != "qwen3_next" or layout.context_parallel_size in (None, 1)
+
+
+def of_family(family: str, layout: ParallelConfig, cut: topology.Topology, started: runtime.Runtime) -> dict:
+    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY[family], VOCAB), cut, started)
+    with torch.no_grad():
+        for model in policy.models:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(4)  # attention and routing far from uniform
+                elif name.endswith("softmax_offset"):
+                    parameter.fill_(1.0)
+                elif name.endswith("conv1d.weight"):
+                    parameter.mul_(25)
+                elif name.endswith("A_log"):
+                    parameter.sub_(3)  # a memory that lasts
+    everything = prompts()
+    share, place = len(everything) // cut.replicas, cut.dp_cp_rank
+    mine = everything[place * share : (place + 1) * share]
+    rows = slice(place * share * GROUP, (place + 1) * share * GROUP)
+    stops = tuple(range(0, VOCAB, 12))
+    drawn = uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
+    answers = MegatronEngine(policy).generate(mine, GROUP, SamplingParams(NEW, stops), drawn)
+    groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
+    sequences = [TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
+                 for g in groups for c in g.completions]  # fmt: skip
+    batches = pack(sequences, 4096, cut.microbatch_multiple, sequence_multiple=cut.sequence_multiple)
+    policy.fill_old_log_probs(batches)
+    errors = []
+    for batch in [batch for batch in batches if batch.old_logprobs is not None]:
+        dist.all_reduce(batch.old_logprobs, group=cut.cp_group)  # each rank has its own tokens', and 0 elsewhere
+        errors.append(float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
+    samples = {g.prompt.uid: [c.token_ids for c in g.completions] for g in groups}
+    return {"samples": samples, "errors": errors}
+
+
+def one_rank(rank: int, world_size: int) -> dict:
+    return in_layouts(rank, world_size, {"x": SINGLE}, generate)["x"]
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return spawn(one_rank, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def layouts() -> list[dict]:
+    return spawn(in_layouts, 4, LAYOUTS, generate)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_is_the_packed_forward(single, family):
+    assert len({len(tokens) for group in single[family]["samples"].values() for tokens in group}) > 1
+    assert single[family]["errors"] and max(single[family]["errors"]) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_same_samples_in_every_layout(single, layouts, name, family):
+    if not is_possible(family, LAYOUTS[name]):
+        pytest.skip("linear attention is not cut over the tokens of a sequence (test_check.py)")
+    alone = single[family]["samples"]
+    ranks = [rank[name][family] for rank in layouts]
+    for rank in ranks:
+        assert rank["samples"] == {uid: alone[uid] for uid in rank["samples"]}
+    assert max(error for rank in ranks for error in rank["errors"]) < 2e-5

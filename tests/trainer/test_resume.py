@@ -1,0 +1,333 @@
+"""A run that was ended and started again is the run that was never ended: weights to the bit, each step once.
+
+Left out: other layouts than these two (tests/backend/test_checkpoint.py loads under others).
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.parallel import topology
+from gspo_megatron.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    KlConfig,
+    ParallelConfig,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
+from gspo_megatron.errors import CheckpointError
+from gspo_megatron.metrics.tracker import read_metrics
+from gspo_megatron.recipe.load import save_recipe
+from gspo_megatron.trainer import build, resume, rl
+from gspo_megatron.trainer import run as runs
+from gspo_megatron.trainer import sft as warm_starts
+from gspo_megatron.trainer.resume import Progress, checkpoints, cut_back, hold, plan, prune
+from tests.distributed import spawn
+from tests.launching import ROOT, TORCHRUN, gone, launched, wait_until
+
+DP2 = ParallelConfig(1, 1, None, 1, 1, use_distributed_optimizer=True)
+PP2 = ParallelConfig(1, 2, None, 1, 1)
+CONFIG = TrainConfig(
+    steps=3, eval_interval=2, max_tokens_per_microbatch=512, device="cpu",
+    warm_start=WarmStartConfig(steps=3, num_examples=64, batch_size=16, eval_interval=99),
+    data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
+    rollout=RolloutConfig(num_prompts=4, group_size=4, max_response_length=6),
+    checkpoint=CheckpointConfig(interval=1, asynchronous=False),  # each is visible when its step ends
+)  # fmt: skip
+GRPO = AlgorithmConfig(name="grpo", num_minibatches=2, entropy_coef=0.01, kl=KlConfig(coef=0.05))  # has a reference
+PPO = AlgorithmConfig(name="ppo", num_minibatches=2, entropy_coef=0.01)  # has a critic and, for its KL, a reference
+CASES = {  # layout, algorithm, dtype, where the first start ends: after so many steps of a phase, before its checkpoint
+    "warm start": (DP2, GRPO, "fp32", ("warm_start", 2)),
+    "grpo": (DP2, GRPO, "bf16", ("rl", 2)),
+    "ppo": (DP2, PPO, "fp32", ("rl", 3)),
+}
+EP2 = ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True)
+MOVED = {  # from the first layout of each row to the others
+    "PP2": {"PP2": PP2, "TP2": ParallelConfig(2, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
+            "EP2": ParallelConfig(1, 1, None, 2, 1), "DP2": DP2},
+    "EP2": {"EP2": EP2, "DP2, EP1": DP2, "PP2, EP1": PP2},
+}  # fmt: skip
+
+
+class Ended(Exception):
+    """Stands for a kill: nothing of the process is used afterwards."""
+
+
+def train_once(config: TrainConfig, end: tuple[str, int] | None = None) -> dict:
+    """One start of a run, which ends before the checkpoint of `end`. {name: full weight} and the folder."""
+    run, keep, weights = build.build_run(config), runs.Run.maybe_save, {}
+
+    def watched(self, phase: str, step: int, row: dict, critic=None) -> None:
+        if (phase, step) == end:
+            raise Ended
+        keep(self, phase, step, row, critic)
+        models = self.policy.models + (critic.models if critic else [])
+        for place, model in enumerate(models):
+            full = parameters.gather_full([model], self.topology)
+            weights.update({f"{place} {name}": value for name, value in full.items()})
+
+    runs.Run.maybe_save = watched
+    try:
+        warm_starts.warm_start(run)
+        rl.reinforce(run)
+    except Ended:
+        weights = {}
+    finally:
+        runs.Run.maybe_save = keep
+        dist.barrier()
+        run.reporter.close()
+        if run.lock:
+            run.lock.close()
+        topology.stop()
+    return {"weights": weights, "folder": run.folder}
+
+
+def ended_and_resumed(rank: int, world_size: int, folder: Path) -> dict:
+    results = {}
+    for name, (layout, algorithm, dtype, end) in CASES.items():
+        model = dataclasses.replace(CONFIG.model, params_dtype=dtype)
+        config = dataclasses.replace(CONFIG, parallel=layout, model=model, algorithm=algorithm.resolved())
+        whole = train_once(dataclasses.replace(config, output_dir=folder / name / "whole"))
+        config = dataclasses.replace(config, output_dir=folder / name / "ended")
+        train_once(config, end)
+        results[name] = whole, train_once(config)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict:
+    return spawn(ended_and_resumed, 2, tmp_path_factory.mktemp("ended"), timeout=250)[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_equals_never_ended(ended, name):
+    """Every weight, the critic's too, is the same to the bit; each step is in the record once with the same numbers."""
+    whole, resumed = ended[name]
+    assert whole["folder"].name == resumed["folder"].name == "moe_gspo"  # the second start took the same folder
+    assert whole["weights"].keys() == resumed["weights"].keys() and whole["weights"]
+    for key, value in whole["weights"].items():
+        assert value.equal(resumed["weights"][key]), key
+    rows = [read_metrics(result["folder"]) for result in (whole, resumed)]
+    clocks = ("time/", "perf/")
+    plain = [[{k: v for k, v in row.items() if not k.startswith(clocks)} for row in found] for found in rows]
+    assert plain[0] == plain[1] and len(plain[0]) == 3 + 1 + 3
+    samples = [[json.loads(line) for line in (r["folder"] / "samples.jsonl").open()] for r in (whole, resumed)]
+    assert samples[0] == samples[1]
+
+
+def moved(rank: int, world_size: int, folder: Path, origin: str) -> dict:
+    """A run ended after two RL steps under one layout, and its last step under that and others."""
+    config = dataclasses.replace(CONFIG, algorithm=GRPO.resolved())
+    start = dataclasses.replace(config, parallel=MOVED[origin][origin], output_dir=folder / "start")
+    train_once(start, ("rl", 3))
+    results = {}
+    for name, layout in MOVED[origin].items():
+        if rank == 0:
+            shutil.copytree(folder / "start", folder / name)
+        dist.barrier()
+        results[name] = read_after(train_once(dataclasses.replace(config, parallel=layout, output_dir=folder / name)))
+    return results
+
+
+def read_after(result: dict) -> dict:
+    return {"rows": read_metrics(result["folder"]), "weights": result["weights"]}
+
+
+@pytest.mark.parametrize("origin", MOVED)
+def test_another_layout_goes_on_with_the_same_numbers(tmp_path, origin):
+    """Step 3 after a resume elsewhere: the same loss and reward, the gradient's norm to fp32's rounding.
+
+    Sampled tokens can differ where two logits are closer than rounding; here they do not (the reward is the same).
+    """
+    found = spawn(moved, 2, tmp_path, origin, timeout=250)[0]
+    expected = found.pop(origin)["rows"][-1]
+    assert expected["step"] == 3
+    for name, result in found.items():
+        row = result["rows"][-1]
+        assert [(r["phase"], r["step"]) for r in result["rows"]][-1] == ("rl", 3)
+        assert row["reward/mean"] == pytest.approx(expected["reward/mean"], abs=1e-9), name
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5), name
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), name
+
+
+# ---- Real processes ----
+
+RECIPE = [
+    "--steps", "7", "--eval-interval", "2", "--warm-start.steps", "2", "--warm-start.num-examples", "64",
+    "--warm-start.batch-size", "16", "--data.num-eval-prompts", "4", "--rollout.num-prompts", "4",
+    "--rollout.group-size", "4", "--checkpoint.interval", "1", "--output-dir", "runs", "--device", "cpu",
+]  # fmt: skip
+TRAINING = [*TORCHRUN, "--nproc-per-node", "2", str(ROOT / "examples/train_moe_gspo.sh"), *RECIPE]
+
+
+def end_by(launch, number: signal.Signals, moment: Callable[[], bool]) -> None:
+    """The signal goes to one rank, once `moment` has come; torchrun then ends the other."""
+    assert wait_until(moment, 100), launch.stderr
+    torchrun = psutil.Process(launch.process.pid)
+    ranks = [p.pid for p in torchrun.children()]
+    everyone = [p.pid for p in torchrun.children(recursive=True)]
+    os.kill(random.choice(ranks), number)
+    assert launch.wait(20) != 0
+    assert gone(everyone)  # no process of a checkpoint's writing outlives its rank
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again(tmp_path):
+    """Killed while the first checkpoint is written and again in RL, then told to stop (SIGUSR1); the fourth start ends
+    the run as if nothing had been."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    for folder in (whole, again):
+        folder.mkdir()
+    with launched(TRAINING, whole, CUDA_VISIBLE_DEVICES="") as launch:
+        assert launch.wait(100) == 0, launch.stderr
+    writing = lambda: any(again.glob("runs/*/checkpoints/*.unfinished"))  # noqa: E731
+
+    def at_step(step: int) -> bool:
+        return any(f'"rl", "step": {step},' in p.read_text() for p in again.glob("runs/*/metrics.jsonl"))
+
+    ends = ((signal.SIGKILL, writing), (signal.SIGKILL, lambda: at_step(2)), (signal.SIGUSR1, lambda: at_step(4)))
+    for number, moment in ends:
+        with launched(TRAINING, again, CUDA_VISIBLE_DEVICES="") as launch:
+            end_by(launch, number, moment)
+    assert "stopped as asked, after rl step" in launch.stderr
+    with launched(TRAINING, again, CUDA_VISIBLE_DEVICES="") as launch:
+        assert launch.wait(100) == 0, launch.stderr
+        assert "goes on after rl step" in launch.stdout
+    runs_made = sorted(p.name for p in (again / "runs").iterdir())
+    final = runs_made[-1]  # moe_gspo, or moe_gspo-2 where the first kill came before any checkpoint was whole
+    assert len(runs_made) <= 2
+    rows = [read_metrics(folder) for folder in (whole / "runs/moe_gspo", again / "runs" / final)]
+    numbers = [[(r["phase"], r["step"], r.get("loss"), r.get("grad_norm")) for r in found] for found in rows]
+    assert numbers[0] == numbers[1]
+    assert not list((again / "runs" / final).rglob("*.unfinished"))
+
+
+# ---- Files alone ----
+
+
+def made(run_dir: Path, phase: str, step: int, score: float | None = None) -> Path:
+    """An empty checkpoint as far as this module looks at one."""
+    progress = Progress(phase, step, 8 * step, score)
+    folder = run_dir / "checkpoints" / progress.folder
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({"counters": {}, "progress": dataclasses.asdict(progress)}))
+    return folder
+
+
+def started(tmp_path: Path, **changes) -> TrainConfig:
+    config = dataclasses.replace(CONFIG, output_dir=tmp_path, algorithm=GRPO.resolved(), **changes)
+    (tmp_path / "moe_gspo").mkdir()
+    save_recipe(config, tmp_path / "moe_gspo/config.yaml")
+    return config
+
+
+def test_which_folder_a_start_takes(tmp_path):
+    config = started(tmp_path)
+    run, free = tmp_path / "moe_gspo", tmp_path / "moe_gspo-2"
+    assert plan(config).folder == free and "no checkpoint" in plan(config).notes[0]
+    warm, rl = made(run, "warm_start", 3), made(run, "rl", 2)
+    (run / "checkpoints/step_000003.unfinished").mkdir()
+    assert plan(config) == resume.Plan(run, (rl, warm))
+    assert plan(dataclasses.replace(config, resume="never")) == resume.Plan(free)
+    elsewhere = dataclasses.replace(config, parallel=PP2, eval_interval=7, checkpoint=CheckpointConfig(keep_last=9))
+    assert plan(elsewhere).folder == run
+    other = plan(dataclasses.replace(config, seed=2))
+    assert other.folder == free and "unfinished and of another recipe (seed = 1 there, 2 here)" in other.notes[0]
+    assert plan(dataclasses.replace(config, steps=2)) == resume.Plan(free)  # that many are done
+    assert plan(dataclasses.replace(config, steps=9)).folder == run
+    with hold(run):
+        busy = plan(config)
+        assert busy.folder == free and "is being trained by another process" in busy.notes[0]
+    (run / "config.yaml").write_text("- 1")
+    with pytest.raises(CheckpointError, match=r"config.yaml: cannot be read .* --resume never"):
+        plan(config)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    """Of rl 10, 20, 30 (score .5), 40 (.4), 50: the last two, every 20th, and the best. The warm start's goes."""
+    made(tmp_path, "warm_start", 60)
+    for step, score in ((10, None), (20, None), (30, 0.5), (40, 0.4), (50, None)):
+        made(tmp_path, "rl", step, score)
+    (tmp_path / "checkpoints/torn").mkdir()
+    (tmp_path / "checkpoints/torn/progress.json").write_text("{")
+    removed = prune(tmp_path, keep_last=2, keep_every=20, keep_best=True)
+    assert {path.name for path in removed} == {"step_000010"}
+    assert [p.step for p in checkpoints(tmp_path).values()] == [20, 30, 40, 50, 60]
+    prune(tmp_path, keep_last=1, keep_every=0, keep_best=True)
+    assert {path.name for path in checkpoints(tmp_path)} == {"step_000030", "step_000050"}
+    prune(tmp_path, keep_last=1, keep_every=0, keep_best=False)
+    assert {path.name for path in checkpoints(tmp_path)} == {"step_000050"}
+
+
+def test_the_record_is_cut_back(tmp_path):
+    rows = [("warm_start", 1), ("warm_start", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
+    text = "".join(json.dumps({"phase": phase, "step": step}) + "\n" for phase, step in rows)
+    samples = "".join(json.dumps({"step": step, "response": "grün"}) + "\n" for step in (1, 2))
+    for progress, left, kept in ((Progress("rl", 1, 8, None), 4, [1]), (Progress("warm_start", 1, 0, None), 1, [])):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        (tmp_path / "samples.jsonl").write_text(samples + '{"step": 2, "resp')
+        cut_back(tmp_path, progress)
+        assert [(r["phase"], r["step"]) for r in read_metrics(tmp_path)] == rows[:left]
+        assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").open()] == kept
+
+
+def spoiled(rank: int, world_size: int, folder: Path) -> list[str]:
+    """What a start says of a checkpoint with a changed, a shortened and a missing file, and with none intact."""
+    config = dataclasses.replace(CONFIG, parallel=DP2, algorithm=GRPO.resolved(), output_dir=folder)
+    train_once(config, ("rl", 3))
+    places = folder / "moe_gspo/checkpoints"
+    messages = [after(harm, places / "step_000002", rank) for harm in (flip, shorten, Path.unlink)]
+    assert train_once(config)["weights"]  # goes on from step 1 and writes step 2 again, in the spoiled one's place
+    assert sorted(path.name for path in places.iterdir()) == ["step_000002", "step_000003"]
+    messages.append(after(flip, places / "step_000003", rank))
+    return [*messages, after(flip, places / "step_000002", rank)]
+
+
+def after(harm: Callable[[Path], None], victim: Path, rank: int) -> str:
+    """What is found once a file of `victim` was harmed."""
+    dist.barrier()
+    if rank == 0:
+        harm(sorted(victim.glob("*.distcp"))[0])
+    dist.barrier()
+    try:
+        found, progress, notes = build._intact(plan_of(victim.parents[2]))
+    except CheckpointError as error:
+        return str(error)
+    return f"{notes[0]} | {found.name} {progress.step}"
+
+
+def plan_of(folder: Path) -> resume.Plan:
+    found = checkpoints(folder / "moe_gspo")
+    return resume.Plan(folder / "moe_gspo", tuple(sorted(found, key=lambda p: found[p].order, reverse=True)))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_spoiled_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
+    changed = "contents changed after it was written"
+    for messages in spawn(spoiled, 2, tmp_path, timeout=120):
+        for message, problem in zip(messages[:3], (changed, "bytes, and", "missing"), strict=True):
+            assert problem in message and "step_000002/" in message and message.endswith("| step_000001 1")
+        assert changed in messages[3] and messages[3].endswith("| step_000002 2")
+        assert "no checkpoint of" in messages[4] and "--resume never" in messages[4]
