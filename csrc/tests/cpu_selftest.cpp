@@ -16,8 +16,8 @@
 #include <random>
 #include <vector>
 
+#include "../cpu/kernels.h"
 #include "../sequence_ratio.h"
-#include "kernels.h"
 
 using namespace gspo;
 

@@ -13,7 +13,7 @@
 
 #define GSPO_EXPECT(condition) \
   ((condition) ? (void)0 : (fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort()))
-#include "token_blocks.h"
+#include "../cuda/token_blocks.h"
 
 #include <algorithm>
 #include <numeric>

@@ -1,4 +1,4 @@
-// The kernels for x86-64 with AVX512; used only where the machine has it (sequence_ratio.cpp).
+// All CPU kernels for x86-64 with AVX512; used only where the machine has it (dispatch.cpp).
 // Headers come before the pragma: nothing of theirs may be compiled for this instruction set.
 #include <math.h>
 #include <stdint.h>

@@ -1,19 +1,10 @@
-// The kernels for any machine, and the choice between instruction sets.
+// The choice between the instruction sets that the CPU kernels are compiled for (kernels_*.cpp).
 #include <stdlib.h>
 #include <string.h>
 
-#define GSPO_ISA generic
-#define GSPO_LANES 2  // SSE2, NEON
-#include "sequence_ratio.inc"
-#include "sequence_results.inc"
-#include "token_surrogate.inc"
+#include "kernels.h"
 
 namespace gspo {
-
-const Kernels kGenericKernels = {
-    "generic", generic::partials, generic::results, generic::gradient,
-    generic::surrogate_forward, generic::surrogate_backward,
-};
 
 static const Kernels& widest() {
 #ifdef GSPO_X86_KERNELS
