@@ -19,11 +19,11 @@ from pathlib import Path
 
 from setuptools import setup
 
-# The CUDA bindings need torch with CUDA; the programs are the tests'.
+# The CUDA bindings need torch with CUDA; csrc/tests/ holds programs of the tests.
 CUDA_SOURCES = [f"csrc/{name}" for op in ("sequence_ratio", "token_surrogate")
                 for name in (f"bindings/{op}_cuda.cpp", f"cuda/{op}.cu")]  # fmt: skip
 COLLECTIVES = ["csrc/bindings/collectives.cpp"]
-PROGRAMS = ["csrc/cpu/selftest.cpp", "csrc/cuda/emulation.cpp"]
+PROGRAMS = [str(path) for path in Path("csrc/tests").glob("*.cpp")]
 SOURCES = sorted({str(path) for path in Path("csrc").glob("**/*.cpp")} - {*CUDA_SOURCES, *COLLECTIVES, *PROGRAMS})
 HEADERS = sorted(str(path) for pattern in ("**/*.h", "**/*.inc") for path in Path("csrc").glob(pattern))
 # Wide vectors are passed between functions that are always inlined, so their calling convention (psabi) is no concern.

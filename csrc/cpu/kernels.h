@@ -1,5 +1,6 @@
-// The CPU kernels as a table of functions, one table for each instruction set; see sequence_ratio.inc,
-// sequence_results.inc and token_surrogate.inc.
+// The CPU kernels as a table of functions, one table for each instruction set. kernels_generic.cpp, kernels_avx2.cpp
+// and kernels_avx512.cpp fill them from sequence_ratio.inc, sequence_results.inc and token_surrogate.inc; dispatch.cpp
+// chooses one.
 #pragma once
 
 #include <stdint.h>

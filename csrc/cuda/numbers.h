@@ -1,7 +1,8 @@
 // Element types to fp64 and back, eight tokens at a time, and exp(d) - 1 - d: what one GPU thread does with numbers.
 //
-// Everything under csrc/cuda but the launches is inline functions for host and device alike, so that emulation.cpp runs
-// the same index arithmetic on a CPU, where every access can be checked (GSPO_EXPECT).
+// Everything under csrc/cuda but the launches is inline functions for host and device alike, so that
+// csrc/tests/cuda_emulation.cpp runs the same index arithmetic on a CPU, where every access can be checked
+// (GSPO_EXPECT).
 #pragma once
 
 #include <math.h>

@@ -4,7 +4,7 @@
 // launches can be captured in a CUDA graph and replayed with other cu_seqlens of as many sequences. Each returns the
 // status of its launches; what goes wrong while a kernel runs shows at a later call, as always in CUDA.
 //
-// Compiled for sm_80, sm_90 and sm_100 and emulated on a CPU (emulation.cpp); never yet run on a GPU.
+// Compiled for sm_80, sm_90 and sm_100 and emulated on a CPU (csrc/tests/cuda_emulation.cpp); never yet run on a GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>

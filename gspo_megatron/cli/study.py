@@ -27,7 +27,8 @@ algorithms       steps, tokens and seconds that each algorithm needs to the same
 
 @dataclass(frozen=True)
 class Options:
-    """Train every arm that has no data yet, then write report.html, README.md, findings.json and plots."""
+    """Train every arm that has no data yet, then write report.html, README.md, findings.json and plots, and pack
+    the data into data.tar.xz."""
 
     recipe: Path = plan.RECIPE
     """What all arms share."""

@@ -1,4 +1,5 @@
-"""A study's report as files: report.html (self-contained), README.md with plots beside it, and findings.json."""
+"""A study's report as files: report.html (self-contained), README.md with plots beside it, findings.json, and the data
+that it was made from."""
 
 import base64
 import dataclasses
@@ -10,6 +11,8 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+
+from gspo_megatron.study import archive
 
 DPI = 110
 
@@ -54,3 +57,4 @@ def write(document: Document, folder: Path) -> None:
         (folder / target).write_text(text.rstrip() + "\n", encoding="utf-8")
     plain = json.dumps(dataclasses.asdict(document.findings), indent=1)
     (folder / "findings.json").write_text(plain + "\n", encoding="utf-8")
+    archive.write(folder)

@@ -1,4 +1,4 @@
-"""Finished runs of a study, read from its data folder."""
+"""Finished runs of a study, read from its data."""
 
 import json
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gspo_megatron.metrics.record import Row, series
+from gspo_megatron.study import archive
 from gspo_megatron.study.plan import COLLAPSE, OUTCOME_FROM, RunSpec
 
 
@@ -43,11 +44,11 @@ class RunResult:
 
 def load(folder: Path) -> list[RunResult]:
     """All finished runs, by name."""
-    return [_read(path) for path in sorted((folder / "data").glob("*.jsonl"))]
+    return [_read(data) for data in archive.read(folder).values()]
 
 
-def _read(path: Path) -> RunResult:
-    about, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+def _read(data: bytes) -> RunResult:
+    about, *rows = (json.loads(line) for line in data.decode("utf-8").splitlines())
     spec = RunSpec(*(about[name] for name in ("arm", "setting", "lr", "seed", "ranks")))
     return RunResult(spec, about, rows)
 

@@ -1,8 +1,8 @@
 """Runs a study's trainings, several at a time, each a process of its own, and keeps what they measured.
 
 A finished run is one JSONL file in the study's data folder: a line about the run, then a line a step. It appears when
-the run is over, so a study that is cut short goes on with what is missing. Run folders (checkpoints, logs) are in a
-work folder and may be deleted.
+the run is over, so a study that is cut short goes on with what is missing. Runs that a report has packed (archive.py)
+are not missing. Run folders (checkpoints, logs) are in a work folder and may be deleted.
 
 Left out: runs on other machines. A Slurm array shares the folder instead, each job with its own part (command.py).
 """
@@ -30,6 +30,7 @@ from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics.tracker import read_metrics
 from gspo_megatron.recipe.hf_config import read_json
 from gspo_megatron.recipe.load import load_recipe
+from gspo_megatron.study import archive
 from gspo_megatron.study.plan import SETTINGS, RunSpec, StartSpec
 
 KEPT = (  # of each step
@@ -54,13 +55,13 @@ class Study:
     """Where a study lives, and what its runs share."""
 
     recipe: Path
-    folder: Path  # data/ and the report
+    folder: Path  # data, loose or packed, and the report
     work: Path  # run folders
     slots: int  # ranks that train at the same time
     extra: dict[str, Any] = field(default_factory=dict)  # overrides of every run
 
     def data_file(self, spec: RunSpec) -> Path:
-        return self.folder / "data" / f"{spec.name}.jsonl"
+        return self.folder / archive.LOOSE / f"{spec.name}.jsonl"
 
     @property
     def fingerprint(self) -> str:
@@ -83,8 +84,9 @@ def run_all(study: Study, specs: list[RunSpec]) -> list[str]:
     Raises:
         StudyError: the folder's data are of another recipe, or a start failed.
     """
-    (study.folder / "data").mkdir(parents=True, exist_ok=True)
-    todo = [spec for spec in specs if not _is_done(study, spec)]
+    (study.folder / archive.LOOSE).mkdir(parents=True, exist_ok=True)
+    kept = archive.read(study.folder)
+    todo = [spec for spec in specs if not _is_done(study, spec, kept)]
     waiting: list[RunSpec | StartSpec] = []
     for spec in todo:
         if spec.start not in waiting and not _weights(study, spec.start).exists():
@@ -104,16 +106,16 @@ def run_all(study: Study, specs: list[RunSpec]) -> list[str]:
     return failures
 
 
-def _is_done(study: Study, spec: RunSpec) -> bool:
-    path = study.data_file(spec)
-    if not path.exists():
+def _is_done(study: Study, spec: RunSpec, kept: dict[str, bytes]) -> bool:
+    data = kept.get(study.data_file(spec).name)
+    if data is None:
         return False
-    with path.open(encoding="utf-8") as file:
-        about = json.loads(file.readline())
+    about = json.loads(data.partition(b"\n")[0])
     if about["recipe"] != study.fingerprint:
         raise StudyError(
-            f"{path}: its run had another recipe or other common overrides than this study ({about['recipe']} against "
-            f"{study.fingerprint}). Give --folder another folder, or remove the data to run everything anew."
+            f"{study.folder}: run {spec.name} had another recipe or other common overrides than this study "
+            f"({about['recipe']} against {study.fingerprint}). Give --folder another folder, or remove "
+            f"{archive.PACKED} and {archive.LOOSE}/ from it to run everything anew."
         )
     return True
 

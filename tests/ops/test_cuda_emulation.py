@@ -1,6 +1,7 @@
-"""The CUDA kernels' index arithmetic, sums and conversions, run on the CPU by csrc/cuda/emulation.cpp under sanitizers.
+"""The CUDA kernels' index arithmetic, sums and conversions, run on the CPU under sanitizers.
 
-What only a GPU has is not tested here: shuffles, races, launches. tools/gpu_check.py is for those.
+The program is csrc/tests/cuda_emulation.cpp. What only a GPU has is not tested here: shuffles, races, launches.
+tools/gpu_check.py is for those.
 """
 
 import math
@@ -26,7 +27,7 @@ def build(folder: Path, csrc: Path = CSRC, sanitize: bool = True) -> Path:
     program = folder / "emulation"
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else ["-O0"]
     command = [COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags, "-o", program]
-    subprocess.run([*command, csrc / "cuda" / "emulation.cpp"], check=True, capture_output=True)
+    subprocess.run([*command, csrc / "tests" / "cuda_emulation.cpp"], check=True, capture_output=True)
     return program
 
 

@@ -1,6 +1,7 @@
-"""The CPU kernels of every instruction set under the address and undefined-behaviour sanitizers: csrc/cpu/selftest.cpp.
+"""The CPU kernels of every instruction set under the address and undefined-behaviour sanitizers.
 
-The program compares them with plain sums in long double, on vectors that end where their heap block ends.
+The program is csrc/tests/cpu_selftest.cpp. It compares them with plain sums in long double, on vectors that end where
+their heap block ends.
 """
 
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "csrc" / "cpu"
+CSRC = Path(__file__).parents[2] / "csrc"
+SELFTEST = CSRC / "tests" / "cpu_selftest.cpp"
 COMPILER = shutil.which("g++")
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +26,7 @@ def program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("selftest")
     flags = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-function", *SANITIZE]
     # The kernels unoptimised: builds in half the time, and no access is optimised away.
-    sources = {path: "-O1" if path.stem == "selftest" else "-O0" for path in sorted(FOLDER.glob("*.cpp"))}
+    sources = {SELFTEST: "-O1", **dict.fromkeys(sorted((CSRC / "cpu").glob("*.cpp")), "-O0")}
     builds = [
         subprocess.Popen([COMPILER, *flags, level, "-c", path], cwd=folder, stderr=subprocess.PIPE)
         for path, level in sources.items()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.study import plan, report
+from gspo_megatron.study import archive, plan, report
 from gspo_megatron.study.plan import RunSpec
 from gspo_megatron.study.results import load
 from gspo_megatron.study.runner import Study, StudyError, run_all
@@ -66,9 +66,20 @@ def test_data_of_another_recipe_are_refused(study):
         run_all(replace(made, extra=SHORT | {"steps": 3}), [FREE])
 
 
+def test_packed_data_are_as_good_as_loose_ones(study, tmp_path):
+    """Their runs are not trained again, and those of another recipe are refused."""
+    packed = replace(study[0], folder=tmp_path)
+    (tmp_path / archive.PACKED).write_bytes(archive.pack(archive.read(study[0].folder)))
+    assert run_all(packed, [FREE, REPLAYED]) == [] and list(tmp_path.rglob("*.jsonl")) == []
+    with pytest.raises(StudyError, match=r"run gspo_R2\.main.*remove data\.tar\.xz and data/"):
+        run_all(replace(packed, extra=SHORT | {"steps": 3}), [REPLAYED])
+
+
 def test_the_report_is_written(study):
     assert "2 runs" in report.write(study[0].folder)
     assert json.loads((study[0].folder / "findings.json").read_text())["cells"][0]["arm"] == "gspo"
+    loose = {path.name: path.read_bytes() for path in (study[0].folder / "data").iterdir()}
+    assert archive.unpack((study[0].folder / archive.PACKED).read_bytes()) == loose
 
 
 def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path):
