@@ -96,7 +96,7 @@ def _forks() -> Any:
 
 
 def _check_server() -> None:
-    """In a fork: what the server failed to import fails here again, where it is seen. The server has no other thread."""
+    """In a fork: what the server failed to import fails again, where it is seen, and the server has one thread."""
     for name in PRELOADED:
         importlib.import_module(name)
     threads = psutil.Process(os.getppid()).num_threads()
