@@ -10,6 +10,7 @@ torchrun.
 
 import faulthandler
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -148,6 +149,7 @@ def _end(ranks: list[Any], pipes: list[Connection]) -> None:
 def _rank_main(
     rank: int, world_size: int, store: str, timeout: float, payload: bytes, environment: dict, report: Connection
 ) -> None:
+    gc.freeze()  # else every collection looks through all that was imported, and so copies the server's memory
     os.setsid()
     _die_with_parent()
     # Before the parent gives up, and one rank after the other so that their stacks do not mix.
