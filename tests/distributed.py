@@ -60,7 +60,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
     and ends the other ranks, and so does running longer than `timeout` seconds, start-up included: a rank that hangs
     prints its stack to stderr first.
     """
-    context = _forks()
+    context = forks()
     # Pickled here and not by Process: that would share tensors through file descriptors that outlive this call.
     payload = pickle.dumps((fn, args))
     deadline = time.monotonic() + timeout
@@ -81,7 +81,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
 
 
 @functools.cache
-def _forks() -> Any:
+def forks() -> Any:
     """A context whose processes are forks of this process's server, which is there and has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
