@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from gspo_megatron.cli import doctor
 from gspo_megatron.config import Layout
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model.builder import unwrap
 from gspo_megatron.backend.parallel import runtime, topology
-from gspo_megatron.config import ModelConfig, ParallelConfig
+from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
 from tests.distributed import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
-PP2 = ParallelConfig(1, 2, None, 1, 1)
+PP2 = Layout(1, 2, None, 1, 1)
 WEIGHT = "model.layers.3.mlp.experts.1.up_proj.weight"
 
 

@@ -198,9 +198,9 @@ def in_regions(rank, world_size):
     from megatron.core import tensor_parallel
 
     from gspo_megatron.backend.parallel import topology
-    from gspo_megatron.config import ParallelConfig
+    from gspo_megatron.config import Layout
 
-    cut = topology.start(ParallelConfig(world_size, 1, None, 1, 1), seed=1)
+    cut = topology.start(Layout(world_size, 1, None, 1, 1), seed=1)
     hidden, weight, targets, by_logprobs, by_entropy = batch()
     regions = {
         "sequence": (tensor_parallel.gather_from_sequence_parallel_region, hidden.chunk(world_size)[rank]),

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from gspo_megatron.data.packing import pack
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
@@ -23,7 +23,7 @@ def prompts(count: int = 6) -> list[Prompt]:
     return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
-def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
+def generate(layout: Layout, params: SamplingParams) -> dict:
     policy = small_policy(layout)
     cut = policy.topology
     engine = MegatronEngine(policy)
@@ -105,10 +105,10 @@ def test_rollout_log_probs_are_the_training_engine_s(reference):
 
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
-    "TP2xDP2-EP4": ParallelConfig(2, 1, None, 4, 1),
-    "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2),
-    "CP2xPP2": ParallelConfig(1, 2, None, 1, 1, context_parallel_size=2),
+    "PP2xVP2xDP2": Layout(1, 2, 2, 1, 1),
+    "TP2xDP2-EP4": Layout(2, 1, None, 4, 1),
+    "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2),
+    "CP2xPP2": Layout(1, 2, None, 1, 1, context_parallel_size=2),
 }
 
 

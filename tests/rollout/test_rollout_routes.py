@@ -7,7 +7,7 @@ import torch.distributed as dist
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.batch import RolloutGroup, TrainSequence
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig, RoutingConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, RoutingConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.generation import join_context
@@ -20,12 +20,12 @@ from tests.rollout.test_megatron_engine import GROUP, NEW, STOPS, prompts
 LAYERS = 4
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
-    "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2),
+    "PP2xVP2xDP2": Layout(1, 2, 2, 1, 1),
+    "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2),
 }
 
 
-def replayed(layout: ParallelConfig) -> dict:
+def replayed(layout: Layout) -> dict:
     """Generate, train one step along the rollout's routes, and try it with routes that are shifted by one token."""
     policy = small_policy(layout, model=ModelConfig(recompute=True), routing=RoutingConfig(replay="R3"))
     cut = policy.topology

@@ -18,7 +18,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, TaskItem, TrainSequence
-from gspo_megatron.config import AlgorithmConfig, FaultsConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, FaultsConfig, Layout
 from gspo_megatron.config.algorithm import ALGORITHMS, GROUP_NORMALISED
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.validate import check_batch
@@ -29,7 +29,7 @@ from gspo_megatron.trainer import sanity_checks
 from tests.backend.small import VOCAB, small_policy
 from tests.distributed import spawn
 
-LAYOUTS = {"DP2": ParallelConfig(1, 1, None, 1, 1), "PP2": ParallelConfig(1, 2, None, 1, 1)}
+LAYOUTS = {"DP2": Layout(1, 1, None, 1, 1), "PP2": Layout(1, 2, None, 1, 1)}
 NAN, INF = math.nan, math.inf
 PROMPT, LENGTHS = 3, (9, 5, 12, 7)  # of this replica's sequences, prompt included
 BAD_PLACE = 17  # the first trained token of the third sequence, which begins at 14

@@ -12,7 +12,7 @@ from gspo_megatron.backend.engine.microbatches import global_counts, microbatche
 from gspo_megatron.backend.parallel import runtime
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.batch import Completion, Minibatch, Prompt, RolloutGroup, TaskItem
-from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, ParallelConfig, RolloutConfig, TrainConfig
+from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, Layout, RolloutConfig, TrainConfig
 from gspo_megatron.data.sequences import minibatch_indices, train_sequences
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
 from tests.backend.engine.test_critic import small_critic
@@ -20,8 +20,8 @@ from tests.backend.small import SINGLE, in_layouts
 from tests.distributed import spawn
 
 LAYOUTS = {
-    "PP2": ParallelConfig(1, 2, None, 1, 1), "DP2": SINGLE,
-    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+    "PP2": Layout(1, 2, None, 1, 1), "DP2": SINGLE,
+    "CP2": Layout(1, 1, None, 1, 1, context_parallel_size=2),
 }  # fmt: skip
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.1
 ALGORITHM = AlgorithmConfig(
@@ -43,7 +43,7 @@ def groups(dp_rank: int, dp_size: int) -> list[RolloutGroup]:
     return found
 
 
-def estimate(layout: ParallelConfig, whitened: bool) -> dict:
+def estimate(layout: Layout, whitened: bool) -> dict:
     """Two minibatches through fill and learn. Per response: what the estimator was given and what it made."""
     policy, critic = small_critic(layout)
     cut, device = policy.topology, policy.device

@@ -17,8 +17,8 @@ from gspo_megatron.batch import TrainSequence
 from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
+    Layout,
     OptimizerConfig,
-    ParallelConfig,
     PreferenceConfig,
     TrainConfig,
     WarmStartConfig,
@@ -36,8 +36,8 @@ from tests.backend.small import CONFIG_PATH
 from tests.distributed import spawn
 
 LAYOUTS = {
-    "DP2": ParallelConfig(1, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
-    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+    "DP2": Layout(1, 1, None, 1, 1), "PP2xVP2": Layout(1, 2, 2, 1, 1),
+    "CP2": Layout(1, 1, None, 1, 1, context_parallel_size=2),
 }  # fmt: skip
 PAIRS, HELD_OUT, STEPS = 77, 7, 11  # the last tenth; odd, so that two replicas need a filler
 
@@ -57,15 +57,15 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
-def configured(path: Path, layout: ParallelConfig) -> TrainConfig:
+def configured(path: Path, layout: Layout) -> TrainConfig:
     """From random weights; a microbatch holds a few pairs, so a step has several on each rank."""
     algorithm = AlgorithmConfig("dpo", preference=PreferenceConfig(path, batch_size=16)).resolved()
     model = dataclasses.replace(TrainConfig().model, hf_config=CONFIG_PATH)
     return TrainConfig(
         output_dir=path.parent, steps=STEPS, eval_interval=5, max_tokens_per_microbatch=200, device="cpu", model=model,
-        parallel=layout, data=DataConfig(num_eval_prompts=8), warm_start=WarmStartConfig(steps=0), algorithm=algorithm,
+        data=DataConfig(num_eval_prompts=8), warm_start=WarmStartConfig(steps=0), algorithm=algorithm,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-    )  # fmt: skip
+    ).resolved(layout)  # fmt: skip
 
 
 def in_layouts(rank: int, world_size: int, path: Path) -> dict:

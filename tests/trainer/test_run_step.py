@@ -14,9 +14,9 @@ from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
     KlConfig,
+    Layout,
     MismatchConfig,
     OptimizerConfig,
-    ParallelConfig,
     RolloutConfig,
     TrainConfig,
     WarmStartConfig,
@@ -27,8 +27,8 @@ from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.sft import warm_start
 from tests.distributed import spawn
 
-ONE, PP2, DP2 = (ParallelConfig(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
-CP2 = ParallelConfig(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
+ONE, PP2, DP2 = (Layout(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
+CP2 = Layout(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
 CONFIG = TrainConfig(
     warm_start=WarmStartConfig(steps=30, num_examples=256, batch_size=32, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=8, eval_samples=1),
@@ -49,9 +49,9 @@ CHOICES = {
 }
 
 
-def two_steps(rank: int, world_size: int, layout: ParallelConfig, names: list[str], folder: str) -> dict:
+def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], folder: str) -> dict:
     """{choice: the metric rows of two RL steps}, all from the weights that one short warm start leaves."""
-    run = build.build_run(dataclasses.replace(CONFIG, parallel=layout, output_dir=Path(folder)))
+    run = build.build_run(dataclasses.replace(CONFIG, output_dir=Path(folder)).resolved(layout))
     warm_start(run)  # so that some responses end before the limit and some are right
     weights = [p for model in run.policy.models for p in model.parameters()]
     start = [w.detach().clone() for w in weights]

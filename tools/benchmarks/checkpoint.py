@@ -25,7 +25,7 @@ import torch.distributed as dist
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
@@ -65,7 +65,7 @@ def wait_until_visible(run: runs.Run) -> None:
 
 
 def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
-    config = load(folder, ParallelConfig(2, 2, None, 2, 1))
+    config = load(folder, Layout(2, 2, None, 2, 1))
     run = build.build_run(config)
     run.policy.start_optimizer()
     estimator = rl.make_estimator(run)
@@ -78,15 +78,15 @@ def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> 
     return found
 
 
-def load(folder: Path, layout: ParallelConfig, *words: str) -> TrainConfig:
+def load(folder: Path, layout: Layout, *words: str) -> TrainConfig:
     words = [str(ROOT / "examples/recipes/moe_gspo.yaml"), "--device", "cpu", "--output-dir", str(folder), *words]
-    return dataclasses.replace(load_recipe(words, program="bench_checkpoint"), parallel=layout)
+    return load_recipe(words, program="bench_checkpoint").resolved(layout)
 
 
 def sizes(rank: int, world_size: int, folder: Path, hf_config: str, dtype: str) -> tuple[int, int, float, float]:
     """(parameters, bytes of the folder, seconds that training waits, seconds until it is visible)."""
     words = ("--model.hf-config", hf_config, "--model.params-dtype", dtype, "--name", dtype)
-    run = build.build_run(load(folder, ParallelConfig(1, 2, None, 1, 1), *words))
+    run = build.build_run(load(folder, Layout(1, 2, None, 1, 1), *words))
     run.policy.start_optimizer()
     set_mode(run, "asynchronous")
     began = time.perf_counter()

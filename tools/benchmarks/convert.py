@@ -91,7 +91,7 @@ def write_random(folder: Path, config: dict) -> int:
     from gspo_megatron.backend.checkpoint import streaming
     from gspo_megatron.backend.model import builder
     from gspo_megatron.backend.parallel import runtime, topology
-    from gspo_megatron.config import ModelConfig, ParallelConfig
+    from gspo_megatron.config import Layout, ModelConfig
     from gspo_megatron.hf import export
     from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
     from gspo_megatron.models import table
@@ -100,7 +100,7 @@ def write_random(folder: Path, config: dict) -> int:
     import torch
 
     started = runtime.start("cpu")
-    cut = topology.start(ParallelConfig(1, 1, None, 1, 1), seed=0)
+    cut = topology.start(Layout(1, 1, None, 1, 1), seed=0)
     shape = builder.ModelShape(config, config["vocab_size"])
     bare = builder.bare(shape, ModelConfig(), cut, started, torch.bfloat16)[0]
     entries = table.entries(shape.architecture)

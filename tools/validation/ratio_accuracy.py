@@ -173,11 +173,11 @@ def body_rows(args: argparse.Namespace, started, cut) -> tuple[list[Row], torch.
     """(rows of the fp32 and the bf16 body, the true log s [S]); our head in all of them."""
     from gspo_megatron.backend.engine.policy import Policy
     from gspo_megatron.backend.model.builder import ModelShape
-    from gspo_megatron.config import ParallelConfig, TrainConfig
+    from gspo_megatron.config import Layout, TrainConfig
 
     shape = ModelShape.load(CONFIG, 256)
     shape = dataclasses.replace(shape, hf=shape.hf | {"max_position_embeddings": max(args.tokens, 256)})
-    config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(1, 1, None, 1, 1), seed=args.seed)
+    config = dataclasses.replace(TrainConfig(), parallel=Layout(1, 1, None, 1, 1), seed=args.seed)
     batches = body_batches(args, shape.vocab_size)
     generator = torch.Generator().manual_seed(args.seed + 1)
     weights: list[list[torch.Tensor]] = []  # of the old policy and of the new one, representable in bf16
@@ -236,10 +236,10 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, torch.Tensor
 
     cpu_shim.install()  # before anything imports megatron
     from gspo_megatron.backend.parallel import runtime, topology
-    from gspo_megatron.config import ParallelConfig
+    from gspo_megatron.config import Layout
 
     started = runtime.start("cpu")
-    cut = topology.start(ParallelConfig(1, 1, None, 1, 1), args.seed)
+    cut = topology.start(Layout(1, 1, None, 1, 1), args.seed)
     rows, truth = head_rows(args)
     body, body_truth = body_rows(args, started, cut)
     topology.stop()

@@ -18,7 +18,7 @@ from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.batch import PackedBatch
-from gspo_megatron.config import ModelConfig, ParallelConfig
+from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
 from gspo_megatron.hf.safetensors import SafetensorsFolder
@@ -76,15 +76,15 @@ TINY: dict[str, dict] = {
 }  # fmt: skip
 TINY = {name: _SIZES | config for name, config in TINY.items()}
 
-LAYOUTS: dict[str, ParallelConfig] = {
-    "TP1": ParallelConfig(1, 1, None, 1, 1),
-    "TP2": ParallelConfig(2, 1, None, 1, 1),
-    "PP2": ParallelConfig(1, 2, None, 1, 1),
-    "PP2 (1 + 3)": ParallelConfig(1, 2, None, 1, 1, num_layers_in_first_pipeline_stage=1),
-    "EP2": ParallelConfig(1, 1, None, 2, 1),
-    "TP2 PP2 EP2": ParallelConfig(2, 2, None, 2, 1),
-    "PP2 VP2 EP2": ParallelConfig(1, 2, 2, 2, 1),
-    "TP2 ETP2": ParallelConfig(2, 1, None, 1, 2),
+LAYOUTS: dict[str, Layout] = {
+    "TP1": Layout(1, 1, None, 1, 1),
+    "TP2": Layout(2, 1, None, 1, 1),
+    "PP2": Layout(1, 2, None, 1, 1),
+    "PP2 (1 + 3)": Layout(1, 2, None, 1, 1, num_layers_in_first_pipeline_stage=1),
+    "EP2": Layout(1, 1, None, 2, 1),
+    "TP2 PP2 EP2": Layout(2, 2, None, 2, 1),
+    "PP2 VP2 EP2": Layout(1, 2, 2, 2, 1),
+    "TP2 ETP2": Layout(2, 1, None, 1, 2),
 }
 
 
@@ -137,7 +137,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def round_trip(
-    source: Path, layout: ParallelConfig, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
+    source: Path, layout: Layout, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
 ) -> Outcome:
     """Load a folder of `write_model`, compute its logits, export it and compare. A collective over all ranks.
 

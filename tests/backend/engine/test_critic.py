@@ -14,7 +14,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.builder import ModelShape
-from gspo_megatron.config import AlgorithmConfig, CriticConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, CriticConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.engine.test_policy import gradient_error
 from tests.backend.small import CONFIG_PATH, SINGLE, TP2_PP2_EP2, VOCAB, fixed_batches, in_layouts, small_policy
@@ -22,14 +22,14 @@ from tests.distributed import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": (TP2_PP2_EP2, False),
-    "TP2xDP2": (ParallelConfig(2, 1, None, 1, 1), False),
-    "PP2xDP2-tied": (ParallelConfig(1, 2, None, 1, 1), True),
-    "PP2xVP2xDP2-EP2": (ParallelConfig(1, 2, 2, 2, 1), False),
+    "TP2xDP2": (Layout(2, 1, None, 1, 1), False),
+    "PP2xDP2-tied": (Layout(1, 2, None, 1, 1), True),
+    "PP2xVP2xDP2-EP2": (Layout(1, 2, 2, 2, 1), False),
 }
 CLIP, LR = 0.2, 1e-3
 
 
-def small_critic(layout: ParallelConfig, dtype: torch.dtype | None = None, tied: bool = False) -> tuple[Policy, Critic]:
+def small_critic(layout: Layout, dtype: torch.dtype | None = None, tied: bool = False) -> tuple[Policy, Critic]:
     """(policy, critic) of the example model. The critic has the policy's trunk, and a head that is not 0, so that
     gradients reach every layer. `tied`: as if the policy's output layer were its embedding; the critic must not care.
     """

@@ -11,15 +11,15 @@ from gspo_megatron.backend.engine.microbatches import global_counts, microbatche
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import TrainSequence
-from gspo_megatron.config import AlgorithmConfig, ParallelConfig, PreferenceConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, PreferenceConfig
 from gspo_megatron.data.epochs import share_of
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
 from tests.distributed import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "TP2xDP2": ParallelConfig(2, 1, None, 1, 1),
-    "PP2xVP2xDP2-EP2": ParallelConfig(1, 2, 2, 2, 1),
+    "TP2xDP2": Layout(2, 1, None, 1, 1),
+    "PP2xVP2xDP2-EP2": Layout(1, 2, 2, 2, 1),
 }
 DPO = AlgorithmConfig("dpo", preference=PreferenceConfig(beta=0.1))
 
@@ -43,7 +43,7 @@ def move(models: list[torch.nn.Module]) -> None:
                 parameter.mul_(1.05)
 
 
-def step(layout: ParallelConfig) -> dict:
+def step(layout: Layout) -> dict:
     """One update on this replica's share of the pairs, in microbatches of at most 48 tokens."""
     policy = small_policy(layout)
     cut = policy.topology
@@ -76,7 +76,7 @@ def both_frozen_and_moved(rank: int, world_size: int) -> dict:
     return one | in_layouts(rank, world_size, {"frozen": SINGLE}, frozen)
 
 
-def frozen(layout: ParallelConfig) -> list[float]:
+def frozen(layout: Layout) -> list[float]:
     """Largest change of the reference's log-probs over an update, and of the policy's own."""
     policy = small_policy(layout)
     reference = FrozenReference(policy.models)

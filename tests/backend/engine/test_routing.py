@@ -15,7 +15,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.router_hooks import TopKRouter
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import PackedBatch, SequenceTable
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoutingConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, OptimizerConfig, RoutingConfig
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.metrics.routing import change_beside_ratio
 from gspo_megatron.routing.statistics import routing_metrics
@@ -27,9 +27,9 @@ FAST = OptimizerConfig(lr=0.02, warmup_steps=0)  # moves routes within one updat
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": (TP2_PP2_EP2, ModelConfig()),
     "TP2xPP2-EP2-recompute": (TP2_PP2_EP2, RECOMPUTE),
-    "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
-    "CP2xTP2-EP2": (ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2), ModelConfig()),
-    "CP2xPP2-recompute": (ParallelConfig(1, 2, None, 1, 1, context_parallel_size=2), RECOMPUTE),
+    "PP2xVP2xDP2-EP2-recompute": (Layout(1, 2, 2, 2, 1), RECOMPUTE),
+    "CP2xTP2-EP2": (Layout(2, 1, None, 2, 1, context_parallel_size=2), ModelConfig()),
+    "CP2xPP2-recompute": (Layout(1, 2, None, 1, 1, context_parallel_size=2), RECOMPUTE),
 }
 LENGTHS = ((7, 12, 3), (20, 4, 6), (5, 9, 6), (16, 14, 8))  # every replica gets as many sequences
 MINIBATCHES = 3

@@ -12,7 +12,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model.builder import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
-from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
@@ -23,7 +23,7 @@ from tools.validation.round_trip import TINY, VOCAB
 
 GROUP, NEW = 3, 10
 FAMILIES = ("deepseek_v3", "gpt_oss", "qwen3_next")
-LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2)}
+LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2)}
 
 
 def prompts() -> list[Prompt]:
@@ -32,17 +32,17 @@ def prompts() -> list[Prompt]:
     return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
-def generate(layout: ParallelConfig) -> dict:
+def generate(layout: Layout) -> dict:
     """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
     return {family: of_family(family, layout, cut, started) for family in FAMILIES if is_possible(family, layout)}
 
 
-def is_possible(family: str, layout: ParallelConfig) -> bool:
+def is_possible(family: str, layout: Layout) -> bool:
     return family != "qwen3_next" or layout.context_parallel_size in (None, 1)
 
 
-def of_family(family: str, layout: ParallelConfig, cut: topology.Topology, started: runtime.Runtime) -> dict:
+def of_family(family: str, layout: Layout, cut: topology.Topology, started: runtime.Runtime) -> dict:
     policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY[family], VOCAB), cut, started)
     with torch.no_grad():
         for model in policy.models:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from tools.validation.parity.fixture import GROUPS, PAIRS
 
 NUM_SEQUENCES = sum(len(group) for group in GROUPS)
@@ -35,8 +35,8 @@ class Layout:
         return self.ranks // (self.tensor * self.context * self.pipeline)
 
     @property
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
+    def parallel(self) -> Layout:
+        return Layout(
             self.tensor, self.pipeline, self.virtual, self.expert, self.expert_tensor, self.distributed_optimizer,
             self.context,
         )  # fmt: skip
