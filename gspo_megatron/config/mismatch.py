@@ -16,5 +16,10 @@ class MismatchConfig:
     threshold: float = 2.0
 
     def __post_init__(self) -> None:
-        require(self.threshold > 1, "algorithm.mismatch.threshold", self.threshold, "must be above 1",
-                "2 is common for tokens; a sequence's mean needs a tighter one.")  # fmt: skip
+        require(
+            self.threshold > 1,
+            "algorithm.mismatch.threshold",
+            self.threshold,
+            "must be above 1",
+            "2 is common for tokens; a sequence's mean needs a tighter one.",
+        )

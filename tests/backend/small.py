@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import PackedBatch
 from gspo_megatron.config import Layout, TrainConfig

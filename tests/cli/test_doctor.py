@@ -8,7 +8,7 @@ import pytest
 from gspo_megatron.cli import doctor
 from gspo_megatron.config import Layout
 from gspo_megatron.errors import ConfigError
-from gspo_megatron.recipe import check
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer.diagnostics import rows as diagnostics
 from tests.distributed import spawn
@@ -104,7 +104,7 @@ def measured(rank: int, world_size: int) -> dict:
     floors = {}
     for dtype in ("fp32", "bf16"):
         config = load_recipe([RECIPE, *SMALL, "--model.params-dtype", dtype, "--model.moe-aux-loss-coeff", "0.01"])
-        layout = check.resolve_layout(config, world_size, has_cuda=False)
+        layout = resolve_layout(config, world_size, has_cuda=False)
         floors[dtype] = noise_floor.measure(config, layout, 4, None)
     return floors
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from gspo_megatron.backend.checkpoint import saver, sharded
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.reference import FrozenReference
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.cli import convert as command
 from gspo_megatron.config import ModelConfig, TrainConfig

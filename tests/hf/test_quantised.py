@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.config import Layout, ModelConfig, TrainConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import convert
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from gspo_megatron.models.operators import Piece
+from gspo_megatron.trainer.build import build_policy
 from tests.backend.small import TP2_PP2_EP2, in_layouts
 from tests.distributed import spawn
 from tools.validation.round_trip import TINY, differences, write_model

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
-from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import TrainSequence
 from gspo_megatron.config import DataConfig, Layout, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from gspo_megatron.models import table
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.trainer import build
+from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.trainer.rl import make_estimator, run_step
 from gspo_megatron.trainer.train import train
 from tests.distributed import spawn

@@ -10,6 +10,7 @@ import pytest
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check, lint
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 
 TINY = json.loads((REPOSITORY / "examples/models/qwen3_moe_tiny/config.json").read_text())
@@ -29,7 +30,7 @@ def sizes(layout: ParallelConfig) -> tuple:
 def refusal(world_size: int, *argv: str) -> str:
     with pytest.raises(ConfigError) as error:
         config = configured(*argv)
-        check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+        check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
     return str(error.value)
 
 
@@ -45,7 +46,7 @@ def model_file(folder, **changes) -> str:
     [(1, (1, 1, 1)), (2, (1, 2, 1)), (3, (1, 1, 1)), (4, (2, 2, 2)), (8, (2, 2, 2)), (16, (1, 1, 1))],
 )
 def test_defaults_by_world_size(world_size, expected, has_cuda):
-    assert sizes(check.resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None, 1)
+    assert sizes(resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,18 +62,18 @@ def test_defaults_by_world_size(world_size, expected, has_cuda):
 )
 def test_one_given_size_sets_the_others_to_1(given, expected):
     config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(**given))
-    assert sizes(check.resolve_layout(config, 4, has_cuda=False)) == expected
+    assert sizes(resolve_layout(config, 4, has_cuda=False)) == expected
 
 
 def test_other_fields_of_the_layout_are_kept():
     config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(use_distributed_optimizer=True))
-    assert check.resolve_layout(config, 2, has_cuda=False).use_distributed_optimizer
+    assert resolve_layout(config, 2, has_cuda=False).use_distributed_optimizer
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_example_recipe_passes_at_its_world_sizes(world_size):
     config = configured(str(REPOSITORY / "examples/recipes/moe_gspo.yaml"))
-    check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+    check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +133,12 @@ def test_context_parallel_ranks_train_on_the_same_sequences():
     """4 prompts suffice for 4 replicas in generation, and a warm-start batch of 2 for the 2 of training."""
     config = configured("--parallel.context-parallel-size", "2", "--rollout.num-prompts", "4",
                         "--warm-start.batch-size", "2", "--parallel.expert-model-parallel-size", "4")  # fmt: skip
-    check.check(config, check.resolve_layout(config, 4, has_cuda=False), 4)
+    check.check(config, resolve_layout(config, 4, has_cuda=False), 4)
 
 
 def test_a_warm_start_that_is_off_is_not_checked():
     config = configured("--warm-start.batch-size", "100", "--warm-start.steps", "0")
-    check.check(config, check.resolve_layout(config, 16, has_cuda=False), 16)
+    check.check(config, resolve_layout(config, 16, has_cuda=False), 16)
 
 
 @pytest.mark.parametrize(
@@ -240,18 +241,18 @@ def test_a_penalty_in_the_reward_needs_old_log_probs_of_all_minibatches():
     assert "KL penalty in the reward" in refusal(1, *argv)
     for other in (["--algorithm.kl.place", "loss"], ["--algorithm.kl.coef", "0"]):
         config = configured(*argv, *other)
-        check.check(config, check.resolve_layout(config, 1, has_cuda=False), 1)
+        check.check(config, resolve_layout(config, 1, has_cuda=False), 1)
 
 
 def test_ppo_needs_no_groups():
     config = configured("--algorithm.name", "ppo", "--rollout.group-size", "1")
-    check.check(config, check.resolve_layout(config, 2, has_cuda=False), 2)
+    check.check(config, resolve_layout(config, 2, has_cuda=False), 2)
 
 
 def test_cuda_without_a_gpu():
     with pytest.raises(ConfigError, match="device = 'cuda': no GPU"):
-        check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
-    assert check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=True)
+        resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
+    assert resolve_layout(configured("--device", "cuda"), 1, has_cuda=True)
 
 
 def test_warnings():
@@ -285,9 +286,10 @@ def test_refusing_imports_neither_torch_nor_megatron():
     code = (
         "import sys; from gspo_megatron import errors; from gspo_megatron.recipe import check\n"
         "from gspo_megatron.cli import convert, doctor, main, slurm, study, train, upcycle\n"
+        "from gspo_megatron.recipe.layout import resolve_layout\n"
         "from gspo_megatron.recipe.load import load_recipe\n"
         "c = load_recipe(['--data.max_prompt_length', '400'])\n"
-        "try: check.check(c, check.resolve_layout(c, 1, False), 1)\n"
+        "try: check.check(c, resolve_layout(c, 1, False), 1)\n"
         "except errors.ConfigError: pass\n"
         "else: raise SystemExit('not refused')\n"
         "sys.exit(str({'torch', 'megatron', 'transformers'} & set(sys.modules) or '') or 0)"

@@ -14,6 +14,7 @@ from gspo_megatron.batch import TaskItem
 from gspo_megatron.config import PreferenceConfig, TaskConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check, lint
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct, split_of
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
@@ -107,7 +108,7 @@ def dpo(path: Path, *argv: str):
 
 
 def check_in(config, world_size: int) -> None:
-    check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+    check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
 
 
 def test_a_recipe_is_checked_with_its_pairs(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gspo_megatron.metrics.tracker import read_metrics
-from gspo_megatron.recipe import check
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer.train import train
 from tests.distributed import spawn
@@ -23,7 +23,7 @@ ONE_RANK = ("--steps", "3", "--device", "cpu", "--parallel.pipeline-model-parall
 
 def go_on(rank: int, world_size: int, folder: Path) -> None:
     config = load_recipe([str(folder / "runs/tiny/config.yaml"), "--output-dir", str(folder / "runs"), *ONE_RANK])
-    train(config, check.resolve_layout(config, world_size, has_cuda=False))
+    train(config, resolve_layout(config, world_size, has_cuda=False))
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,9 @@ def steps_of(run: runs.Run, estimator, mode: str, first: int, count: int) -> lis
 
 
 def set_mode(run: runs.Run, mode: str) -> None:
-    checkpoint = dataclasses.replace(run.config.checkpoint, interval=0 if mode == "none" else 1,
-                                     asynchronous=mode == "asynchronous")  # fmt: skip
+    checkpoint = dataclasses.replace(
+        run.config.checkpoint, interval=0 if mode == "none" else 1, asynchronous=mode == "asynchronous"
+    )
     run.config = dataclasses.replace(run.config, checkpoint=checkpoint, steps=10**6)
 
 
@@ -122,8 +123,11 @@ def report_costs(folder: Path, rounds: int, steps: int) -> bool:
         cost = medians[mode] - medians["none"]
         share = cost / (interval * medians["none"])
         costs_ = f"; one costs {1000 * cost:.0f} ms, {100 * share:.2f}% of training at interval {interval}"
-        print(f"{mode:13} step {medians[mode]:.2f} s (median of {len(seconds)}, {min(seconds):.2f} to "
-              f"{max(seconds):.2f}){costs_ if mode != 'none' else ''}", flush=True)  # fmt: skip
+        print(
+            f"{mode:13} step {medians[mode]:.2f} s (median of {len(seconds)}, {min(seconds):.2f} to "
+            f"{max(seconds):.2f}){costs_ if mode != 'none' else ''}",
+            flush=True,
+        )
     return medians["asynchronous"] - medians["none"] < COST * interval * medians["none"]
 
 
@@ -134,8 +138,11 @@ def report_sizes(folder: Path) -> bool:
         count, size, waited, total = spawn(sizes, 2, folder, str(model), dtype, timeout=120)[0]
         excess = size / (each * count) - 1
         waits = f"training waits {1000 * waited:.0f} ms of {1000 * total:.0f}"
-        print(f"{count / 1e6:6.1f} M parameters in {dtype}: {size / 1e6:.1f} MB, {100 * excess:+.2f}% of {each} "
-              f"bytes a parameter; {waits}", flush=True)  # fmt: skip
+        print(
+            f"{count / 1e6:6.1f} M parameters in {dtype}: {size / 1e6:.1f} MB, {100 * excess:+.2f}% of {each} "
+            f"bytes a parameter; {waits}",
+            flush=True,
+        )
     return excess < SIZE  # of the larger one
 
 

@@ -96,9 +96,11 @@ def nemo_rl(new, old, mask, advantages):
     loss = masked_mean(by_token, mask, -1).mean()
     with torch.no_grad():
         inside = mask.bool()
-        metrics = [f(x) for x in (ratio, bounded) for f in (
-            lambda y: masked_mean(y, mask), lambda y: y[inside].min(), lambda y: y[inside].max()
-        )]  # fmt: skip
+        metrics = [
+            f(x)
+            for x in (ratio, bounded)
+            for f in (lambda y: masked_mean(y, mask), lambda y: y[inside].min(), lambda y: y[inside].max())
+        ]
     return loss, *metrics
 
 

@@ -69,9 +69,7 @@ class Case:
 
 def ours(case: Case) -> torch.Tensor:
     partials = sequence_partials(case.new, case.old, case.mask, case.bounds)
-    return gspo_surrogate(
-        case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size
-    )  # fmt: skip
+    return gspo_surrogate(case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size)
 
 
 def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tensor]]:
@@ -79,10 +77,13 @@ def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tens
     padded, packed = case.pad(), (*case.packed, case.ids)
     # Padding to the longest must stay affordable; these lengths at most double the tokens.
     calls = {
-        "padded": (forms.padded, padded), "packed": (forms.packed, packed),
-        "same outputs": (forms.same_outputs, padded), "as in TRL": (forms.trl, padded),
-        "as in verl": (forms.verl, padded), "as in NeMo-RL": (forms.nemo_rl, padded),
-    }  # fmt: skip
+        "padded": (forms.padded, padded),
+        "packed": (forms.packed, packed),
+        "same outputs": (forms.same_outputs, padded),
+        "as in TRL": (forms.trl, padded),
+        "as in verl": (forms.verl, padded),
+        "as in NeMo-RL": (forms.nemo_rl, padded),
+    }
     if case.size <= LOOPED_SEQUENCES:
         calls["as in slime"] = forms.slime, (*case.packed, case.lengths)
     if compiled:
@@ -166,9 +167,10 @@ def report(case: Case, phase: str, moved: int, times: dict[str, float], extra: d
     label = f"{case.new.numel():>8} {case.size:>6} {phase:<8}"
     for name, memory in extra.items():
         print(
-              f"{label} {name:<21} {times[name] * 1e3:>9.3f} {times[name] / times['ours']:>7.2f}x "
-              f"{times['copy'] / times[name]:>7.0%} {memory / 2**20:>9.3f}", flush=True,
-        )  # fmt: skip
+            f"{label} {name:<21} {times[name] * 1e3:>9.3f} {times[name] / times['ours']:>7.2f}x "
+            f"{times['copy'] / times[name]:>7.0%} {memory / 2**20:>9.3f}",
+            flush=True,
+        )
     speed = case.new.numel() * moved / times["copy"] / 1e9
     print(f"{label} {'copy':<21} {times['copy'] * 1e3:>9.3f} {'':>16} {speed:>7.1f} GB/s")
     eager = min((n for n in extra if n != "ours" and not n.startswith("compiled")), key=times.get)

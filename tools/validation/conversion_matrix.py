@@ -31,8 +31,16 @@ def main(markdown: Annotated[Path | None, tyro.conf.arg(help="also write the tab
         folder = Path(name)
         for model, config in TINY.items():
             write_model(folder / model, config)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS),
-                   "-m", "tools.validation.round_trip", str(folder)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(RANKS),
+            "-m",
+            "tools.validation.round_trip",
+            str(folder),
+        ]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         with console.status(f"{len(TINY)} models in {len(LAYOUTS)} layouts"):

@@ -100,8 +100,10 @@ def run(rows: list[Row], folder: Path, target: Path | None) -> int:
         target.write_text(markdown(found))
     for problem in problems:
         print(f"FAIL {problem}", file=sys.stderr)
-    print(f"{len(found)} rows in {time.monotonic() - began:.0f} s, {len(problems)} not as expected, "
-          f"{sum(line[2] == 'not run' for line in found)} not run")  # fmt: skip
+    print(
+        f"{len(found)} rows in {time.monotonic() - began:.0f} s, {len(problems)} not as expected, "
+        f"{sum(line[2] == 'not run' for line in found)} not run"
+    )
     return 1 if problems else 0
 
 

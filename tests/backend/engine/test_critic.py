@@ -13,7 +13,7 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.config import AlgorithmConfig, CriticConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.engine.test_policy import gradient_error

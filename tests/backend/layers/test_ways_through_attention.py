@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout, TrainConfig

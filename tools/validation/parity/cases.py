@@ -37,9 +37,14 @@ class Layout:
     @property
     def parallel(self) -> Layout:
         return Layout(
-            self.tensor, self.pipeline, self.virtual, self.expert, self.expert_tensor, self.distributed_optimizer,
+            self.tensor,
+            self.pipeline,
+            self.virtual,
+            self.expert,
+            self.expert_tensor,
+            self.distributed_optimizer,
             self.context,
-        )  # fmt: skip
+        )
 
 
 # Sequence parallelism is always on with TP. EP takes its ranks from data, context and tensor ranks; ZeRO: the
@@ -128,9 +133,14 @@ def pairwise(factors: dict[str, Sequence], legal: Callable[[dict], bool]) -> lis
 
 def cover(layouts: Sequence[Layout], algorithms: Sequence[str], **fixed) -> list[Case]:
     """Pairwise over layout, microbatches, padding, recomputation, head and algorithm."""
-    factors = {"layout": layouts, "microbatches": sorted({m for layout in layouts for m in microbatches(layout)}),
-               "padded": (False, True), "recompute": (False, True), "chunked": (False, True),
-               "algorithm": algorithms}  # fmt: skip
+    factors = {
+        "layout": layouts,
+        "microbatches": sorted({m for layout in layouts for m in microbatches(layout)}),
+        "padded": (False, True),
+        "recompute": (False, True),
+        "chunked": (False, True),
+        "algorithm": algorithms,
+    }
     return [Case(**c, **fixed) for c in pairwise(factors, lambda c: is_legal(Case(**c)))]
 
 
@@ -161,8 +171,15 @@ def matrix() -> list[Case]:
 def _varied(layout: Layout, algorithm: str, number: int, **fixed) -> Case:
     """The other choices turn with `number`, each at its own pace."""
     allowed = [m for m in microbatches(layout) if is_legal(Case(layout, algorithm, m))]
-    return Case(layout, algorithm, allowed[number % len(allowed)], padded=number % 2 == 1,
-                recompute=number // 2 % 2 == 1, chunked=number % 3 == 1, **fixed)  # fmt: skip
+    return Case(
+        layout,
+        algorithm,
+        allowed[number % len(allowed)],
+        padded=number % 2 == 1,
+        recompute=number // 2 % 2 == 1,
+        chunked=number % 3 == 1,
+        **fixed,
+    )
 
 
 def small() -> list[Case]:
