@@ -85,7 +85,7 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("mbridge")
     for family, config in MODELS.items():
         write_model(folder / family, config)
-    return spawn(differing, 4, folder, timeout=200)[0]
+    return spawn(differing, 4, folder, timeout=280)[0]
 
 
 @pytest.mark.parametrize("family", MODELS)

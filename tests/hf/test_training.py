@@ -111,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder) -> dict:
-    return spawn(gradients, 4, folder, [ONE, TP2, MIXED], timeout=200)[0]
+    return spawn(gradients, 4, folder, [ONE, TP2, MIXED], timeout=280)[0]
 
 
 @pytest.mark.parametrize("layout", range(3), ids=["DP4", "TP2 DP2", "TP2 PP2 EP2"])

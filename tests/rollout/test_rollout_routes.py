@@ -82,7 +82,7 @@ def single() -> dict:
 
 @pytest.fixture(scope="module")
 def layouts() -> list[dict]:
-    return spawn(in_layouts, 4, LAYOUTS, replayed, timeout=200)
+    return spawn(in_layouts, 4, LAYOUTS, replayed, timeout=280)
 
 
 def test_every_token_that_was_fed_has_its_routes(single):

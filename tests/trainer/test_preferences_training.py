@@ -112,7 +112,7 @@ def evaluation_at_moved_weights(run: runs.Run) -> list[dict]:
 def results(tmp_path_factory) -> list[dict]:
     """By rank: what happened in each layout."""
     folder = tmp_path_factory.mktemp("dpo")
-    return spawn(in_layouts, 2, write_pairs(folder), timeout=200)
+    return spawn(in_layouts, 2, write_pairs(folder), timeout=280)
 
 
 def rows_of(results: list[dict], layout: str) -> list[dict]:

@@ -72,7 +72,7 @@ def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], fold
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
-    return spawn(two_steps, 1, ONE, list(CHOICES), str(tmp_path_factory.mktemp("one")), timeout=200)[0]
+    return spawn(two_steps, 1, ONE, list(CHOICES), str(tmp_path_factory.mktemp("one")), timeout=280)[0]
 
 
 def learning(row: dict) -> dict:
@@ -135,7 +135,7 @@ def test_groups_without_signal_are_sampled_anew(alone):
 def test_two_ranks_repeat_the_steps_of_one(alone, layout, tmp_path):
     """Same prompts, samples, minibatches and advantages whatever the number of replicas; the rest is rounding."""
     names = ["gspo", "shuffled", "kl in the reward"] if layout == "DP2" else ["gspo", "kl in the reward"]
-    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2, "CP2": CP2}[layout], names, str(tmp_path), timeout=200)
+    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2, "CP2": CP2}[layout], names, str(tmp_path), timeout=280)
     for name in names:
         for step in (0, 1):
             ours, other = learning(both[0][name][step]), learning(both[1][name][step])

@@ -131,7 +131,7 @@ def single() -> dict:
 def layouts(single, tmp_path_factory) -> list[dict]:
     """By rank."""
     folder = tmp_path_factory.mktemp("critic") / "step_000001"
-    return spawn(four_ranks, 4, single["reference"]["wanted"], folder, timeout=240)
+    return spawn(four_ranks, 4, single["reference"]["wanted"], folder, timeout=280)
 
 
 def test_reference_is_not_trivial(single):

@@ -108,7 +108,7 @@ def reference(single) -> dict:
 @pytest.fixture(scope="module")
 def layouts(reference) -> list[dict]:
     """By rank: the step's result in each layout."""
-    return spawn(four_ranks, 4, reference["old"], timeout=240)
+    return spawn(four_ranks, 4, reference["old"], timeout=280)
 
 
 def gradient_error(ours: dict, reference: dict) -> float:

@@ -98,7 +98,7 @@ def reference() -> dict:
 
 @pytest.fixture(scope="module")
 def layouts() -> list[dict]:
-    return spawn(in_layouts, 4, CASES, step, timeout=240)
+    return spawn(in_layouts, 4, CASES, step, timeout=280)
 
 
 def test_reference_is_not_trivial(reference):

@@ -38,7 +38,7 @@ def compare(chosen: Iterable[Case], timeout: float) -> dict[str, run.Errors]:
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, run.Errors]:
-    return compare(SMALL, 250)
+    return compare(SMALL, 280)
 
 
 @pytest.fixture(scope="module")

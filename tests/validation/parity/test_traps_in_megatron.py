@@ -110,7 +110,7 @@ def trapped(rank: int, world_size: int, found: dict) -> dict[str, tuple[list[str
 
 @pytest.fixture(scope="module")
 def accounts() -> dict[str, tuple[list[str], run.Errors]]:
-    return spawn(trapped, 2, spawn(truths, 1)[0], timeout=240)[0]
+    return spawn(trapped, 2, spawn(truths, 1)[0], timeout=280)[0]
 
 
 @pytest.mark.parametrize("name", TRAPS)
