@@ -1,7 +1,7 @@
 """The model's Hugging Face config.json, read and checked before anything heavy is imported.
 
-Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights of a
-folder beyond their being there (hf/load.py).
+Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights
+of a folder beyond their being there (hf/load.py).
 """
 
 import json

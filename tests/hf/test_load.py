@@ -15,7 +15,7 @@ from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
 PP2 = Layout(1, 2, None, 1, 1)

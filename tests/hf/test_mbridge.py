@@ -18,7 +18,7 @@ from gspo_megatron.config import Layout, ModelConfig, TrainConfig
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from gspo_megatron.trainer.build import build_policy
 from tests.backend.small import TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
 
 pytestmark = pytest.mark.oracle

@@ -18,7 +18,7 @@ from gspo_megatron.hf.safetensors import SafetensorsFolder
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.trainer.build import build_policy
 from tests.backend.small import TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
 BLOCK = (20, 16)  # divides hardly any of the model's sizes

@@ -25,13 +25,22 @@ from gspo_megatron.trainer import build
 from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.trainer.rl import make_estimator, run_step
 from gspo_megatron.trainer.train import train
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
 
 ONE, TP2, PP2, MIXED = (Layout(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
 DENSE = Layout(2, 2, None, 1, 1)
-FAMILIES = ("qwen3_next", "qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "gpt_oss",
-            "llama")  # fmt: skip
+FAMILIES = (
+    "qwen3_next",
+    "qwen2_moe",
+    "mixtral",
+    "olmoe",
+    "glm4_moe groups",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama",
+)
 
 
 def examples() -> list[TrainSequence]:
@@ -130,10 +139,13 @@ def test_gradients_are_transformers(found, folder, name, layout):
 
 
 RUN = TrainConfig(
-    steps=1, save_hf=True, data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
+    steps=1,
+    save_hf=True,
+    data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
     warm_start=WarmStartConfig(steps=1, num_examples=16, batch_size=8, eval_interval=99),
-    rollout=RolloutConfig(num_prompts=4, group_size=2, max_response_length=6), max_tokens_per_microbatch=512,
-)  # fmt: skip
+    rollout=RolloutConfig(num_prompts=4, group_size=2, max_response_length=6),
+    max_tokens_per_microbatch=512,
+)
 
 
 def first_run(rank: int, world_size: int, folder: Path) -> None:

@@ -22,9 +22,12 @@ def configured(*argv: str) -> TrainConfig:
 
 def sizes(layout: ParallelConfig) -> tuple:
     return (
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
-        layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size,
-    )  # fmt: skip
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
 
 
 def refusal(world_size: int, *argv: str) -> str:
@@ -79,24 +82,55 @@ def test_the_example_recipe_passes_at_its_world_sizes(world_size):
 @pytest.mark.parametrize(
     ("world_size", "argv", "parts"),
     [
-        (4, ["--parallel.tensor-model-parallel-size", "2", "--parallel.pipeline-model-parallel-size", "3"],
-         ["tensor 2 x pipeline 3 = 6 does not divide 4 ranks", "multiple of 6"]),
-        (4, ["--parallel.expert-model-parallel-size", "4", "--parallel.pipeline-model-parallel-size", "2"],
-         ["expert 4 x expert tensor 1 x pipeline 2 = 8 does not divide 4 ranks"]),
+        (
+            4,
+            ["--parallel.tensor-model-parallel-size", "2", "--parallel.pipeline-model-parallel-size", "3"],
+            ["tensor 2 x pipeline 3 = 6 does not divide 4 ranks", "multiple of 6"],
+        ),
+        (
+            4,
+            ["--parallel.expert-model-parallel-size", "4", "--parallel.pipeline-model-parallel-size", "2"],
+            ["expert 4 x expert tensor 1 x pipeline 2 = 8 does not divide 4 ranks"],
+        ),
         (2, ["--parallel.expert-tensor-parallel-size", "4"], ["expert 1 x expert tensor 4 x pipeline 1 = 4"]),
         (3, ["--parallel.pipeline-model-parallel-size", "3"], ["num_hidden_layers 4", "3 pipeline stages", "1, 2, 4"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.virtual-pipeline-model-parallel-size", "3"],
-         ["num_hidden_layers 4", "2 pipeline stages x 3 virtual stages"]),
-        (2, ["--parallel.virtual-pipeline-model-parallel-size", "2"],
-         ["parallel.virtual_pipeline_model_parallel_size = 2", "pipeline of 2 or more"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-first-pipeline-stage", "4"],
-         ["parallel.num_layers_in_first_pipeline_stage = 4: of the model's 4 layers 0 are left for 1 other stages"]),
-        (4, ["--parallel.pipeline-model-parallel-size", "4", "--parallel.num-layers-in-last-pipeline-stage", "2"],
-         ["parallel.num_layers_in_last_pipeline_stage = 2: of the model's 4 layers 2 are left for 3 other stages"]),
-        (2, ["--parallel.expert-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2"],
-         ["is for a pipeline of 2 or more stages without virtual ones, and there are 1 x 1"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2",
-             "--parallel.virtual-pipeline-model-parallel-size", "2"], ["and there are 2 x 2"]),
+        (
+            2,
+            ["--parallel.pipeline-model-parallel-size", "2", "--parallel.virtual-pipeline-model-parallel-size", "3"],
+            ["num_hidden_layers 4", "2 pipeline stages x 3 virtual stages"],
+        ),
+        (
+            2,
+            ["--parallel.virtual-pipeline-model-parallel-size", "2"],
+            ["parallel.virtual_pipeline_model_parallel_size = 2", "pipeline of 2 or more"],
+        ),
+        (
+            2,
+            ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-first-pipeline-stage", "4"],
+            ["parallel.num_layers_in_first_pipeline_stage = 4: of the model's 4 layers 0 are left for 1 other stages"],
+        ),
+        (
+            4,
+            ["--parallel.pipeline-model-parallel-size", "4", "--parallel.num-layers-in-last-pipeline-stage", "2"],
+            ["parallel.num_layers_in_last_pipeline_stage = 2: of the model's 4 layers 2 are left for 3 other stages"],
+        ),
+        (
+            2,
+            ["--parallel.expert-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2"],
+            ["is for a pipeline of 2 or more stages without virtual ones, and there are 1 x 1"],
+        ),
+        (
+            2,
+            [
+                "--parallel.pipeline-model-parallel-size",
+                "2",
+                "--parallel.num-layers-in-last-pipeline-stage",
+                "2",
+                "--parallel.virtual-pipeline-model-parallel-size",
+                "2",
+            ],
+            ["and there are 2 x 2"],
+        ),
         (3, ["--parallel.expert-model-parallel-size", "3", "--rollout.num-prompts", "3"], ["num_experts 8", "size 3"]),
         (8, ["--parallel.tensor-model-parallel-size", "8"], ["num_attention_heads 4", "tensor parallel size 8"]),
         (4, ["--parallel.tensor-model-parallel-size", "4"], ["num_key_value_heads 2", "tensor parallel size 4"]),
@@ -105,24 +139,51 @@ def test_the_example_recipe_passes_at_its_world_sizes(world_size):
         (16, ["--rollout.group-size", "3"], ["algorithm.num_minibatches = 4", "are 6 on each of 16"]),
         (1, ["--algorithm.num-minibatches", "7"], ["algorithm.num_minibatches = 7", "32 prompts x 8 responses"]),
         (16, ["--warm-start.batch-size", "100"], ["warm_start.batch_size = 100", "16 data-parallel ranks"]),
-        (1, ["--rollout.max-response-length", "200"],
-         ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"]),
-        (4, ["--parallel.context-parallel-size", "3"],
-         ["parallel.context_parallel_size = 3", "tensor 1 x context 3 x pipeline 1 = 3 does not divide 4 ranks"]),
+        (
+            1,
+            ["--rollout.max-response-length", "200"],
+            ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "3"],
+            ["parallel.context_parallel_size = 3", "tensor 1 x context 3 x pipeline 1 = 3 does not divide 4 ranks"],
+        ),
         (4, ["--parallel.context-parallel-size", "0"], ["parallel.context_parallel_size = 0", "at least 1"]),
-        (4, ["--parallel.context-parallel-size", "2", "--parallel.expert-model-parallel-size", "8"],
-         ["expert 8 x expert tensor 1 x pipeline 1 = 8 does not divide 4 ranks"]),
-        (4, ["--parallel.context-parallel-size", "2", "--rollout.num-prompts", "6"],
-         ["rollout.num_prompts = 6", "2 data-parallel ranks (ranks / tensor / context / pipeline) x context 2",
-          "multiple of 4"]),
-        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "29",
-             "--max-tokens-per-microbatch", "127"],
-         ["= 125, 128 with padding to a multiple of 8 (twice parallel.context_parallel_size)", "Give 128 or more"]),
-        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "161"],
-         ["= 257, 264 with padding", "exceeds the model's max_position_embeddings 256"]),
+        (
+            4,
+            ["--parallel.context-parallel-size", "2", "--parallel.expert-model-parallel-size", "8"],
+            ["expert 8 x expert tensor 1 x pipeline 1 = 8 does not divide 4 ranks"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "2", "--rollout.num-prompts", "6"],
+            [
+                "rollout.num_prompts = 6",
+                "2 data-parallel ranks (ranks / tensor / context / pipeline) x context 2",
+                "multiple of 4",
+            ],
+        ),
+        (
+            4,
+            [
+                "--parallel.context-parallel-size",
+                "4",
+                "--rollout.max-response-length",
+                "29",
+                "--max-tokens-per-microbatch",
+                "127",
+            ],
+            ["= 125, 128 with padding to a multiple of 8 (twice parallel.context_parallel_size)", "Give 128 or more"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "161"],
+            ["= 257, 264 with padding", "exceeds the model's max_position_embeddings 256"],
+        ),
         (1, ["--max-tokens-per-microbatch", "100"], ["max_tokens_per_microbatch = 100", "96 + ", "= 128", "Give 128"]),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(world_size, argv, parts):
     message = refusal(world_size, *argv)
     for part in parts:
@@ -131,8 +192,16 @@ def test_what_cannot_work_is_refused(world_size, argv, parts):
 
 def test_context_parallel_ranks_train_on_the_same_sequences():
     """4 prompts suffice for 4 replicas in generation, and a warm-start batch of 2 for the 2 of training."""
-    config = configured("--parallel.context-parallel-size", "2", "--rollout.num-prompts", "4",
-                        "--warm-start.batch-size", "2", "--parallel.expert-model-parallel-size", "4")  # fmt: skip
+    config = configured(
+        "--parallel.context-parallel-size",
+        "2",
+        "--rollout.num-prompts",
+        "4",
+        "--warm-start.batch-size",
+        "2",
+        "--parallel.expert-model-parallel-size",
+        "4",
+    )
     check.check(config, resolve_layout(config, 4, has_cuda=False), 4)
 
 
@@ -201,15 +270,27 @@ def test_experts_of_a_dense_model_cannot_be_cut(tmp_path):
 def test_experts_with_biases_cannot_be_cut(tmp_path):
     path = model_file(tmp_path, model_type="gpt_oss", attention_bias=True, sliding_window=32)
     assert "parallel.expert_tensor_parallel_size = 2: experts of gpt_oss have biases" in refusal(
-        2, "--model.hf-config", path, "--parallel.expert-tensor-parallel-size", "2",
-        "--parallel.tensor-model-parallel-size", "2"
-    )  # fmt: skip
+        2,
+        "--model.hf-config",
+        path,
+        "--parallel.expert-tensor-parallel-size",
+        "2",
+        "--parallel.tensor-model-parallel-size",
+        "2",
+    )
 
 
 def test_linear_attention_is_not_cut_over_tokens_nor_within_a_head(tmp_path):
-    path = model_file(tmp_path, model_type="qwen3_next", linear_num_key_heads=1, linear_num_value_heads=2,
-                      linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
-                      shared_expert_intermediate_size=16)  # fmt: skip
+    path = model_file(
+        tmp_path,
+        model_type="qwen3_next",
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_conv_kernel_dim=4,
+        shared_expert_intermediate_size=16,
+    )
     given = ("--model.hf-config", path)
     assert "parallel.context_parallel_size = 2: qwen3_next has linear attention" in refusal(
         2, *given, "--parallel.context-parallel-size", "2"

@@ -14,8 +14,8 @@ from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
-from tests.distributed import spawn
 from tests.rollout.test_megatron_engine import GROUP, NEW, STOPS, prompts
+from tools.validation.ranks import spawn
 
 LAYERS = 4
 LAYOUTS = {  # on four ranks
@@ -43,8 +43,14 @@ def replayed(layout: Layout) -> dict:
         for group in groups:
             for c in group.completions:
                 routes = type(c.routes)(c.routes.layers, c.routes.experts.roll(shift, 1))
-                sequences.append(TrainSequence(group.prompt.token_ids + c.token_ids, len(group.prompt.token_ids),
-                                               rollout_logprobs=c.logprobs, routes=routes))  # fmt: skip
+                sequences.append(
+                    TrainSequence(
+                        group.prompt.token_ids + c.token_ids,
+                        len(group.prompt.token_ids),
+                        rollout_logprobs=c.logprobs,
+                        routes=routes,
+                    )
+                )
         count = cut.pp_size if cut.vp_size > 1 else 1
         return pack(sequences, 4096, cut.microbatch_multiple, count, sequence_multiple=cut.sequence_multiple)
 
@@ -62,11 +68,14 @@ def replayed(layout: Layout) -> dict:
     except TrainingError as error:
         refused = str(error)
     recorded = {
-        (group.prompt.uid, number, layer): (c.routes.experts[index].sort(1).values.tolist(),
-                                            len(group.prompt.token_ids) + len(c.token_ids))
-        for group in groups for number, c in enumerate(group.completions)
+        (group.prompt.uid, number, layer): (
+            c.routes.experts[index].sort(1).values.tolist(),
+            len(group.prompt.token_ids) + len(c.token_ids),
+        )
+        for group in groups
+        for number, c in enumerate(group.completions)
         for index, layer in enumerate(c.routes.layers)
-    }  # fmt: skip
+    }
     ratio = result.stats.table.column("sum_log_ratio").abs().max().item()
     return {"recorded": recorded, "errors": errors, "ratio": ratio, "refused": refused}
 

@@ -17,7 +17,7 @@ from gspo_megatron.data.sequences import minibatch_indices, train_sequences
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
 from tests.backend.engine.test_critic import small_critic
 from tests.backend.small import SINGLE, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LAYOUTS = {
     "PP2": Layout(1, 2, None, 1, 1), "DP2": SINGLE,
@@ -25,9 +25,12 @@ LAYOUTS = {
 }  # fmt: skip
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.1
 ALGORITHM = AlgorithmConfig(
-    name="ppo", num_minibatches=2, overlong_buffer=3, kl=KlConfig(coef=KL, estimator="k3", place="reward"),
+    name="ppo",
+    num_minibatches=2,
+    overlong_buffer=3,
+    kl=KlConfig(coef=KL, estimator="k3", place="reward"),
     critic=CriticConfig(gamma=GAMMA, gae_lambda=LAMBDA, lr=1e-3, warmup_steps=0),
-).resolved()  # fmt: skip
+).resolved()
 LENGTHS, REWARDS = [[5, 3], [1, 8]], [[1.0, 0.0], [-0.5, 2.0]]
 # Eight tokens are allowed and the last three cost up to 1: the response of 8 loses 1, the others nothing (DAPO).
 SHAPED = [1.0, 0.0, -0.5, 1.0]

@@ -14,8 +14,8 @@ from gspo_megatron.metrics.tracker import read_metrics
 from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer.train import train
-from tests.distributed import spawn
-from tests.launching import ROOT
+from tools.validation.launching import ROOT
+from tools.validation.ranks import spawn
 
 OLD = ROOT / "tests/data/run_0_1_0"
 ONE_RANK = ("--steps", "3", "--device", "cpu", "--parallel.pipeline-model-parallel-size", "1")

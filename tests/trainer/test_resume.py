@@ -35,18 +35,21 @@ from gspo_megatron.trainer import build, resume, rl
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer import sft as warm_starts
 from gspo_megatron.trainer.resume import Progress, checkpoints, cut_back, hold, plan, prune
-from tests.distributed import spawn
-from tests.launching import ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.ranks import spawn
 
 DP2 = Layout(1, 1, None, 1, 1, use_distributed_optimizer=True)
 PP2 = Layout(1, 2, None, 1, 1)
 CONFIG = TrainConfig(
-    steps=3, eval_interval=2, max_tokens_per_microbatch=512, device="cpu",
+    steps=3,
+    eval_interval=2,
+    max_tokens_per_microbatch=512,
+    device="cpu",
     warm_start=WarmStartConfig(steps=3, num_examples=64, batch_size=16, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
     rollout=RolloutConfig(num_prompts=4, group_size=4, max_response_length=6),
     checkpoint=CheckpointConfig(interval=1, asynchronous=False),  # each is visible when its step ends
-).resolved(Layout())  # fmt: skip
+).resolved(Layout())
 GRPO = AlgorithmConfig(name="grpo", num_minibatches=2, entropy_coef=0.01, kl=KlConfig(coef=0.05))  # has a reference
 PPO = AlgorithmConfig(name="ppo", num_minibatches=2, entropy_coef=0.01)  # has a critic and, for its KL, a reference
 CASES = {  # layout, algorithm, dtype, where the first start ends: after so many steps of a phase, before its checkpoint

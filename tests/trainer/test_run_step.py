@@ -25,16 +25,17 @@ from gspo_megatron.trainer import build
 from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
 from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.sft import warm_start
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 ONE, PP2, DP2 = (Layout(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
 CP2 = Layout(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
 CONFIG = TrainConfig(
     warm_start=WarmStartConfig(steps=30, num_examples=256, batch_size=32, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=8, eval_samples=1),
-    rollout=RolloutConfig(num_prompts=8, group_size=4, max_response_length=6), optimizer=OptimizerConfig(lr=1e-3),
+    rollout=RolloutConfig(num_prompts=8, group_size=4, max_response_length=6),
+    optimizer=OptimizerConfig(lr=1e-3),
     max_tokens_per_microbatch=512,
-)  # fmt: skip
+)
 GRPO = AlgorithmConfig(name="grpo", num_minibatches=2)
 CHOICES = {
     "gspo": AlgorithmConfig(),

@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
-from tests.distributed import spawn
-from tests.launching import ROOT
+from tools.validation.launching import ROOT
+from tools.validation.ranks import spawn
 
 MODES = ("none", "waited for", "asynchronous")
 COST, SIZE = 0.05, 0.02

@@ -146,7 +146,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
 
 def main(options: Options) -> int:
     """Print the table. Returns the exit status."""
-    from tests.distributed import spawn
+    from tools.validation.ranks import spawn
 
     config = load_recipe([str(options.recipe)])
     ranks = spawn(measure, options.ranks, config, options, timeout=3600)

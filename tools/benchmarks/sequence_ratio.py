@@ -3,10 +3,10 @@
     python -m tools.benchmarks.sequence_ratio [--tokens 8192 1048576] [--lengths 16 4096] [--no-compile] [--threads 2]
 
 Each group of rows is one packed microbatch of ragged sequences, fp32, mask 0 on one fifth of the tokens. The forms are
-those of tools/benchmarks/gspo_forms.py: `padded` is the loss alone on tensors that are padded already (padding is not timed),
-`packed` the same by index_add, `same outputs` adds to `padded` the sums that our table has besides, and the others are
-written as four libraries write them, with their metrics. All get the same numbers, take turns in one run, and the
-median is shown. `slower` is a row's time by ours.
+those of tools/benchmarks/gspo_forms.py: `padded` is the loss alone on tensors that are padded already (padding is not
+timed), `packed` the same by index_add, `same outputs` adds to `padded` the sums that our table has besides, and the
+others are written as four libraries write them, with their metrics. All get the same numbers, take turns in one run,
+and the median is shown. `slower` is a row's time by ours.
 
 Extra memory is the highest point of torch's allocations over what was there before: of the forward, or of forward and
 backward together without the bytes of the gradient, whichever is more (for the eager forms that is a lower bound: an
@@ -22,11 +22,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import gspo_forms as forms
 import torch
 
 from gspo_megatron.ops import library
 from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
+from tools.benchmarks import gspo_forms as forms
 
 LOOPED_SEQUENCES = 8192  # a form that loops over sequences in Python is left out above
 KEPT = 8 * (6 + 1 + 2)  # bytes a sequence of ours that are results: table, ratio, clip counts

@@ -1,4 +1,5 @@
-"""Every family in every layout: from transformers into Megatron and back. `python -m tools.validation.conversion_matrix`
+"""Every family in every layout: from transformers into Megatron and back. `python -m
+tools.validation.conversion_matrix`
 
 A cell is the largest difference to transformers' logits in fp32 if every tensor came back to the bit, else the number
 of tensors that did not. Exit status 1 if a cell is bad. Takes about two minutes on 2 cores.

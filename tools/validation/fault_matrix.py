@@ -21,10 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.faults.disks import CannotMount
-from tests.faults.rows import ROWS, Row
-from tests.faults.scenarios import Whole, undisturbed
+from tools.validation.faults.disks import CannotMount
+from tools.validation.faults.rows import ROWS, Row
+from tools.validation.faults.scenarios import Whole, undisturbed
 
 COLUMNS = ("what breaks", "expected", "seen", "seconds", "what the user reads")
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.faults.random_kills import LAYOUTS, Layout, survive, undisturbed
+from tools.validation.faults.random_kills import LAYOUTS, Layout, survive, undisturbed
 
 COLUMNS = ("layout", "ranks", "kills", "last checkpoint, metrics.jsonl", "seconds", "where the kills fell")
 

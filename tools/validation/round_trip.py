@@ -253,7 +253,8 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
 
 
 def main(folder: Path) -> None:
-    """One rank of tools/validation/conversion_matrix.py: every model of the folder in every layout, a line of JSON each."""
+    """One rank of tools/validation/conversion_matrix.py: every model of the folder in every layout, a line of JSON
+    each."""
     started = runtimes.start("cpu")
     with (folder / "results.jsonl").open("a") as lines:
         for name in TINY:

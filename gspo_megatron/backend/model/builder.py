@@ -1,7 +1,7 @@
 """Hugging Face config -> Megatron-Core GPTModel chunks of this rank.
 
-Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local one
-with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
+Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local
+one with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
 
 Left out: loading weights (hf/load.py), multi-token prediction.
 """

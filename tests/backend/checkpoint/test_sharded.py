@@ -12,7 +12,7 @@ from gspo_megatron.backend.parallel import topology
 from gspo_megatron.config import Layout
 from gspo_megatron.errors import CheckpointError
 from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
 def save(layout: Layout, folder: Path) -> dict:

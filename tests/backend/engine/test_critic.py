@@ -18,7 +18,7 @@ from gspo_megatron.config import AlgorithmConfig, CriticConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.engine.test_policy import gradient_error
 from tests.backend.small import CONFIG_PATH, SINGLE, TP2_PP2_EP2, VOCAB, fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": (TP2_PP2_EP2, False),
@@ -54,8 +54,13 @@ def small_critic(layout: Layout, dtype: torch.dtype | None = None, tied: bool = 
 def targets(values: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(old values, returns) [T] of each batch: within and beyond the clip on both sides of the values."""
     generator = torch.Generator().manual_seed(11)
-    return [(v + 0.3 * torch.randn(v.shape, generator=generator).to(v.dtype),
-             torch.randn(v.shape, generator=generator).to(v.dtype)) for v in values]  # fmt: skip
+    return [
+        (
+            v + 0.3 * torch.randn(v.shape, generator=generator).to(v.dtype),
+            torch.randn(v.shape, generator=generator).to(v.dtype),
+        )
+        for v in values
+    ]
 
 
 def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, folder: Path | None = None) -> dict:
@@ -81,10 +86,16 @@ def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, fol
         saver.save({"": critic.network}, folder)
         weights = parameters.gather_full(critic.models, cut)
     return {
-        "values": values, "wanted": wanted, "statistics": statistics, "names": names, "weights": weights,
-        "gradient": gradient if dist.get_rank() == 0 else None, "dp_rank": cut.dp_rank, "dp_size": cut.dp_size,
+        "values": values,
+        "wanted": wanted,
+        "statistics": statistics,
+        "names": names,
+        "weights": weights,
+        "gradient": gradient if dist.get_rank() == 0 else None,
+        "dp_rank": cut.dp_rank,
+        "dp_size": cut.dp_size,
         "is_last": cut.is_last_stage,
-    }  # fmt: skip
+    }
 
 
 def trunk_names(policy: Policy, critic: Critic) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import PackedBatch
 from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig
 from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, padded, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 PLAIN, RECOMPUTE = ModelConfig(), ModelConfig(recompute=True)
 CHUNKED = ModelConfig(logprob_chunk_tokens=7)  # of microbatches of 24 to 38 tokens
@@ -88,11 +88,17 @@ def step(case: tuple, old: list | None, algorithm: str, fp64: bool) -> dict:
     weights = parameters.gather_full(policy.models, cut)
     table = result.stats.table
     return {
-        "loss": float(loss), "old": old, "counts": counts, "grad_norm": result.grad_norm,
+        "loss": float(loss),
+        "old": old,
+        "counts": counts,
+        "grad_norm": result.grad_norm,
         "ratio": (table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)).exp(),
-        "table": table.values, "dp_rank": cut.dp_rank, "gradient": gradient if dist.get_rank() == 0 else None,
-        "weights": weights if dist.get_rank() == 0 else None, "lr": result.learning_rate,
-    }  # fmt: skip
+        "table": table.values,
+        "dp_rank": cut.dp_rank,
+        "gradient": gradient if dist.get_rank() == 0 else None,
+        "weights": weights if dist.get_rank() == 0 else None,
+        "lr": result.learning_rate,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +247,11 @@ def test_ratio_is_exactly_1_at_unchanged_weights():
     and in bf16 alike; anything else would be noise beside a clip range of 3e-4."""
     shared = CASES["CP2xTP2-EP2"][0]
     bf16, chunked = ModelConfig(params_dtype="bf16"), ModelConfig(params_dtype="bf16", logprob_chunk_tokens=7)
-    cases = {"fp32": (TP2_PP2_EP2, PLAIN), "bf16": (TP2_PP2_EP2, bf16), "bf16-CP2": (shared, bf16),
-             "bf16-logits-in-chunks": (TP2_PP2_EP2, chunked)}  # fmt: skip
+    cases = {
+        "fp32": (TP2_PP2_EP2, PLAIN),
+        "bf16": (TP2_PP2_EP2, bf16),
+        "bf16-CP2": (shared, bf16),
+        "bf16-logits-in-chunks": (TP2_PP2_EP2, chunked),
+    }
     noise = spawn(in_layouts, 4, cases, ratio_without_noise)[0]
     assert noise == dict.fromkeys(cases, 0.0)

@@ -14,7 +14,7 @@ from gspo_megatron.batch import TrainSequence
 from gspo_megatron.config import AlgorithmConfig, Layout, PreferenceConfig
 from gspo_megatron.data.epochs import share_of
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": TP2_PP2_EP2,
@@ -61,13 +61,20 @@ def step(layout: Layout) -> dict:
     dist.all_reduce(loss, group=cut.dp_group)
     gradient = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
     rows = result.stats.table.column("sum_log_ratio").view(-1, 2)
-    by_pair = {batch.source_index[i] // 2 + cut.dp_rank * len(mine) // 2: None for batch in batches
-               for i in range(0, batch.num_sequences, 2)}  # fmt: skip
+    by_pair = {
+        batch.source_index[i] // 2 + cut.dp_rank * len(mine) // 2: None
+        for batch in batches
+        for i in range(0, batch.num_sequences, 2)
+    }
     return {
-        "loss": float(loss), "counts": counts, "grad_norm": result.grad_norm, "microbatches": len(batches),
-        "log_ratios": dict(zip(by_pair, rows.tolist(), strict=True)), "dp_rank": cut.dp_rank,
+        "loss": float(loss),
+        "counts": counts,
+        "grad_norm": result.grad_norm,
+        "microbatches": len(batches),
+        "log_ratios": dict(zip(by_pair, rows.tolist(), strict=True)),
+        "dp_rank": cut.dp_rank,
         "gradient": gradient if dist.get_rank() == 0 else None,
-    }  # fmt: skip
+    }
 
 
 def both_frozen_and_moved(rank: int, world_size: int) -> dict:

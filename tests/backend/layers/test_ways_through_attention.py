@@ -18,7 +18,7 @@ from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, VOCAB
 
 GROUP, NEW = 3, 10
@@ -63,8 +63,11 @@ def of_family(family: str, layout: Layout, cut: topology.Topology, started: runt
     drawn = uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
     answers = MegatronEngine(policy).generate(mine, GROUP, SamplingParams(NEW, stops), drawn)
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
-    sequences = [TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
-                 for g in groups for c in g.completions]  # fmt: skip
+    sequences = [
+        TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
+        for g in groups
+        for c in g.completions
+    ]
     batches = pack(sequences, 4096, cut.microbatch_multiple, sequence_multiple=cut.sequence_multiple)
     policy.fill_old_log_probs(batches)
     errors = []

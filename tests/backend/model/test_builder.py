@@ -13,7 +13,7 @@ from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from tests.backend.qwen3_moe import full_from_hugging_face
 from tests.backend.small import CONFIG_PATH, SINGLE, small_config
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LENGTHS = (5, 9, 1, 14)
 

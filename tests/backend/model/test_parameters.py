@@ -6,7 +6,7 @@ from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.parameters import FullParameter
 from gspo_megatron.config import Layout
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
 def test_gated_slice_takes_gate_and_up_of_each_rank():

@@ -13,7 +13,7 @@ from gspo_megatron.batch import SequenceTable
 from gspo_megatron.config import AlgorithmConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.small import fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LAYOUTS = {
     "PP2": Layout(1, 2, None, 1, 1),
@@ -42,11 +42,15 @@ def updates(layout: Layout) -> list[dict]:
             batches = fixed_batches(advantage_seed=10 * late + minibatch)
             counts = global_counts(batches, cut)
             stats = policy.update(batches, kept, counts, step=7 + late, minibatch=minibatch).stats
-            out.append({
-                "numbers": (stats.step, stats.minibatch), "loss": stats.loss, "table": stats.table.values,
-                "given": torch.cat([one.table.values for one in given]) if given else None,
-                "value": float(torch.stack([one.value for one in given]).sum()) if given else None,
-            })  # fmt: skip
+            out.append(
+                {
+                    "numbers": (stats.step, stats.minibatch),
+                    "loss": stats.loss,
+                    "table": stats.table.values,
+                    "given": torch.cat([one.table.values for one in given]) if given else None,
+                    "value": float(torch.stack([one.value for one in given]).sum()) if given else None,
+                }
+            )
         if hook:
             hook.remove()
     return out

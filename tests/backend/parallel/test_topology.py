@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.config import Layout
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
 def threads_after(rank: int, world_size: int, layouts: list[Layout]) -> list[int]:

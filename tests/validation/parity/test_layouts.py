@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import spawn
 from tools.validation.parity import cases, run, worker
 from tools.validation.parity.cases import Case
+from tools.validation.ranks import spawn
 
 SMALL, MATRIX = cases.small(), cases.matrix()
 

@@ -14,9 +14,9 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.batch import PackedBatch
-from tests.distributed import spawn
 from tools.validation.parity import fixture, formula, run
 from tools.validation.parity.cases import BY_NAME, Case
+from tools.validation.ranks import spawn
 
 
 def microbatch_means(policy: Policy, batches: list[PackedBatch]) -> None:

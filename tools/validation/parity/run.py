@@ -23,7 +23,7 @@ from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import UpdateResult
 from gspo_megatron.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig
 from tools.validation.parity import fixture
-from tools.validation.parity.cases import BY_NAME, CHUNK_TOKENS, Case, Layout
+from tools.validation.parity.cases import BY_NAME, CHUNK_TOKENS, Case, NamedLayout
 from tools.validation.parity.formula import RULES, Truth, check_fixture, truth
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -87,7 +87,7 @@ def run_case(case: Case, truth: Truth, change: Callable[[Policy, list], None] | 
 
 
 @contextmanager
-def started(layout: Layout) -> Iterator[topology.Topology]:
+def started(layout: NamedLayout) -> Iterator[topology.Topology]:
     """The layout's process groups. Gloo ends a group's threads when nothing refers to it any more, and models and
     optimizers are full of cycles that do: without a collection each layout would leave some hundred threads behind."""
     cut = topology.start(layout.parallel, seed=fixture.SEED)

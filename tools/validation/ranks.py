@@ -31,7 +31,7 @@ from unittest import mock
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What ranks find imported. The backend comes first: it patches torch before anything imports Megatron.
 PRELOADED = (
     "gspo_megatron.backend",
