@@ -1,7 +1,8 @@
 # make install   .venv with exactly the versions of requirements/cpu.txt and this package (editable)
 # make train     install, then train the example; ARGS="--steps 20" overrides its recipe
 # make test      install, then the tests; ARGS="tests/test_check.py" picks some
-# make lint      install, then ruff
+# make lint      install, then ruff, types (mypy), and the tests of layers and of links in the documents
+# make checks    lint and test
 # make help      these lines
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TORCH ?= $(shell grep '^torch==' $(PINS))
 NPROC ?= $(shell $(BIN)/python -c 'from gspo_megatron.cli.launch import gpu_count; print(gpu_count() or 4)')
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install train test lint help
+.PHONY: install train test lint checks help
 .DEFAULT_GOAL := help
 
 install: $(STAMP)
@@ -39,6 +40,10 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet --durations 0 -m 'not slow' tests/test_layers.py tests/test_docs.py
+
+checks: lint test
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile

@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # The CUDA bindings need torch with CUDA; csrc/tests/ holds programs of the tests.
 CUDA_SOURCES = [
@@ -146,4 +146,8 @@ def native() -> dict:
     return {"ext_modules": [library(nvcc_flags), collectives()], "cmdclass": {"build_ext": Build}}
 
 
-setup(**native())
+setup(
+    packages=[*find_packages(include=["gspo_megatron*"]), "gspo_megatron.examples"],
+    package_dir={"gspo_megatron.examples": "examples"},
+    **native(),
+)

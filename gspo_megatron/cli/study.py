@@ -8,12 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from gspo_megatron.config.constraints import require
+from gspo_megatron.recipe.load import find_file
 from gspo_megatron.study import plan
 
 PROGRAM = "gspo-megatron study"
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> int:
 
 
 def _study(kind: Kind, options: Options) -> int:
+    options = replace(options, recipe=find_file(options.recipe))
     specs = chosen(kind, options)
     from gspo_megatron.study import runner
 

@@ -23,6 +23,7 @@ from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
 PROGRAM = "gspo-megatron train [RECIPE.yaml]"
 
 
@@ -43,12 +44,12 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
     config = tyro.cli(
         TrainConfig, prog=program, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
     )
-    model = dataclasses.replace(config.model, hf_config=_find(config.model.hf_config, path, "config.json"))
+    model = dataclasses.replace(config.model, hf_config=find_file(config.model.hf_config, path, "config.json"))
     if model.load_hf is not None:
-        found = _find(model.load_hf, path, "config.json")
+        found = find_file(model.load_hf, path, "config.json")
         model = dataclasses.replace(model, load_hf=found.parent if found.is_file() else found)
     preference = config.algorithm.preference
-    found = {name: _find(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
+    found = {name: find_file(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
     algorithm = dataclasses.replace(config.algorithm, preference=dataclasses.replace(preference, **found))
     return dataclasses.replace(config, model=model, algorithm=algorithm.resolved())
 
@@ -123,13 +124,13 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _find(path: Path, recipe: Path | None, inside: str = "") -> Path:
+def find_file(path: Path, recipe: Path | None, inside: str = "") -> Path:
     """A file of the recipe as an absolute path: a run must not depend on where it is started or resumed from.
 
     Args:
         inside: the file that is meant where `path` is a folder.
     """
-    folders = [Path.cwd(), *([recipe.resolve().parent] if recipe else []), REPOSITORY]
+    folders = [Path.cwd(), *([recipe.resolve().parent] if recipe else []), REPOSITORY, PACKAGE]
     for folder in folders:
         found = folder / path.expanduser()
         if found.is_dir():

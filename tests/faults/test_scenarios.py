@@ -1,4 +1,4 @@
-"""A part of tools/validation/fault_matrix.py for every day: each kind of fault once, in real trainings under torchrun."""
+"""A part of tools/validation/fault_matrix.py for every day: each kind of fault once, in real trainings."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""tools/benchmarks/gspo_forms.py: every form that the benchmark compares with is the GSPO loss, in value and gradient."""
+"""tools/benchmarks/gspo_forms.py: each form that the benchmark compares with is the GSPO loss, with its gradient."""
 
 import pytest
 import torch

@@ -91,7 +91,7 @@ def test_a_server_without_an_import_is_an_error(monkeypatch):
 
 
 def test_a_killed_test_process_takes_its_server_and_ranks_along():
-    program = "from tools.validation import ranks, test_distributed\ndistributed.spawn(test_distributed.hang, 2)"
+    program = "from tests.validation import test_ranks\ntest_ranks.spawn(test_ranks.hang, 2)"
     with subprocess.Popen([PYTHON, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         test = psutil.Process(process.pid)
         try:

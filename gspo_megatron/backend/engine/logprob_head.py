@@ -36,6 +36,7 @@ class LogProbHead:
             chunk_tokens: tokens whose logits are held at once; 0: those of a whole microbatch.
         """
         self.model, self.temperature, self.chunk_tokens = model, temperature, chunk_tokens
+        self.reduce = context_reducer(topology)
         self._group = topology.tp_group if topology.tp_size > 1 else None
 
     @contextmanager
@@ -62,33 +63,32 @@ class LogProbHead:
             logprobs, entropy = vocab_logprobs(output, tokens, self.temperature, self._group)
         return TargetLogProbs(targets.scatter(logprobs), targets.scatter(entropy), targets.own)
 
+    def loss_inputs(self, batch: PackedBatch, new: TargetLogProbs, counts: GlobalCounts) -> LossInputs:
+        """What algorithms/ computes the loss of one microbatch from."""
+        mask, lengths = batch.loss_mask, None
+        if new.own is not None:
+            ids = torch.repeat_interleave(torch.diff(batch.cu_seqlens[: batch.num_sequences + 1]).long())
+            trained = (mask > 0).double()[: ids.numel()]
+            lengths = trained.new_zeros(batch.num_sequences).index_add(0, ids, trained)
+            mask = mask * new.own
+        return LossInputs(
+            logprobs=new.logprobs,
+            entropy=new.entropy,
+            old_logprobs=batch.old_logprobs if batch.old_logprobs is not None else new.logprobs.detach(),
+            loss_mask=mask,
+            cu_seqlens=batch.cu_seqlens,
+            num_sequences=batch.num_sequences,
+            advantages=batch.advantages,
+            counts=counts,
+            lengths=lengths,
+            ref_logprobs=batch.ref_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            reduce=self.reduce,
+        )
+
 
 def context_reducer(topology: Topology) -> Callable[..., torch.Tensor]:
     """LossInputs.reduce of this rank's context-parallel group."""
     if topology.cp_size == 1:
         return alone
     return lambda table, maximum=None: reduce_tables(table, topology.cp_group, maximum).wait()
-
-
-def loss_inputs(batch: PackedBatch, new: TargetLogProbs, counts: GlobalCounts, topology: Topology) -> LossInputs:
-    """What algorithms/ computes the loss of one microbatch from."""
-    mask, lengths = batch.loss_mask, None
-    if new.own is not None:
-        ids = torch.repeat_interleave(torch.diff(batch.cu_seqlens[: batch.num_sequences + 1]).long())
-        trained = (mask > 0).double()[: ids.numel()]
-        lengths = trained.new_zeros(batch.num_sequences).index_add(0, ids, trained)
-        mask = mask * new.own
-    return LossInputs(
-        logprobs=new.logprobs,
-        entropy=new.entropy,
-        old_logprobs=batch.old_logprobs if batch.old_logprobs is not None else new.logprobs.detach(),
-        loss_mask=mask,
-        cu_seqlens=batch.cu_seqlens,
-        num_sequences=batch.num_sequences,
-        advantages=batch.advantages,
-        counts=counts,
-        lengths=lengths,
-        ref_logprobs=batch.ref_logprobs,
-        rollout_logprobs=batch.rollout_logprobs,
-        reduce=context_reducer(topology),
-    )

@@ -10,7 +10,7 @@ import torch
 
 from gspo_megatron.algorithms.interface import GlobalCounts, Loss, LossOutputs
 from gspo_megatron.backend.engine import optimizer as optimizers
-from gspo_megatron.backend.engine.logprob_head import LogProbHead, context_reducer, loss_inputs
+from gspo_megatron.backend.engine.logprob_head import LogProbHead
 from gspo_megatron.backend.engine.network import BeforeForward, Microbatch, Network, nothing
 from gspo_megatron.backend.engine.nonfinite_guard import NonfiniteGuard, describe_nonfinite
 from gspo_megatron.backend.engine.routing_watch import RoutingWatch
@@ -130,7 +130,7 @@ class Policy:
 
         def loss_fn(micro: Microbatch, output: torch.Tensor) -> torch.Tensor:
             new = self.head(micro, output)
-            out = loss(loss_inputs(micro.batch, new, counts, self.topology))
+            out = loss(self.head.loss_inputs(micro.batch, new, counts))
             outputs[micro.number] = LossOutputs(out.loss.detach(), out.table, out.value)
             seen[micro.number] = new.logprobs.detach()
             # A log-prob of -inf makes a ratio of 0 and a finite loss; it must not pass for a gradient.
@@ -145,7 +145,7 @@ class Policy:
             pending.append(pipeline_broadcast.start(self.topology, ordered, rows, step, minibatch, self.device))
 
         with self.head.hidden_states():
-            done = self.network.step(batches, loss_fn, after_backward, self.routing.before_update)
+            done = self.network.step(batches, loss_fn, after_backward, before_forward=self.routing.before_update)
         stats = pending[0].wait()
         self.routing.after_update(minibatch)
         if done.stepped or done.grad_norm == 0.0:
@@ -177,7 +177,7 @@ class Policy:
         kept = torch.where(trained, values.detach().double(), 0.0)
         ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
         sums = kept.new_zeros(batch.num_sequences + 1).index_add(0, ids, kept)[:-1]
-        return context_reducer(self.topology)(sums.unsqueeze(1)).squeeze(1)
+        return self.head.reduce(sums.unsqueeze(1)).squeeze(1)
 
     @property
     def device(self) -> torch.device:

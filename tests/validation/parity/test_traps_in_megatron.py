@@ -21,14 +21,14 @@ from tools.validation.ranks import spawn
 
 def microbatch_means(policy: Policy, batches: list[PackedBatch]) -> None:
     """Each microbatch divides by its own number of sequences, and microbatches and replicas count the same."""
-    original = policy._loss_inputs
+    original = policy.head.loss_inputs
 
     def with_own_counts(batch, *args):
         inputs = original(batch, *args)
         own = int((inputs.token_lengths > 0).sum()) * len(batches) * policy.topology.dp_size
         return replace(inputs, counts=GlobalCounts(max(own, 1), inputs.counts.num_tokens))
 
-    policy._loss_inputs = with_own_counts
+    policy.head.loss_inputs = with_own_counts
 
 
 def table_summed_over_tensor_ranks(policy: Policy, batches: list[PackedBatch]) -> None:
@@ -39,19 +39,21 @@ def table_summed_over_tensor_ranks(policy: Policy, batches: list[PackedBatch]) -
         dist.all_reduce(table, group=policy.topology.tp_group)
         return table
 
-    policy.reducer = lambda: reduce
+    policy.head.reduce = reduce
 
 
 def context_ranks_alone(policy: Policy, batches: list[PackedBatch]) -> None:
     """Each context-parallel rank takes the mean of its own tokens for the sequence's."""
-    policy.reducer = lambda: alone
+    policy.head.reduce = alone
 
 
 def scaled_by_context_size(policy: Policy, batches: list[PackedBatch]) -> None:
     """The factor that Megatron's two-valued losses already have, once more."""
     original = policy.network.step
     size = policy.topology.cp_size
-    policy.network.step = lambda given, share, **rest: original(given, lambda *args: share(*args) * size, **rest)
+    policy.network.step = lambda given, loss_fn, *rest, **more: original(
+        given, lambda *args: loss_fn(*args) * size, *rest, **more
+    )
 
 
 def norms_of_one_tensor_rank(policy: Policy, batches: list[PackedBatch]) -> None:
@@ -69,7 +71,7 @@ def batched_sends_of_virtual_stages(policy: Policy, batches: list[PackedBatch]) 
 
 def unscaled_temperature(policy: Policy, batches: list[PackedBatch]) -> None:
     """Log-probs of the plain logits, where the rollouts were sampled at another temperature."""
-    policy.temperature = 1.0
+    policy.head.temperature = 1.0
 
 
 def even(number: int, parts: int) -> list[range]:

@@ -117,14 +117,14 @@ def inf_gradient(phase: str, step: int) -> None:
 def _poison_gradients(phase: str, step: int, value: float) -> None:
     take = network.Network.step
 
-    def poisoned(self, batches, share, drained=lambda: None, **rest):
+    def poisoned(self, batches, loss_fn, after_backward=lambda: None, **rest):
         def spoil() -> None:
-            drained()
+            after_backward()
             here = progress.here()
             if (here.phase, here.step) == (phase, step):
                 next(iter(_parameters(self))).main_grad.view(-1)[0] = value
 
-        return take(self, batches, share, spoil, **rest)
+        return take(self, batches, loss_fn, spoil, **rest)
 
     network.Network.step = poisoned
 

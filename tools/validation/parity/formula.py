@@ -144,7 +144,7 @@ def truth(policy: Policy, items: Rollouts, algorithm: str) -> Truth:
     """Loss, ratios and gradient of `policy`, an fp64 model on one rank. Its gradient buffers are not touched."""
     rule, model = RULES[algorithm], policy.models[0]
     with routing_margins(model) as routing:
-        computed = [sequence_log_probs(model, s.token_ids, policy.temperature) for s in items.sequences]
+        computed = [sequence_log_probs(model, s.token_ids, policy.head.temperature) for s in items.sequences]
     # fp32, as the contract stores them: every layout gets these very numbers.
     old = [(logp.detach() + n).float() for (logp, _), n in zip(computed, items.old_noise[rule.noise], strict=True)]
     ref = [(logp.detach() + n).float() for (logp, _), n in zip(computed, items.ref_noise, strict=True)]
