@@ -1,11 +1,17 @@
 """Runs a plain function on several Gloo ranks of this machine and returns what each rank returned.
 
-Left out: CUDA (ranks see no GPU, so that a test means the same thing everywhere) and several machines. How real
-launches start and end is tested in test_launch.py and test_process.py, which go through torchrun.
+Ranks are forks of a server that has imported torch, Megatron and this package, which else takes each rank 8 seconds.
+The server has one thread, runs no work of its own and ends with the test process, however that ends.
+
+Left out: CUDA (ranks see no GPU, so that a test means the same thing everywhere), several machines, and hash seeds that
+differ by rank. How real launches start and end is tested in test_launch.py and test_process.py, which go through
+torchrun.
 """
 
 import faulthandler
-import importlib.util
+import functools
+import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -17,10 +23,29 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
-SHIM = "gspo_megatron.backend.cpu_shim"
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+# What ranks find imported. The backend comes first: it patches torch before anything imports Megatron.
+PRELOADED = (
+    "gspo_megatron.backend",
+    "gspo_megatron.train",
+    "gspo_megatron.convert",
+    "gspo_megatron.parity.run",
+    "torch._dynamo",  # torch's optimizers import it when they are made
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "hypothesis",
+    "pytest",
+)
+# A fork lacks its parent's threads, so OpenMP and OpenBLAS must start none. The safe path leaves out the working
+# directory, which would come before this checkout.
+SERVER = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
 
 
 class RankError(RuntimeError):
@@ -30,11 +55,12 @@ class RankError(RuntimeError):
 def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call fn(rank, world_size, *args) on `world_size` fresh processes that share a Gloo group.
 
-    `fn` must be importable (top level of a module); arguments and results travel by pickle. The answer is the
-    list of results by rank. The first failure raises RankError and ends the other ranks, and so does running
-    longer than `timeout` seconds, start-up included: a rank that hangs prints its stack to stderr first.
+    `fn` must be importable (top level of a module); arguments and results travel by pickle. Ranks have the caller's
+    environment and working directory. The answer is the list of results by rank. The first failure raises RankError
+    and ends the other ranks, and so does running longer than `timeout` seconds, start-up included: a rank that hangs
+    prints its stack to stderr first.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forks()
     # Pickled here and not by Process: that would share tensors through file descriptors that outlive this call.
     payload = pickle.dumps((fn, args))
     deadline = time.monotonic() + timeout
@@ -43,9 +69,8 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
         try:
             for rank in range(world_size):
                 receive, send = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, payload, send)
-                )
+                place = (rank, world_size, f"{folder}/store", timeout)
+                process = context.Process(target=_rank_main, args=(*place, payload, dict(os.environ), send))
                 process.start()
                 send.close()  # only the child keeps it, so that its death reads as end of file
                 ranks.append(process)
@@ -53,6 +78,30 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 
             return _collect(pipes, ranks, deadline, timeout)
         finally:
             _end(ranks, pipes)
+
+
+@functools.cache
+def forks() -> Any:
+    """A context whose processes are forks of this process's server, which is there and has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with mock.patch.dict(os.environ, SERVER | {"PYTHONPATH": paths}):
+        forkserver.ensure_running()
+    check = context.Process(target=_check_server)
+    check.start()
+    check.join()
+    if check.exitcode:
+        raise RuntimeError(f"the server of ranks is not ready, exit code {check.exitcode} (traceback on stderr)")
+    return context
+
+
+def _check_server() -> None:
+    """In a fork: what the server failed to import fails again, where it is seen, and the server has one thread."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    threads = psutil.Process(os.getppid()).num_threads()
+    assert threads == 1, f"importing {PRELOADED} started {threads - 1} threads, which a fork would lack"
 
 
 def _collect(pipes: list[Connection], ranks: list[Any], deadline: float, timeout: float) -> list[Any]:
@@ -97,11 +146,16 @@ def _end(ranks: list[Any], pipes: list[Connection]) -> None:
         pipe.close()
 
 
-def _rank_main(rank: int, world_size: int, store: str, timeout: float, payload: bytes, report: Connection) -> None:
+def _rank_main(
+    rank: int, world_size: int, store: str, timeout: float, payload: bytes, environment: dict, report: Connection
+) -> None:
+    gc.freeze()  # else every collection looks through all that was imported, and so copies the server's memory
     os.setsid()
     _die_with_parent()
     # Before the parent gives up, and one rank after the other so that their stacks do not mix.
     faulthandler.dump_traceback_later(max(timeout - 2.0, 0.8 * timeout) + 0.1 * rank, file=sys.__stderr__)
+    os.environ.clear()
+    os.environ |= environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     if sys.platform == "linux":
@@ -122,8 +176,6 @@ def _call(rank: int, world_size: int, store: str, timeout: float, payload: bytes
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if _exists(SHIM):
-        importlib.import_module(SHIM).install()  # before the function's own module imports megatron
     fn, args = pickle.loads(payload)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
@@ -133,13 +185,6 @@ def _call(rank: int, world_size: int, store: str, timeout: float, payload: bytes
         dist.barrier()  # a rank that leaves early closes connections which others still read from
         dist.destroy_process_group()
     return result
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _die_with_parent() -> None:

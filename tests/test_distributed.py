@@ -1,6 +1,9 @@
 """The spawner that all multi-rank tests stand on: it must report what went wrong and never hang."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -8,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import gspo_megatron
+from tests import distributed
 from tests.distributed import RankError, spawn
-from tests.launching import gone
+from tests.launching import PYTHON, ROOT, gone, wait_until
 
 
 def add(rank, world_size, tensor):
@@ -34,6 +39,18 @@ def hang(rank, world_size):
     time.sleep(60)
 
 
+def surroundings(rank, world_size):
+    imported = [name for name in distributed.PRELOADED if name in sys.modules]
+    leads = os.getpgid(0) == os.getsid(0) == os.getpid()
+    return imported, leads, os.environ.get("OF_ONE_TEST"), os.environ["RANK"], os.getcwd(), gspo_megatron.__file__
+
+
+def ranks_of(test: psutil.Process) -> list[int]:
+    """Every process below the servers that a test process has started."""
+    servers = [child for child in test.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    return [rank.pid for server in servers for rank in server.children(recursive=True)]
+
+
 def test_results_come_back_by_rank():
     results = spawn(add, 2, torch.ones(1))
     assert [(float(total), size, threads) for total, size, threads in results] == [(3.0, 2, 1), (3.0, 2, 1)]
@@ -52,5 +69,34 @@ def test_failures_are_reported_and_leave_no_process(fn, timeout, message):
     with pytest.raises(RankError, match=message):
         spawn(fn, 2, timeout=timeout)
     assert time.monotonic() - before < 20
-    left = [p.pid for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-    assert gone(left, 2)
+    assert gone(ranks_of(psutil.Process()), 2)
+
+
+def test_ranks_lead_sessions_and_see_what_the_caller_sees(monkeypatch, tmp_path):
+    """The server is older than the change, so its forks would see what was there before."""
+    spawn(surroundings, 1)
+    monkeypatch.setenv("OF_ONE_TEST", "1")
+    monkeypatch.chdir(tmp_path)
+    package = str(ROOT / "gspo_megatron/__init__.py")
+    seen = [(list(distributed.PRELOADED), True, "1", str(rank), str(tmp_path), package) for rank in range(2)]
+    assert spawn(surroundings, 2) == seen
+    monkeypatch.delenv("OF_ONE_TEST")
+    assert spawn(surroundings, 1)[0][2] is None
+
+
+def test_a_server_without_an_import_is_an_error(monkeypatch):
+    monkeypatch.setattr(distributed, "PRELOADED", ("no_such_module",))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        distributed._check_server()
+
+
+def test_a_killed_test_process_takes_its_server_and_ranks_along():
+    program = "from tests import distributed, test_distributed\ndistributed.spawn(test_distributed.hang, 2)"
+    with subprocess.Popen([PYTHON, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        test = psutil.Process(process.pid)
+        try:
+            assert wait_until(lambda: len(ranks_of(test)) == 2, 100)
+        finally:
+            below = [child.pid for child in test.children(recursive=True)]
+            process.send_signal(signal.SIGKILL)
+    assert gone(below, 10)
