@@ -41,7 +41,7 @@ def main(
         seed: Of the corruptions.
     """
     try:
-        config = recipes.load([str(recipe)])
+        config = recipes.load_recipe([str(recipe)])
         target = output or config.algorithm.preference.path
         if target is None or count < 1 or split not in ("train", "warm_start"):
             print("error: give --output, a --count of 1 or more and a --split of train or warm_start", file=sys.stderr)
