@@ -20,15 +20,28 @@ from pathlib import Path
 from setuptools import setup
 
 # The CUDA bindings need torch with CUDA; csrc/tests/ holds programs of the tests.
-CUDA_SOURCES = [f"csrc/{name}" for op in ("sequence_ratio", "token_surrogate")
-                for name in (f"bindings/{op}_cuda.cpp", f"cuda/{op}.cu")]  # fmt: skip
+CUDA_SOURCES = [
+    f"csrc/{name}"
+    for op in ("sequence_ratio", "token_surrogate")
+    for name in (f"bindings/{op}_cuda.cpp", f"cuda/{op}.cu")
+]
 COLLECTIVES = ["csrc/bindings/collectives.cpp"]
 PROGRAMS = [str(path) for path in Path("csrc/tests").glob("*.cpp")]
 SOURCES = sorted({str(path) for path in Path("csrc").glob("**/*.cpp")} - {*CUDA_SOURCES, *COLLECTIVES, *PROGRAMS})
 HEADERS = sorted(str(path) for pattern in ("**/*.h", "**/*.inc") for path in Path("csrc").glob(pattern))
 # Wide vectors are passed between functions that are always inlined, so their calling convention (psabi) is no concern.
-FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden",
-         "-Wall", "-Wno-psabi", "-Wno-unused-function", "-g0"]  # fmt: skip
+FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-unused-function",
+    "-g0",
+]
 
 ARCHITECTURES = (80, 90, 100)  # and PTX of the newest, for what comes after
 
@@ -87,10 +100,13 @@ def native() -> dict:
     def library(nvcc_flags: list[str] | None):
         kind, sources = (CppExtension, SOURCES) if nvcc_flags is None else (CUDAExtension, SOURCES + CUDA_SOURCES)
         extension = kind(
-            "gspo_megatron.ops._native", sources, depends=HEADERS,
-            extra_compile_args={"cxx": FLAGS, "nvcc": nvcc_flags or []}, extra_link_args=["-fopenmp"],
+            "gspo_megatron.ops._native",
+            sources,
+            depends=HEADERS,
+            extra_compile_args={"cxx": FLAGS, "nvcc": nvcc_flags or []},
+            extra_link_args=["-fopenmp"],
             optional=wanted != "1" and nvcc_flags is None,
-        )  # fmt: skip
+        )
         extension.libraries.remove("torch_python")  # no Python in it
         return extension
 

@@ -16,7 +16,7 @@ import tyro
 
 from gspo_megatron.batch import TaskItem
 from gspo_megatron.errors import GspoError
-from gspo_megatron.recipe import load as recipes
+from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct
 
@@ -41,7 +41,7 @@ def main(
         seed: Of the corruptions.
     """
     try:
-        config = recipes.load_recipe([str(recipe)])
+        config = load_recipe([str(recipe)])
         target = output or config.algorithm.preference.path
         if target is None or count < 1 or split not in ("train", "warm_start"):
             print("error: give --output, a --count of 1 or more and a --split of train or warm_start", file=sys.stderr)

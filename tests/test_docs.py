@@ -39,7 +39,6 @@ PROGRAMS = r"(?:gspo-megatron|torchrun|make|python|pytest|bash|sbatch|apt-get|mk
 TINY = ("--data.num-eval-prompts 2 --data.eval-samples 1 --rollout.num-prompts 2 --rollout.group-size 2 "
         "--rollout.max-response-length 4 --algorithm.num-minibatches 1 --max-tokens-per-microbatch 300")  # fmt: skip
 TRAIN = f"{TINY} --steps 1 --warm-start.steps 1 --warm-start.num-examples 8 --warm-start.batch-size 4"
-DOCTOR = f"--num-prompts 2 {TINY}"
 # In this order, each with what is added to it: a later one needs what an earlier one leaves.
 RUN = {
     "bash examples/train_moe_gspo.sh --help": "",
@@ -50,16 +49,13 @@ RUN = {
     "gspo-megatron train my_recipe.yaml --steps 20": TRAIN,
     "gspo-megatron plot runs/NAME": "",
     "gspo-megatron check-learning runs/NAME": "",
-    "gspo-megatron doctor --noise-floor my_recipe.yaml": DOCTOR,
-    "gspo-megatron doctor --noise-floor my_recipe.yaml --checkpoint runs/NAME/checkpoints/step_000100 --json rows.json":
-        DOCTOR,
+    "gspo-megatron doctor --noise-floor my_recipe.yaml": f"--num-prompts 2 {TINY}",
     "gspo-megatron convert CHECKPOINT MODEL_FOLDER": "",
     "gspo-megatron train my_recipe.yaml --model.load-hf MODEL_FOLDER --save-hf": f"{TRAIN} --warm-start.steps 0",
     "python tools/convert_megatron_to_hf.py CHECKPOINT MODEL_FOLDER": "",
     "gspo-megatron convert MODEL_FOLDER CHECKPOINT": "",
     "python tools/convert_hf_to_megatron.py MODEL_FOLDER CHECKPOINT": "",
     "gspo-megatron upcycle DENSE_FOLDER MOE_FOLDER --experts 8": "",
-    "gspo-megatron upcycle DENSE_FOLDER MOE_FOLDER --experts 8 --top-k 2": "",
 }  # fmt: skip
 MAY_FAIL = ("gspo-megatron check-learning", "gspo-megatron doctor")  # status 1 is their verdict on a tiny training
 LONG = {
@@ -228,22 +224,20 @@ def workplace(tmp_path, monkeypatch) -> Path:
 def prepare(command: str, folder: Path) -> None:
     """Take away what a command writes, and put the training's checkpoint where it reads one."""
     words = command.split()
-    if words[-2:-1] and words[1].startswith(("convert", "tools/convert")):
+    if words[1].startswith(("convert", "tools/convert")):
         shutil.rmtree(folder / words[-1], ignore_errors=True)
         if "CHECKPOINT" in words[:-1] and not (folder / "CHECKPOINT").exists():
             shutil.copytree(folder / "runs/moe_gspo/checkpoints/step_000001", folder / "CHECKPOINT")
-    if "MOE_FOLDER" in words:
-        shutil.rmtree(folder / "MOE_FOLDER", ignore_errors=True)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_run(workplace):
     """RUN, one after the other. What a command leaves is read by a later one, so none may fail."""
     programs = {"gspo-megatron": [sys.executable, "-m", "gspo_megatron.cli"], "python": [sys.executable]}
     for command, more in RUN.items():
         prepare(command, workplace)
-        real = command.replace("NAME/checkpoints/step_000100", "NAME/checkpoints/step_000001")
-        program, *words = shlex.split(f"{real.replace('runs/NAME', 'runs/moe_gspo')} {more}")
+        program, *words = shlex.split(f"{command.replace('runs/NAME', 'runs/moe_gspo')} {more}")
         done = subprocess.run([*programs.get(program, [program]), *words], capture_output=True, text=True,
                               env=os.environ | {"VIRTUAL_ENV": sys.prefix})  # fmt: skip
         fine = {0, 1} if command.startswith(MAY_FAIL) else {0}

@@ -55,9 +55,14 @@ def last_tokens(loss_mask: torch.Tensor, ids: torch.Tensor, num_sequences: int) 
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor, num_sequences: int,
-    gamma: float = 1.0, lam: float = 0.95,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_sequences: int,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, over a sequence's trained tokens.
 
     Tokens with mask 0 between two trained ones (another's turn) are stepped over: "next" means the next trained token.

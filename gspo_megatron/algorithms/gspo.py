@@ -22,9 +22,13 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
     partials = sequence_partials(
-        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy,
+        inputs.logprobs,
+        inputs.old_logprobs,
+        inputs.loss_mask,
+        inputs.bounds,
+        inputs.entropy,
         inputs.advantages if inputs.has_token_advantages else None,
-    )  # fmt: skip
+    )
     # Where no other rank holds tokens of these sequences, they have been counted already.
     lengths = partials[:, 0] if inputs.lengths is None else inputs.lengths
     weights = token_weights(inputs, options, lengths)
@@ -35,9 +39,16 @@ def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     number = max(inputs.counts.num_sequences, 1)
     advantages, partials = _weighed(inputs, options, weights * number * lengths, partials)
     loss, _, clipped = gspo_surrogate(
-        inputs.logprobs, partials, advantages, inputs.loss_mask, inputs.bounds,
-        options.clip.low, options.clip.high, number, options.clip.dual,
-    )  # fmt: skip
+        inputs.logprobs,
+        partials,
+        advantages,
+        inputs.loss_mask,
+        inputs.bounds,
+        options.clip.low,
+        options.clip.high,
+        number,
+        options.clip.dual,
+    )
     table = torch.cat([partials[:, : len(COLUMNS)], extra, clipped], dim=1)
     value = loss.detach() + regularizer_value(table, options, weights)
     return LossOutputs(loss + regularizer, SequenceTable(table), value)

@@ -19,9 +19,13 @@ def ppo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, loss_mask: torch.Tensor, clip: float,
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    loss_mask: torch.Tensor,
+    clip: float,
     num_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(1/2M) sum_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - c, V_old + c) - R_t)^2), PPO's clipped squared error.
 
     Args:

@@ -48,9 +48,16 @@ def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     inputs = corrected(inputs, options)
     clip = options.clip
     objective, sums = token_objectives(
-        inputs.logprobs, inputs.old_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy, inputs.advantages,
-        clip.low, clip.high, clip.dual,
-    )  # fmt: skip
+        inputs.logprobs,
+        inputs.old_logprobs,
+        inputs.loss_mask,
+        inputs.bounds,
+        inputs.entropy,
+        inputs.advantages,
+        clip.low,
+        clip.high,
+        clip.dual,
+    )
     # Where no other rank holds tokens of these sequences, they have been counted already.
     weights = token_weights(inputs, options, sums[:, 0] if inputs.lengths is None else inputs.lengths)
     extra, regularizer = regularizers(inputs, options, weights)

@@ -81,8 +81,9 @@ def main(argv: list[str], direction: Direction | None = None, program: str = PRO
             convert.to_megatron(options.source, options.target, dtype, options.drop_mtp, progress)
         else:
             size = int(options.max_shard_size * 10**9)
-            padding = convert.to_hugging_face(options.source, options.target, dtype, options.stacked_experts, progress,
-                                              options.hf_config, size)  # fmt: skip
+            padding = convert.to_hugging_face(
+                options.source, options.target, dtype, options.stacked_experts, progress, options.hf_config, size
+            )
     if not is_first:
         return 0
     if padding:
@@ -107,11 +108,15 @@ def verify(folder: Path, checkpoint: Path, options: Options) -> None:
     from gspo_megatron.hf.verify import compare
 
     for found in compare(folder, checkpoint, options.verify):
-        print(f"logits of {found.prompt!r}, {found.tokens} tokens: differ by at most {found.largest:.1e} (largest "
-              f"{found.scale:.1f}), {'the same' if found.same_choices else 'NOT the same'} choices")  # fmt: skip
+        print(
+            f"logits of {found.prompt!r}, {found.tokens} tokens: differ by at most {found.largest:.1e} (largest "
+            f"{found.scale:.1f}), {'the same' if found.same_choices else 'NOT the same'} choices"
+        )
         if options.dtype == "same" and found.largest > LIMIT * max(found.scale, 1.0):
-            raise ConversionError(f"{options.target}: its logits of {found.prompt!r} differ from the source's by "
-                                  f"{found.largest:.1e}, more than rounding explains. Do not use it.")  # fmt: skip
+            raise ConversionError(
+                f"{options.target}: its logits of {found.prompt!r} differ from the source's by "
+                f"{found.largest:.1e}, more than rounding explains. Do not use it."
+            )
 
 
 def check(options: Options, direction: Direction | None) -> Direction:
@@ -120,12 +125,22 @@ def check(options: Options, direction: Direction | None) -> Direction:
     require(options.source.is_dir(), "SOURCE", source, "no such folder", "Give a folder.")
     is_megatron = (options.source / "metadata.json").is_file()
     is_hf = (options.source / "config.json").is_file()
-    require(is_megatron or is_hf, "SOURCE", source, "has neither config.json (Hugging Face) nor metadata.json "
-            "(a complete Megatron checkpoint)", "Give one of the two.")  # fmt: skip
+    require(
+        is_megatron or is_hf,
+        "SOURCE",
+        source,
+        "has neither config.json (Hugging Face) nor metadata.json (a complete Megatron checkpoint)",
+        "Give one of the two.",
+    )
     found: Direction = "megatron_to_hf" if is_megatron else "hf_to_megatron"
     wanted = {"hf_to_megatron": "Hugging Face folder", "megatron_to_hf": "Megatron checkpoint"}
-    require(direction in (None, found), "SOURCE", source, f"is a {wanted[found]}, not a {wanted[direction or found]}",
-            "Use the tool for the other way.")  # fmt: skip
+    require(
+        direction in (None, found),
+        "SOURCE",
+        source,
+        f"is a {wanted[found]}, not a {wanted[direction or found]}",
+        "Use the tool for the other way.",
+    )
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")
     return found

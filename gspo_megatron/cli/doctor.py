@@ -72,25 +72,43 @@ def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
         ConfigError: no examination was asked for, or there is no complete checkpoint at --checkpoint.
         SystemExit: 0 for --help, 2 for a value of the wrong type.
     """
-    options, rest = tyro.cli(
-        Options, prog=PROGRAM, args=argv, return_unknown_args=True, console_outputs=not quiet
-    )  # fmt: skip
-    require(options.noise_floor, "--noise-floor", options.noise_floor, "says what to examine, and is the only choice",
-            f"usage: {PROGRAM} [--some.override VALUE ...]; --help lists the options.")  # fmt: skip
+    options, rest = tyro.cli(Options, prog=PROGRAM, args=argv, return_unknown_args=True, console_outputs=not quiet)
+    require(
+        options.noise_floor,
+        "--noise-floor",
+        options.noise_floor,
+        "says what to examine, and is the only choice",
+        f"usage: {PROGRAM} [--some.override VALUE ...]; --help lists the options.",
+    )
     require(options.num_prompts > 0, "--num-prompts", options.num_prompts, "must be above 0", "Give 32.")
     folder = options.checkpoint
-    require(folder is None or (folder / "metadata.json").is_file(), "--checkpoint", str(folder),
-            "no complete checkpoint", "Give a folder named step_NNNNNN of a run.")  # fmt: skip
+    require(
+        folder is None or (folder / "metadata.json").is_file(),
+        "--checkpoint",
+        str(folder),
+        "no complete checkpoint",
+        "Give a folder named step_NNNNNN of a run.",
+    )
     target = options.json
-    require(target is None or target.resolve().parent.is_dir(), "--json", str(target), "its folder does not exist",
-            "Make the folder first.")  # fmt: skip
+    require(
+        target is None or target.resolve().parent.is_dir(),
+        "--json",
+        str(target),
+        "its folder does not exist",
+        "Make the folder first.",
+    )
     return options, rest
 
 
 def check_algorithm(config: TrainConfig) -> None:
     """Raise ConfigError where there is nothing to measure."""
-    require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "has no ratio of old and new log-probs",
-            "There is nothing to measure; give the recipe of another algorithm.")  # fmt: skip
+    require(
+        config.algorithm.name != "dpo",
+        "algorithm.name",
+        "dpo",
+        "has no ratio of old and new log-probs",
+        "There is nothing to measure; give the recipe of another algorithm.",
+    )
 
 
 def check_prompts(options: Options, data: int) -> None:
@@ -99,9 +117,13 @@ def check_prompts(options: Options, data: int) -> None:
     Args:
         data: data x context parallel ranks of the resolved layout: replicas that sample on their own.
     """
-    require(options.num_prompts % data == 0, "--num-prompts", options.num_prompts,
-            f"cannot be divided evenly over {data} replicas (ranks / tensor / pipeline)",
-            f"Give a multiple of {data}.")  # fmt: skip
+    require(
+        options.num_prompts % data == 0,
+        "--num-prompts",
+        options.num_prompts,
+        f"cannot be divided evenly over {data} replicas (ranks / tensor / pipeline)",
+        f"Give a multiple of {data}.",
+    )
 
 
 def report(diagnosis: Diagnosis, options: Options, console: Console | None = None) -> None:
@@ -130,9 +152,16 @@ def report(diagnosis: Diagnosis, options: Options, console: Console | None = Non
 
 def _table(diagnosis: Diagnosis) -> Table:
     table = Table()
-    for title, justify in (("", "left"), ("compared", "left"), ("rms", "right"), ("max", "right"),
-                           ("epsilon", "right"), ("rms/eps", "right"), ("this recipe", "left"),
-                           ("verdict", "left")):  # fmt: skip
+    for title, justify in (
+        ("", "left"),
+        ("compared", "left"),
+        ("rms", "right"),
+        ("max", "right"),
+        ("epsilon", "right"),
+        ("rms/eps", "right"),
+        ("this recipe", "left"),
+        ("verdict", "left"),
+    ):
         table.add_column(title, justify=justify, no_wrap=title not in ("compared", "verdict"))
     for row in diagnosis.measured.rows:
         use = "relies on it" if row.key in diagnosis.relied_on else "for information"

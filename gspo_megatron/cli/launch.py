@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
-from gspo_megatron.recipe.check import resolve_layout
+from gspo_megatron.recipe.layout import resolve_layout
 
 CPU_RANKS = 4
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -63,16 +63,25 @@ def layout_of(config: TrainConfig) -> tuple[Layout, int]:
         world_size = _ranks_to_start(gpus if use_cuda else CPU_RANKS)
     layout = resolve_layout(config, world_size, has_cuda=gpus > 0)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    require(not use_cuda or local_ranks <= gpus, "ranks on this machine", local_ranks,
-            f"there are {gpus} GPUs, and NCCL needs one for each rank",
-            f"Start {gpus} ranks, or give --device cpu.")  # fmt: skip
+    require(
+        not use_cuda or local_ranks <= gpus,
+        "ranks on this machine",
+        local_ranks,
+        f"there are {gpus} GPUs, and NCCL needs one for each rank",
+        f"Start {gpus} ranks, or give --device cpu.",
+    )
     return layout, world_size
 
 
 def _ranks_to_start(default: int) -> int:
     given = os.environ.get("NPROC", str(default))
-    require(given.isdigit() and int(given) > 0, "NPROC", given, "must be a whole number above 0",
-            f"Unset it for {default} ranks.")  # fmt: skip
+    require(
+        given.isdigit() and int(given) > 0,
+        "NPROC",
+        given,
+        "must be a whole number above 0",
+        f"Unset it for {default} ranks.",
+    )
     return int(given)
 
 

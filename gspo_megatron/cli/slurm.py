@@ -9,6 +9,7 @@ import tyro
 from gspo_megatron.config.constraints import require
 from gspo_megatron.recipe import check as recipe_check
 from gspo_megatron.recipe import lint
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.slurm import job as jobs
 from gspo_megatron.slurm.job import Job
@@ -25,13 +26,23 @@ def main(argv: list[str]) -> int:
     job, rest = tyro.cli(Job, prog=PROGRAM, args=argv, return_unknown_args=True)
     config = load_recipe([str(job.recipe), *rest], program=PROGRAM)
     jobs.check(job, config)
-    layout = recipe_check.resolve_layout(config, job.world_size, has_cuda=config.device != "cpu")
+    layout = resolve_layout(config, job.world_size, has_cuda=config.device != "cpu")
     recipe_check.check(config, layout, job.world_size)
     target = job.output or Path(f"{config.name}.sbatch")
-    require(job.overwrite or not target.exists(), "--output", str(target), "exists already",
-            "Give --overwrite to replace it, or another name.")  # fmt: skip
-    require(target.absolute().parent.is_dir(), "--output", str(target), "its folder does not exist",
-            "Make the folder first.")  # fmt: skip
+    require(
+        job.overwrite or not target.exists(),
+        "--output",
+        str(target),
+        "exists already",
+        "Give --overwrite to replace it, or another name.",
+    )
+    require(
+        target.absolute().parent.is_dir(),
+        "--output",
+        str(target),
+        "its folder does not exist",
+        "Make the folder first.",
+    )
     job.logs.mkdir(parents=True, exist_ok=True)
     target.write_text(render(job, config, rest))
     for sentence in [*jobs.warnings(job, layout), *lint.warnings(config)]:

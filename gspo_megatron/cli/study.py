@@ -83,8 +83,10 @@ def main(argv: list[str]) -> int:
         SystemExit: 0 for --help, 2 for a value of the wrong type.
     """
     if argv[:1] and argv[0] in KINDS:
-        return _study(KINDS[argv[0]], tyro.cli(Options, prog=f"{PROGRAM} {argv[0]}", args=argv[1:],
-                                               default=KINDS[argv[0]].defaults))  # fmt: skip
+        return _study(
+            KINDS[argv[0]],
+            tyro.cli(Options, prog=f"{PROGRAM} {argv[0]}", args=argv[1:], default=KINDS[argv[0]].defaults),
+        )
     wants_help = argv[:1] in (["-h"], ["--help"])
     print(USAGE, file=sys.stdout if wants_help else sys.stderr)
     raise SystemExit(0 if wants_help else 2)
@@ -116,8 +118,13 @@ def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
         all(lr > 0 for lr in options.lr) and len(options.lr) > 0, "--lr", options.lr, "must be above 0", "Give 4e-4."
     )
     found = re.fullmatch(r"(\d+)/(\d+)", options.part)
-    require(found is not None and 1 <= int(found[1]) <= int(found[2]), "--part", options.part, "is no part of a whole",
-            "Write 1/8 to 8/8.")  # fmt: skip
+    require(
+        found is not None and 1 <= int(found[1]) <= int(found[2]),
+        "--part",
+        options.part,
+        "is no part of a whole",
+        "Write 1/8 to 8/8.",
+    )
     try:
         pattern = re.compile(options.only)
     except re.error as error:

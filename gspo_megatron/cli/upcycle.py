@@ -62,19 +62,38 @@ def main(argv: list[str]) -> int:
 
     dtype = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     with bar(Console(stderr=True), options.source.name) as progress:
-        upcycle(options.source, options.target, options.experts, options.top_k, options.noise, options.seed, dtype,
-                progress, int(options.max_shard_size * 10**9))  # fmt: skip
+        upcycle(
+            options.source,
+            options.target,
+            options.experts,
+            options.top_k,
+            options.noise,
+            options.seed,
+            dtype,
+            progress,
+            int(options.max_shard_size * 10**9),
+        )
     print(f"done: {options.target}, {options.experts} experts a layer, {options.top_k} a token")
     return 0
 
 
 def check(options: Options) -> None:
     """Raise ConfigError for options that cannot work."""
-    require((options.source / "config.json").is_file(), "SOURCE", str(options.source), "has no config.json",
-            "Give the folder of a Hugging Face model.")  # fmt: skip
+    require(
+        (options.source / "config.json").is_file(),
+        "SOURCE",
+        str(options.source),
+        "has no config.json",
+        "Give the folder of a Hugging Face model.",
+    )
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     require(options.experts > 1, "--experts", options.experts, "must be above 1", "Give 8.")
-    require(1 <= options.top_k <= options.experts, "--top-k", options.top_k,
-            f"must be from 1 to --experts {options.experts}", "Give 2.")  # fmt: skip
+    require(
+        1 <= options.top_k <= options.experts,
+        "--top-k",
+        options.top_k,
+        f"must be from 1 to --experts {options.experts}",
+        "Give 2.",
+    )
     require(0 <= options.noise < 1, "--noise", options.noise, "must be from 0 to below 1", "Give 0, or 0.01.")
     require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")

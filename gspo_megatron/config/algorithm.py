@@ -11,8 +11,15 @@ from gspo_megatron.config.preference import PreferenceConfig
 
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "length_proportional"]
 # What a recipe need not give, by algorithm: AlgorithmConfig.resolved() fills these in where it says None.
-_GROUP = {"aggregation": "sequence_mean", "normalize_advantage_by_std": True, "entropy_coef": 0.0, "kl.coef": 0.0,
-          "kl.place": "loss", "resampling_rounds": 0, "overlong_buffer": 0}  # fmt: skip
+_GROUP = {
+    "aggregation": "sequence_mean",
+    "normalize_advantage_by_std": True,
+    "entropy_coef": 0.0,
+    "kl.coef": 0.0,
+    "kl.place": "loss",
+    "resampling_rounds": 0,
+    "overlong_buffer": 0,
+}
 _TOKEN = _GROUP | {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo": _GROUP | {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},  # arXiv 2507.18071, section 5.1
@@ -72,25 +79,52 @@ class AlgorithmConfig:
         positive("algorithm", self, "num_minibatches")
         for name in ("clip_ratio_low", "clip_ratio_high"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"algorithm.{name}", value, "must be greater than 0",
-                    "The GSPO paper uses 3e-4 and 4e-4, GRPO 0.2.")  # fmt: skip
-        require(self.clip_ratio_low is None or self.clip_ratio_low < 1, "algorithm.clip_ratio_low",
-                self.clip_ratio_low, "must be below 1", "The GSPO paper uses 3e-4, GRPO 0.2.")  # fmt: skip
+            require(
+                value is None or value > 0,
+                f"algorithm.{name}",
+                value,
+                "must be greater than 0",
+                "The GSPO paper uses 3e-4 and 4e-4, GRPO 0.2.",
+            )
+        require(
+            self.clip_ratio_low is None or self.clip_ratio_low < 1,
+            "algorithm.clip_ratio_low",
+            self.clip_ratio_low,
+            "must be below 1",
+            "The GSPO paper uses 3e-4, GRPO 0.2.",
+        )
         high = 0.0 if self.clip_ratio_high is None else self.clip_ratio_high
-        require(self.clip_ratio_dual is None or self.clip_ratio_dual > 1 + high, "algorithm.clip_ratio_dual",
-                self.clip_ratio_dual, f"must be above 1 + clip_ratio_high = {1 + high:g}", "3 is common.")  # fmt: skip
+        require(
+            self.clip_ratio_dual is None or self.clip_ratio_dual > 1 + high,
+            "algorithm.clip_ratio_dual",
+            self.clip_ratio_dual,
+            f"must be above 1 + clip_ratio_high = {1 + high:g}",
+            "3 is common.",
+        )
         for name in ("resampling_rounds", "overlong_buffer", "overlong_penalty", "entropy_coef"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"algorithm.{name}", value, "must be 0 or more", "Give 0 for none.")
-        require(not self.shuffle_advantages or self.name in GROUP_NORMALISED, "algorithm.shuffle_advantages", True,
-                f"permutes within groups, and {self.name} does not compare within groups",
-                "Leave it out, or choose a group-normalised algorithm.")  # fmt: skip
-        require(not self.resampling_rounds or self.name in GROUP_NORMALISED, "algorithm.resampling_rounds",
-                self.resampling_rounds, f"is for groups without signal, and {self.name} does not compare within groups",
-                "Give 0.")  # fmt: skip
-        require(self.old_logprobs != "rollout" or self.mismatch.correction == "none", "algorithm.mismatch.correction",
-                self.mismatch.correction, "has nothing to correct where old_logprobs is rollout",
-                "Give old_logprobs recomputed, or correction none.")  # fmt: skip
+        require(
+            not self.shuffle_advantages or self.name in GROUP_NORMALISED,
+            "algorithm.shuffle_advantages",
+            True,
+            f"permutes within groups, and {self.name} does not compare within groups",
+            "Leave it out, or choose a group-normalised algorithm.",
+        )
+        require(
+            not self.resampling_rounds or self.name in GROUP_NORMALISED,
+            "algorithm.resampling_rounds",
+            self.resampling_rounds,
+            f"is for groups without signal, and {self.name} does not compare within groups",
+            "Give 0.",
+        )
+        require(
+            self.old_logprobs != "rollout" or self.mismatch.correction == "none",
+            "algorithm.mismatch.correction",
+            self.mismatch.correction,
+            "has nothing to correct where old_logprobs is rollout",
+            "Give old_logprobs recomputed, or correction none.",
+        )
 
     def resolved(self) -> "ResolvedAlgorithm":
         """Every None that stands for the algorithm's own value is replaced by it."""

@@ -28,5 +28,10 @@ class CriticConfig:
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"algorithm.critic.{name}", value, "must lie between 0 and 1", "Give 1 or 0.95.")
-        require(self.warmup_steps >= 0, "algorithm.critic.warmup_steps", self.warmup_steps, "must be 0 or more",
-                "Give 0 for none.")  # fmt: skip
+        require(
+            self.warmup_steps >= 0,
+            "algorithm.critic.warmup_steps",
+            self.warmup_steps,
+            "must be 0 or more",
+            "Give 0 for none.",
+        )

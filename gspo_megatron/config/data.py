@@ -36,5 +36,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "max_prompt_length", "num_eval_prompts", "eval_samples")
-        require(self.vocab_size >= 260, "data.vocab_size", self.vocab_size,
-                "must be at least 260, the 256 bytes and the special tokens", "Give 320 or more.")  # fmt: skip
+        require(
+            self.vocab_size >= 260,
+            "data.vocab_size",
+            self.vocab_size,
+            "must be at least 260, the 256 bytes and the special tokens",
+            "Give 320 or more.",
+        )

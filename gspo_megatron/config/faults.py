@@ -29,7 +29,17 @@ class FaultsConfig:
         for name in ("heartbeat_timeout", "max_skipped_updates"):
             value = getattr(self, name)
             require(value >= 0, f"faults.{name}", value, "must be 0 or more", "Give 0 for none.")
-        require(self.collective_timeout < 600, "faults.collective_timeout", self.collective_timeout,
-                "must be below 600, when a collective fails by itself and no rank is named", "Give 540.")  # fmt: skip
-        require(self.reward_memory_gb >= 1, "faults.reward_memory_gb", self.reward_memory_gb,
-                "must be at least 1: Python and the tasks need about half of that", "Give 4.")  # fmt: skip
+        require(
+            self.collective_timeout < 600,
+            "faults.collective_timeout",
+            self.collective_timeout,
+            "must be below 600, when a collective fails by itself and no rank is named",
+            "Give 540.",
+        )
+        require(
+            self.reward_memory_gb >= 1,
+            "faults.reward_memory_gb",
+            self.reward_memory_gb,
+            "must be at least 1: Python and the tasks need about half of that",
+            "Give 4.",
+        )

@@ -23,8 +23,13 @@ class KlConfig:
     """loss: a term of the loss. reward: taken off the reward, by token for ppo, by sequence for the others."""
 
     def __post_init__(self) -> None:
-        require(self.coef is None or self.coef >= 0, "algorithm.kl.coef", self.coef, "must be 0 or more",
-                "Give 0 for no reference.")  # fmt: skip
+        require(
+            self.coef is None or self.coef >= 0,
+            "algorithm.kl.coef",
+            self.coef,
+            "must be 0 or more",
+            "Give 0 for no reference.",
+        )
 
 
 @dataclass(frozen=True)

@@ -17,5 +17,10 @@ class MismatchConfig:
     """Above 1. A weight is cut at it, or is 0 beyond it."""
 
     def __post_init__(self) -> None:
-        require(self.threshold > 1, "algorithm.mismatch.threshold", self.threshold, "must be above 1",
-                "2 is common for tokens; a sequence's mean needs a tighter one.")  # fmt: skip
+        require(
+            self.threshold > 1,
+            "algorithm.mismatch.threshold",
+            self.threshold,
+            "must be above 1",
+            "2 is common for tokens; a sequence's mean needs a tighter one.",
+        )

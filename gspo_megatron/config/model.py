@@ -60,7 +60,17 @@ class ModelConfig:
             require(
                 value == neutral, f"model.{name}", value, f"GSPO needs {neutral}: {why}", "Remove it from the recipe."
             )
-        require(self.logprob_chunk_tokens >= 0, "model.logprob_chunk_tokens", self.logprob_chunk_tokens,
-                "must be 0 or more", "Give 0 to hold all logits of a microbatch, or 1024.")  # fmt: skip
-        require(self.moe_aux_loss_coeff >= 0, "model.moe_aux_loss_coeff", self.moe_aux_loss_coeff,
-                "must be 0 or more", "Leave it at 0 unless you want a load-balancing loss.")  # fmt: skip
+        require(
+            self.logprob_chunk_tokens >= 0,
+            "model.logprob_chunk_tokens",
+            self.logprob_chunk_tokens,
+            "must be 0 or more",
+            "Give 0 to hold all logits of a microbatch, or 1024.",
+        )
+        require(
+            self.moe_aux_loss_coeff >= 0,
+            "model.moe_aux_loss_coeff",
+            self.moe_aux_loss_coeff,
+            "must be 0 or more",
+            "Leave it at 0 unless you want a load-balancing loss.",
+        )

@@ -35,10 +35,16 @@ class ParallelConfig:
     """The last one has the LM head and the loss besides. None: as the others."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                     "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size",
-                     "context_parallel_size", "num_layers_in_first_pipeline_stage",
-                     "num_layers_in_last_pipeline_stage"):  # fmt: skip
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "num_layers_in_first_pipeline_stage",
+            "num_layers_in_last_pipeline_stage",
+        ):
             value = getattr(self, name)
             require(
                 value is None or value >= 1, f"parallel.{name}", value, "must be at least 1", "Give 1 to turn it off."

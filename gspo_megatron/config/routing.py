@@ -21,5 +21,10 @@ class RoutingConfig:
     """Steps between two further passes that tell how much of the ratio's spread comes with changed routes; 0: never."""
 
     def __post_init__(self) -> None:
-        require(self.diagnostics_interval >= 0, "routing.diagnostics_interval", self.diagnostics_interval,
-                "must be 0 or more", "Give 0 for never.")  # fmt: skip
+        require(
+            self.diagnostics_interval >= 0,
+            "routing.diagnostics_interval",
+            self.diagnostics_interval,
+            "must be 0 or more",
+            "Give 0 for never.",
+        )

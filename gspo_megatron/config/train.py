@@ -66,9 +66,13 @@ class TrainConfig:
         require(
             len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}."
         )
-        require(self.rollout.group_size >= 2 or self.algorithm.name not in GROUP_NORMALISED, "rollout.group_size",
-                self.rollout.group_size, f"{self.algorithm.name} compares the responses to one prompt, so it needs 2 "
-                "or more", "The GSPO paper uses 8.")  # fmt: skip
+        require(
+            self.rollout.group_size >= 2 or self.algorithm.name not in GROUP_NORMALISED,
+            "rollout.group_size",
+            self.rollout.group_size,
+            f"{self.algorithm.name} compares the responses to one prompt, so it needs 2 or more",
+            "The GSPO paper uses 8.",
+        )
 
     def resolved(self, layout: Layout) -> "ResolvedConfig":
         """The recipe as ranks train it: on this layout, with the algorithm's own values filled in."""

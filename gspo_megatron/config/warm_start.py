@@ -30,5 +30,10 @@ class WarmStartConfig:
     def __post_init__(self) -> None:
         positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
         require(self.steps >= 0, "warm_start.steps", self.steps, "must be 0 or more", "Give 0 for no warm start.")
-        require(0 < self.stop_accuracy <= 1, "warm_start.stop_accuracy", self.stop_accuracy,
-                "must be above 0 and at most 1", "Give 1.0 to stop at a solved task only.")  # fmt: skip
+        require(
+            0 < self.stop_accuracy <= 1,
+            "warm_start.stop_accuracy",
+            self.stop_accuracy,
+            "must be above 0 and at most 1",
+            "Give 1.0 to stop at a solved task only.",
+        )

@@ -21,9 +21,13 @@ from gspo_megatron.routing.rollout_routes import UNKNOWN
 
 
 def pack(
-    sequences: Sequence[TrainSequence], max_tokens: int, pad_to_multiple: int, num_microbatches: int | None = None,
-    unit: int = 1, sequence_multiple: int = 1,
-) -> list[PackedBatch]:  # fmt: skip
+    sequences: Sequence[TrainSequence],
+    max_tokens: int,
+    pad_to_multiple: int,
+    num_microbatches: int | None = None,
+    unit: int = 1,
+    sequence_multiple: int = 1,
+) -> list[PackedBatch]:
     """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
 
     Args:

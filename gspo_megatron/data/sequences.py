@@ -17,8 +17,9 @@ def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
             rollout_logprobs=completion.logprobs,
             routes=completion.routes,
         )
-        for group in groups for completion, reward in zip(group.completions, group.rewards, strict=True)
-    ]  # fmt: skip
+        for group in groups
+        for completion, reward in zip(group.completions, group.rewards, strict=True)
+    ]
 
 
 def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:

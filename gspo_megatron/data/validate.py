@@ -28,8 +28,12 @@ def check_batch(batch: PackedBatch) -> None:
             wanted = tokens if name in TOKEN_FIELDS else size
             _require(values.numel() == wanted, name, list(values.shape), f"must have shape [{wanted}]")
     number = batch.advantages.numel()
-    _require(number in (size, tokens), "advantages", list(batch.advantages.shape),
-             f"must have shape [{size}], one a sequence, or [{tokens}], one a token")  # fmt: skip
+    _require(
+        number in (size, tokens),
+        "advantages",
+        list(batch.advantages.shape),
+        f"must have shape [{size}], one a sequence, or [{tokens}], one a token",
+    )
     _check_mask(batch)
     for name in ("advantages", "rewards", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
         values = getattr(batch, name)
@@ -77,12 +81,20 @@ def _place(batch: PackedBatch, position: int) -> str:
 def _check_bounds(batch: PackedBatch) -> None:
     bounds = batch.cu_seqlens.tolist()
     size, tokens = batch.num_sequences, batch.num_tokens
-    _require(len(bounds) in (size + 1, size + 2), "cu_seqlens", list(batch.cu_seqlens.shape),
-             f"must have {size + 1} entries, or {size + 2} with a padding segment")  # fmt: skip
+    _require(
+        len(bounds) in (size + 1, size + 2),
+        "cu_seqlens",
+        list(batch.cu_seqlens.shape),
+        f"must have {size + 1} entries, or {size + 2} with a padding segment",
+    )
     _require(bounds[0] == 0, "cu_seqlens[0]", bounds[0], "must be 0")
     for i in range(1, len(bounds)):
-        _require(bounds[i] > bounds[i - 1], f"cu_seqlens[{i}]", bounds[i],
-                 f"must be above cu_seqlens[{i - 1}] = {bounds[i - 1]}")  # fmt: skip
+        _require(
+            bounds[i] > bounds[i - 1],
+            f"cu_seqlens[{i}]",
+            bounds[i],
+            f"must be above cu_seqlens[{i - 1}] = {bounds[i - 1]}",
+        )
     _require(
         bounds[-1] == tokens, f"cu_seqlens[{len(bounds) - 1}]", bounds[-1], f"must be the {tokens} tokens there are"
     )

@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 from gspo_megatron.backend.checkpoint import streaming
 from gspo_megatron.backend.model import builder as model_builder
-from gspo_megatron.backend.model.builder import ModelShape, PackedModel
+from gspo_megatron.backend.model.builder import PackedModel
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import together
@@ -49,9 +50,13 @@ ONE = Layout()
 
 
 def to_megatron(
-    source: Path, target: Path, dtype: torch.dtype | None, drop_mtp: bool, progress: Progress,
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    drop_mtp: bool,
+    progress: Progress,
     file_bytes: int = streaming.FILE_BYTES,
-) -> None:  # fmt: skip
+) -> None:
     """Write a Hugging Face folder as a Megatron checkpoint, which loads under any layout.
 
     Args:
@@ -92,9 +97,14 @@ def to_megatron(
 
 
 def to_hugging_face(
-    source: Path, target: Path, dtype: torch.dtype | None, is_stacked: bool, progress: Progress,
-    hf_config: Path | None = None, max_shard_size: int = export.MAX_SHARD_SIZE,
-) -> int:  # fmt: skip
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    is_stacked: bool,
+    progress: Progress,
+    hf_config: Path | None = None,
+    max_shard_size: int = export.MAX_SHARD_SIZE,
+) -> int:
     """Write a Megatron checkpoint of any layout as a Hugging Face folder that transformers loads.
 
     Returns how many rows were left out that padded the vocabulary.

@@ -44,10 +44,17 @@ class Held:
 
 @torch.no_grad()
 def export(
-    models: list[torch.nn.Module], topology: Topology, folder: Path, hf: dict, arch: Architecture,
-    dtype: torch.dtype | None = None, companions: Sequence[Path] = (), is_stacked: bool = False,
-    max_shard_size: int = MAX_SHARD_SIZE, progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:  # fmt: skip
+    models: list[torch.nn.Module],
+    topology: Topology,
+    folder: Path,
+    hf: dict,
+    arch: Architecture,
+    dtype: torch.dtype | None = None,
+    companions: Sequence[Path] = (),
+    is_stacked: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Write `folder`, which must not exist. A collective over all ranks, and so is its error.
 
     Args:
@@ -104,8 +111,10 @@ def _problem(action: Callable, *args) -> GspoError | None:
 def _who_holds_what(mine: dict) -> dict[str, Held]:
     """On every rank the same. Where replicas hold the same slice, the lowest rank has it."""
     everyone: list = [None] * dist.get_world_size()
-    own = {name: (p.cut_rank if p.cuts > 1 else 0, p.cuts, p.full_shape, p.cut_dim, p.local.dtype)
-           for name, p in mine.items()}  # fmt: skip
+    own = {
+        name: (p.cut_rank if p.cuts > 1 else 0, p.cuts, p.full_shape, p.cut_dim, p.local.dtype)
+        for name, p in mine.items()
+    }
     dist.all_gather_object(everyone, own)
     held: dict[str, Held] = {}
     for name in sorted({name for names in everyone for name in names}):

@@ -42,8 +42,10 @@ class TensorHashes:
     def finish(self) -> dict[str, dict[str, str]]:
         """{tensor: {dtype, blake3}}."""
         self._calls.finish()
-        return {name: {"dtype": self._told[name][1], "blake3": found.hexdigest()}
-                for name, found in sorted(self._found.items())}  # fmt: skip
+        return {
+            name: {"dtype": self._told[name][1], "blake3": found.hexdigest()}
+            for name, found in sorted(self._found.items())
+        }
 
 
 def _update(found: "blake3", data: torch.Tensor) -> None:
@@ -66,8 +68,11 @@ def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
         return
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name, own in found.items() if name in told and told[name]["dtype"] == own["dtype"]
-                 and told[name]["blake3"] != own["blake3"]]  # fmt: skip
+        wrong = [
+            name
+            for name, own in found.items()
+            if name in told and told[name]["dtype"] == own["dtype"] and told[name]["blake3"] != own["blake3"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(
             f"{path}: no table of hashes ({type(error).__name__}: {error}). Convert the original again, or remove the "

@@ -54,8 +54,9 @@ def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: 
 
 def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParameter]:
     """Everything of this rank that a Hugging Face folder holds: parameters and router biases."""
-    return [p for model in models for find in (parameters.named, parameters.router_biases)
-            for p in find(model, topology)]  # fmt: skip
+    return [
+        p for model in models for find in (parameters.named, parameters.router_biases) for p in find(model, topology)
+    ]
 
 
 def fill(parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture) -> None:

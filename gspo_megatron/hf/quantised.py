@@ -37,8 +37,10 @@ class BlockScales:
 
     def blocks(self, rows: slice, columns: slice) -> tuple[slice, slice]:
         """The blocks that a part of the weight touches."""
-        return (slice(rows.start // self.rows, -(-rows.stop // self.rows)),
-                slice(columns.start // self.columns, -(-columns.stop // self.columns)))  # fmt: skip
+        return (
+            slice(rows.start // self.rows, -(-rows.stop // self.rows)),
+            slice(columns.start // self.columns, -(-columns.stop // self.columns)),
+        )
 
     def dequantise(self, part: torch.Tensor, scales: torch.Tensor, row: int, column: int) -> torch.Tensor:
         """bf16 numbers of a part of a weight.

@@ -56,9 +56,13 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, folder: Path, specs: Iterable[TensorSpec], max_shard_size: int, share: Collection[str] | None = None,
+        self,
+        folder: Path,
+        specs: Iterable[TensorSpec],
+        max_shard_size: int,
+        share: Collection[str] | None = None,
         is_first: bool = True,
-    ):  # fmt: skip
+    ):
         self.folder, self._is_first = Path(folder), is_first
         if self.folder.exists():
             raise ConversionError(f"{self.folder}: exists already. Give another folder, or remove it.")

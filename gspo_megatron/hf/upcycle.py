@@ -49,17 +49,32 @@ def sparse_config(hf: dict, num_experts: int, experts_per_token: int) -> dict:
     family = hf.get("model_type")
     if family not in SPARSE:
         raise ConversionError(f"SOURCE: model_type {family!r} cannot be upcycled. Give one of: {', '.join(SPARSE)}.")
-    config = hf | SPARSE[family] | {COUNT[family]: num_experts, "num_experts_per_tok": experts_per_token,
-                                    "router_aux_loss_coef": 0.0, "output_router_logits": False}  # fmt: skip
+    config = (
+        hf
+        | SPARSE[family]
+        | {
+            COUNT[family]: num_experts,
+            "num_experts_per_tok": experts_per_token,
+            "router_aux_loss_coef": 0.0,
+            "output_router_logits": False,
+        }
+    )
     if family == "qwen3":
         config["moe_intermediate_size"] = hf["intermediate_size"]
     return config
 
 
 def upcycle(
-    source: Path, target: Path, num_experts: int, experts_per_token: int, noise: float, seed: int,
-    dtype: torch.dtype | None, progress: Callable[[int, int], None], max_shard_size: int = export.MAX_SHARD_SIZE,
-) -> None:  # fmt: skip
+    source: Path,
+    target: Path,
+    num_experts: int,
+    experts_per_token: int,
+    noise: float,
+    seed: int,
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None],
+    max_shard_size: int = export.MAX_SHARD_SIZE,
+) -> None:
     """Write the MoE of a dense Hugging Face folder; `target` appears when it is complete.
 
     Args:

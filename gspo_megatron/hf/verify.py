@@ -11,7 +11,7 @@ import torch
 
 from gspo_megatron.backend.checkpoint import streaming
 from gspo_megatron.backend.layers.attention import PackedPlan
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.convert import whole_model
 

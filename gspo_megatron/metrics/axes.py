@@ -8,8 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9467BD", "#56B4E9", "#7F7F7F",
-)  # fmt: skip
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#9467BD",
+    "#56B4E9",
+    "#7F7F7F",
+)
 FEW = 15  # up to this many points each gets a marker; a single one would be invisible as a line
 
 

@@ -126,17 +126,33 @@ def summarise_all(runs: Sequence[Path], controls: Sequence[Path] = ()) -> list[L
 
 def markdown_table(reports: Sequence[LearningReport], verdicts: Sequence[str]) -> str:
     """A Markdown table with aligned columns, one row a run; `verdicts` fills the last column."""
-    titles = ["run", "seed", "warm start", "s.e.", "last-third gain", "final", "best", "rise",
-              "greedy", "reward, first quarter", "last quarter", "minutes (warm start + RL)", "verdict"]  # fmt: skip
+    titles = [
+        "run",
+        "seed",
+        "warm start",
+        "s.e.",
+        "last-third gain",
+        "final",
+        "best",
+        "rise",
+        "greedy",
+        "reward, first quarter",
+        "last quarter",
+        "minutes (warm start + RL)",
+        "verdict",
+    ]
     cells = [titles] + [_cells(report) + [verdict] for report, verdict in zip(reports, verdicts, strict=True)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
-    rule = "|".join(f" {'-' * width} " if column == 0 else f" {'-' * (width - 1)}: "
-                    for column, width in enumerate(widths))  # fmt: skip
+    rule = "|".join(
+        f" {'-' * width} " if column == 0 else f" {'-' * (width - 1)}: " for column, width in enumerate(widths)
+    )
     lines = [
-        "|".join(f" {cell:<{width}} " if column == 0 else f" {cell:>{width}} "
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "|".join(
+            f" {cell:<{width}} " if column == 0 else f" {cell:>{width}} "
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
-    ]  # fmt: skip
+    ]
     return "\n".join(f"|{line}|" for line in [lines[0], rule, *lines[1:]])
 
 

@@ -101,8 +101,11 @@ def ratio(ax: Axes, record: RunRecord) -> None:
         band(ax, steps, mean - spread, mean + spread, BLUE, 0.35, "mean ± std. deviation")
         ax.plot(steps, mean, color=BLUE, label="mean", marker=marker(steps))
     bounds = [("low", -1.0), ("high", 1.0)]
-    edges = [sign * record.setting(f"algorithm.clip_ratio_{name}") for name, sign in bounds
-             if record.setting(f"algorithm.clip_ratio_{name}") is not None]  # fmt: skip
+    edges = [
+        sign * record.setting(f"algorithm.clip_ratio_{name}")
+        for name, sign in bounds
+        if record.setting(f"algorithm.clip_ratio_{name}") is not None
+    ]
     for number, edge in enumerate(edges):
         ax.axhline(edge, color=RED, linestyle="--", linewidth=1.2, label=None if number else "clip range")
     # The clip range is 1e-4 wide and outliers reach 1e-1: linear around 1, logarithmic beyond.

@@ -27,8 +27,19 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "routing": ("routing_change", "routing_map", "load_imbalance", "dead_experts"),
 }
 # The first six that have data.
-OVERVIEW = ("reward", "ratio", "clip_fraction", "response_length", "step_time", "load_imbalance",
-            "dpo_margin", "dpo_accuracy", "dpo_log_ratios", "warm_start_loss", "warm_start_accuracy")  # fmt: skip
+OVERVIEW = (
+    "reward",
+    "ratio",
+    "clip_fraction",
+    "response_length",
+    "step_time",
+    "load_imbalance",
+    "dpo_margin",
+    "dpo_accuracy",
+    "dpo_log_ratios",
+    "warm_start_loss",
+    "warm_start_accuracy",
+)
 LOOK: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,

@@ -7,8 +7,9 @@ from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.reduce import gather_rows
 
 
-def group_metrics(groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str],
-                  group: dist.ProcessGroup, device: torch.device) -> dict[str, float]:  # fmt: skip
+def group_metrics(
+    groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str], group: dist.ProcessGroup, device: torch.device
+) -> dict[str, float]:
     """Reward, advantage and response metrics over all replicas. A collective.
 
     Args:
@@ -17,19 +18,32 @@ def group_metrics(groups: list[RolloutGroup], values: torch.Tensor, tasks: list[
         group: data-parallel ranks.
     """
     rows = [
-        (rewarded.rewards[i], tasks.index(rewarded.prompt.item.task), len(c.token_ids), float(c.truncated),
-         len(rewarded.prompt.token_ids), float(max(rewarded.rewards) == min(rewarded.rewards)))
-        for rewarded in groups for i, c in enumerate(rewarded.completions)
-    ]  # fmt: skip
+        (
+            rewarded.rewards[i],
+            tasks.index(rewarded.prompt.item.task),
+            len(c.token_ids),
+            float(c.truncated),
+            len(rewarded.prompt.token_ids),
+            float(max(rewarded.rewards) == min(rewarded.rewards)),
+        )
+        for rewarded in groups
+        for i, c in enumerate(rewarded.completions)
+    ]
     local = torch.cat([torch.tensor(rows, dtype=torch.float64), values.view(-1, 1)], dim=1).to(device)
     reward, task, length, truncated, prompt, flat, advantage = gather_rows(local, group).unbind(1)
     metrics = {
-        "reward/mean": reward.mean(), "reward/std": reward.std(correction=0),
-        "advantage/mean": advantage.mean(), "advantage/std": advantage.std(correction=0),
-        "advantage/min": advantage.min(), "advantage/max": advantage.max(), "advantage/zero_groups": flat.mean(),
-        "response/length": length.mean(), "response/length_max": length.max(), "response/truncated": truncated.mean(),
+        "reward/mean": reward.mean(),
+        "reward/std": reward.std(correction=0),
+        "advantage/mean": advantage.mean(),
+        "advantage/std": advantage.std(correction=0),
+        "advantage/min": advantage.min(),
+        "advantage/max": advantage.max(),
+        "advantage/zero_groups": flat.mean(),
+        "response/length": length.mean(),
+        "response/length_max": length.max(),
+        "response/truncated": truncated.mean(),
         "tokens": (length + prompt).sum(),
-    }  # fmt: skip
+    }
     for index, name in enumerate(tasks):
         if bool((task == index).any()):
             metrics[f"reward/{name}"] = reward[task == index].mean()

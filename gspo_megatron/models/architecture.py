@@ -209,22 +209,31 @@ class ConfigReader:
         return Llama3(*(rope[name] for name in names))
 
     def _yarn(self, rope: dict) -> Yarn:
-        self.require(rope.get("attention_factor") is None, "yarn with an attention_factor is not supported",
-                     "Use a model without it.")  # fmt: skip
+        self.require(
+            rope.get("attention_factor") is None,
+            "yarn with an attention_factor is not supported",
+            "Use a model without it.",
+        )
         original = rope["original_max_position_embeddings"]
         return Yarn(
             factor=float(rope.get("factor") or self.size("max_position_embeddings") / original),
-            original_max_position_embeddings=original, beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1), mscale=float(rope.get("mscale") or 0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0), truncate=bool(rope.get("truncate", True)),
-        )  # fmt: skip
+            original_max_position_embeddings=original,
+            beta_fast=float(rope.get("beta_fast") or 32),
+            beta_slow=float(rope.get("beta_slow") or 1),
+            mscale=float(rope.get("mscale") or 0),
+            mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+            truncate=bool(rope.get("truncate", True)),
+        )
 
     def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn"), rotary_share: float = 1.0) -> dict:
         """The fields of attention, embeddings and norms that all families share; rotary_share where none is given."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
-        self.require(heads % groups == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
-                     "Correct one of the two.")  # fmt: skip
+        self.require(
+            heads % groups == 0,
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
+            "Correct one of the two.",
+        )
         rope = self.rope()
         activation = self.get("hidden_act", "silu")
         self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
@@ -251,8 +260,11 @@ class ConfigReader:
     def experts(self) -> dict:
         """Number of experts and how many a token gets."""
         experts, chosen = self.size("num_experts"), self.size("num_experts_per_tok")
-        self.require(chosen <= experts, f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
-                     "Lower num_experts_per_tok.")  # fmt: skip
+        self.require(
+            chosen <= experts,
+            f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
+            "Lower num_experts_per_tok.",
+        )
         return {"num_experts": experts, "num_experts_per_tok": chosen}
 
     def sparse_steps(self) -> tuple[int, ...]:
@@ -265,5 +277,8 @@ class ConfigReader:
         """Refuse a window that is in use; one as long as the context hides nothing."""
         window = self.get("sliding_window")
         in_use = window and self.get("use_sliding_window", True) and window < self.size("max_position_embeddings")
-        self.require(not in_use and not self.get("use_sliding_window"), "sliding-window attention is not supported",
-                     "Use a model without it.")  # fmt: skip
+        self.require(
+            not in_use and not self.get("use_sliding_window"),
+            "sliding-window attention is not supported",
+            "Use a model without it.",
+        )

@@ -170,8 +170,11 @@ class MergeDeltaNet(Rename):
     def merge(self, pieces):
         import torch
 
-        parts = [part for piece, rows in zip(pieces, (self.qkvz, self.ba), strict=True)
-                 for part in piece.unflatten(0, (-1, sum(rows))).split(rows, 1)]  # fmt: skip
+        parts = [
+            part
+            for piece, rows in zip(pieces, (self.qkvz, self.ba), strict=True)
+            for part in piece.unflatten(0, (-1, sum(rows))).split(rows, 1)
+        ]
         return torch.cat([part.flatten(0, 1) for part in parts])
 
     def split(self, tensor):

@@ -82,8 +82,9 @@ def _pieces(row: Row, operator: Rename, layer: int, expert: int) -> tuple[Piece,
     if len(shares) == 1:
         return (whole,)
     starts = accumulate((0, *shares[:-1]))
-    return tuple(replace(whole, part=start, parts=sum(shares), count=n)
-                 for start, n in zip(starts, shares, strict=True))  # fmt: skip
+    return tuple(
+        replace(whole, part=start, parts=sum(shares), count=n) for start, n in zip(starts, shares, strict=True)
+    )
 
 
 def tensors(table: dict[str, Entry]) -> dict[str, list[Piece]]:

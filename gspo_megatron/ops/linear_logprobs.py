@@ -28,9 +28,13 @@ TYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
-    tp_group: dist.ProcessGroup | None = None, chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(hidden weight^T / temperature)[target] and the entropy of that distribution, in nats.
 
     Under tensor parallelism the gradient of `hidden` is this rank's part of a sum over the group. Megatron's region

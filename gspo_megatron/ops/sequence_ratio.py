@@ -22,9 +22,13 @@ TOKEN_COLUMNS = reference.TOKEN_COLUMNS
 
 
 def sequence_partials(
-    logp_new: torch.Tensor, logp_old: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor,
-    entropy: torch.Tensor | None = None, token_advantages: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    logp_new: torch.Tensor,
+    logp_old: torch.Tensor,
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    entropy: torch.Tensor | None = None,
+    token_advantages: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sums by sequence of the log-ratio d_t = logp_new - logp_old over trained tokens, in one pass over memory.
 
     Deterministic: the same bits for any number of threads and any packing of the same sequences.
@@ -52,9 +56,16 @@ def sequence_partials(
 
 
 def gspo_surrogate(
-    logp_new: torch.Tensor, partials: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
-    cu_seqlens: torch.Tensor, clip_low: float, clip_high: float, denominator: float, clip_dual: float = math.inf,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    logp_new: torch.Tensor,
+    partials: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    denominator: float,
+    clip_dual: float = math.inf,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-(1/denominator) sum_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i), s_i = exp(mean log-ratio).
 
     With one advantage a token it is GSPO-token (equation 13): the mean over a sequence's trained tokens of the same

@@ -26,10 +26,16 @@ COLUMNS = sequences.COLUMNS + reference.SURROGATE_COLUMNS
 
 
 def token_objectives(
-    logp_new: torch.Tensor, logp_old: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor,
-    entropy: torch.Tensor | None, advantages: torch.Tensor, clip_low: float, clip_high: float,
+    logp_new: torch.Tensor,
+    logp_old: torch.Tensor,
+    mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    entropy: torch.Tensor | None,
+    advantages: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
     clip_dual: float = math.inf,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums by sequence of the clipped surrogate and of the log-ratio over trained tokens, in one pass over memory.
 
     Deterministic: the same bits for any number of threads and any packing of the same sequences, in the gradient too.

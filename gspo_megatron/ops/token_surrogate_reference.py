@@ -30,9 +30,7 @@ def token_terms(log_ratio, advantage, clip_low, clip_high, clip_dual):
     return torch.where(low | high, bound * advantage, slope), slope, low, high
 
 
-def token_surrogate_forward(
-    logp_new, logp_old, mask, cu_seqlens, entropy, advantages, clip_low, clip_high, clip_dual
-):  # fmt: skip
+def token_surrogate_forward(logp_new, logp_old, mask, cu_seqlens, entropy, advantages, clip_low, clip_high, clip_dual):
     check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, advantages)
     partials = sequences.sequence_partials(logp_new, logp_old, mask, cu_seqlens, entropy, None)
     log_ratio, advantage, ids = _by_token(logp_new, logp_old, mask, cu_seqlens, advantages)
@@ -43,9 +41,7 @@ def token_surrogate_forward(
     return table[:, -1].clone(), table
 
 
-def token_surrogate_backward(
-    grad, logp_new, logp_old, mask, cu_seqlens, advantages, clip_low, clip_high, clip_dual
-):  # fmt: skip
+def token_surrogate_backward(grad, logp_new, logp_old, mask, cu_seqlens, advantages, clip_low, clip_high, clip_dual):
     check_tokens(logp_new, logp_old, mask, cu_seqlens, None, advantages)
     sequences.check_boundaries(cu_seqlens, logp_new.numel())
     size = cu_seqlens.numel() - 1

@@ -33,8 +33,13 @@ from gspo_megatron.config import FaultsConfig
 from gspo_megatron.process import lifecycle, progress
 
 # Files whose innermost frame means waiting for another rank, and wrappers within them that say nothing.
-WAITING = ("torch/distributed/", "pipeline_parallel/p2p_communication.py", "distributed/param_and_grad_buffer.py",
-           "gspo_megatron/ops/collectives.py", "torch/cuda/")  # fmt: skip
+WAITING = (
+    "torch/distributed/",
+    "pipeline_parallel/p2p_communication.py",
+    "distributed/param_and_grad_buffer.py",
+    "gspo_megatron/ops/collectives.py",
+    "torch/cuda/",
+)
 WRAPPERS = ("wrapper", "_communicate", "_p2p_ops", "wait")
 LOOKS = 10  # in the shorter of the two timeouts
 LONGEST_PAUSE = 5.0  # seconds between two looks
@@ -122,8 +127,16 @@ class Watchdog:
 
     def _say(self, count: int, is_over: bool = False) -> None:
         host = f"{socket.gethostname()}, pid {os.getpid()}"
-        beat = Heartbeat(count, time.strftime("%H:%M:%S"), self.name, host, str(progress.here()), self._waits_in,
-                         self._seconds, is_over)  # fmt: skip
+        beat = Heartbeat(
+            count,
+            time.strftime("%H:%M:%S"),
+            self.name,
+            host,
+            str(progress.here()),
+            self._waits_in,
+            self._seconds,
+            is_over,
+        )
         self._store.set(f"watchdog/{self.rank}", json.dumps(asdict(beat)))
 
     def _hear(self, rank: int) -> Heartbeat | None:
@@ -137,10 +150,12 @@ class Watchdog:
         after = [self._hear(rank) for rank in range(self.world_size)]
         lines = [
             f"rank {rank} ({beat.name}; {beat.process}) is silent. Its last heartbeat, at {beat.clock} of its clock: "
-            f"{beat}" if beat else f"rank {rank} has never said anything"
+            f"{beat}"
+            if beat
+            else f"rank {rank} has never said anything"
             for rank, beat in enumerate(after)
             if rank != self.rank and beat == before[rank] and not (beat and beat.is_over)
-        ]  # fmt: skip
+        ]
         if lines:  # else it has come back in the meantime
             remedy = "Its process is stopped or swapping, or its machine is gone: look there before starting again."
             self._accuse([f"nothing was heard for {silence:.0f} s (faults.heartbeat_timeout)", *lines, remedy])

@@ -1,7 +1,7 @@
 """The model's Hugging Face config.json, read and checked before anything heavy is imported.
 
-Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights of a
-folder beyond their being there (hf/load.py).
+Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights
+of a folder beyond their being there (hf/load.py).
 """
 
 import json
@@ -26,13 +26,28 @@ def read_shape(model: ModelConfig) -> Architecture:
     """
     path = config_path(model)
     if model.load_hf is not None:
-        require(model.load_hf.is_dir(), "model.load_hf", str(model.load_hf), "no such folder",
-                "Give a Hugging Face folder with config.json, safetensors files and tokenizer.")  # fmt: skip
-        require(any((model.load_hf / name).is_file() for name in WEIGHTS), "model.load_hf", str(model.load_hf),
-                f"has none of {', '.join(WEIGHTS)}", "Give a folder with safetensors files.")  # fmt: skip
+        require(
+            model.load_hf.is_dir(),
+            "model.load_hf",
+            str(model.load_hf),
+            "no such folder",
+            "Give a Hugging Face folder with config.json, safetensors files and tokenizer.",
+        )
+        require(
+            any((model.load_hf / name).is_file() for name in WEIGHTS),
+            "model.load_hf",
+            str(model.load_hf),
+            f"has none of {', '.join(WEIGHTS)}",
+            "Give a folder with safetensors files.",
+        )
         # Without one, transformers makes up a tokenizer that knows no token.
-        require(any((model.load_hf / name).is_file() for name in TOKENIZERS), "model.load_hf", str(model.load_hf),
-                f"has no tokenizer ({', '.join(TOKENIZERS)})", "Put the model's own into the folder.")  # fmt: skip
+        require(
+            any((model.load_hf / name).is_file() for name in TOKENIZERS),
+            "model.load_hf",
+            str(model.load_hf),
+            f"has no tokenizer ({', '.join(TOKENIZERS)})",
+            "Put the model's own into the folder.",
+        )
     field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
     return architecture(read_json(path, field), f"{field} = {value!r}")
 

@@ -33,8 +33,9 @@ def _unused_by_dpo(config: TrainConfig) -> list[str]:
     """What is about rollouts and ratios, given in a recipe that has neither; and a temperature, which does count."""
     given, found = config.algorithm.resolved(), []
     plain = AlgorithmConfig(name="dpo", preference=given.preference).resolved()
-    unused = [field.name for field in dataclasses.fields(plain)
-              if getattr(given, field.name) != getattr(plain, field.name)]  # fmt: skip
+    unused = [
+        field.name for field in dataclasses.fields(plain) if getattr(given, field.name) != getattr(plain, field.name)
+    ]
     if unused:
         names = ", ".join(f"algorithm.{name}" for name in unused)
         found.append(f"dpo samples no rollouts and clips no ratio, so it does not use {names}.")

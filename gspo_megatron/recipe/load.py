@@ -92,8 +92,11 @@ def _message(item: dict[str, Any], path: Path) -> str:
     near = difflib.get_close_matches(key, [other.rpartition(".")[2] for other in siblings], n=2)
     # A right name at the wrong depth (`lr:` at the top) is as common as a typing error.
     near = [f"{parent}.{other}".lstrip(".") for other in near] or [n for n in known if n.endswith(f".{key}")][:2]
-    hint = f"Did you mean {' or '.join(near)}?" if near else "Known here: " + ", ".join(
-        other.rpartition(".")[2] for other in siblings) + "."  # fmt: skip
+    hint = (
+        f"Did you mean {' or '.join(near)}?"
+        if near
+        else "Known here: " + ", ".join(other.rpartition(".")[2] for other in siblings) + "."
+    )
     return f"{name} = {item['input']!r}: unknown field in {path}. {hint}"
 
 

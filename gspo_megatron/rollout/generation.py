@@ -14,8 +14,14 @@ from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 
 
-def generate(engine: MegatronEngine, prompts: list[Prompt], group_size: int, params: SamplingParams, seed: int,
-             tokenizer: PreTrainedTokenizerBase) -> list[RolloutGroup]:  # fmt: skip
+def generate(
+    engine: MegatronEngine,
+    prompts: list[Prompt],
+    group_size: int,
+    params: SamplingParams,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[RolloutGroup]:
     """Sample this replica's share of `prompts` (all of the step's, the same on every rank; a multiple of
     Topology.replicas). `seed` fixes the samples whatever the layout."""
     topology = engine.topology

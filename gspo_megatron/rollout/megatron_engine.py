@@ -64,8 +64,9 @@ class MegatronEngine:
         self._sends: list[tuple] = []  # (work, tensor): the tensor must live until it is sent
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], group_size: int, params: SamplingParams,
-                 uniform: torch.Tensor) -> list[list[Completion]]:  # fmt: skip
+    def generate(
+        self, prompts: list[Prompt], group_size: int, params: SamplingParams, uniform: torch.Tensor
+    ) -> list[list[Completion]]:
         """Sample `group_size` responses to each prompt.
 
         Args:
@@ -109,14 +110,18 @@ class MegatronEngine:
             shape = (rows, params.max_tokens)
             waves.append(
                 _Wave(
-                    tokens, group_size, uniform[start * group_size : stop * group_size],
-                    [KeyValueCache(rows, max_len, {}) for _ in self.policy.models], recorder,
+                    tokens,
+                    group_size,
+                    uniform[start * group_size : stop * group_size],
+                    [KeyValueCache(rows, max_len, {}) for _ in self.policy.models],
+                    recorder,
                     torch.zeros(shape, dtype=torch.int64, device=self.device),
                     torch.zeros(shape, dtype=torch.float32, device=self.device),
                     torch.zeros(rows, dtype=torch.int64, device=self.device),
-                    torch.arange(rows, device=self.device), torch.empty(0, dtype=torch.int64, device=self.device),
+                    torch.arange(rows, device=self.device),
+                    torch.empty(0, dtype=torch.int64, device=self.device),
                 )
-            )  # fmt: skip
+            )
         return waves
 
     def _forward(self, wave: _Wave, chunk: int, first: bool) -> torch.Tensor | None:
@@ -152,9 +157,15 @@ class MegatronEngine:
         owner = torch.repeat_interleave(torch.arange(len(wave.prompts), device=self.device), lengths)
         rows = owner.unsqueeze(1) * wave.group_size + torch.arange(wave.group_size, device=self.device)
         plan = CachePlan(
-            qkv_format="sbhd", max_seqlen_q=prompt.max_len, max_seqlen_kv=prompt.max_len, cache=wave.caches[chunk],
-            num_tokens=positions.numel(), positions=positions, rows=rows, prompt=prompt,
-        )  # fmt: skip
+            qkv_format="sbhd",
+            max_seqlen_q=prompt.max_len,
+            max_seqlen_kv=prompt.max_len,
+            cache=wave.caches[chunk],
+            num_tokens=positions.numel(),
+            positions=positions,
+            rows=rows,
+            prompt=prompt,
+        )
         wanted = (cu_seqlens[1:].long() - 1).repeat_interleave(wave.group_size)
         return torch.cat(wave.prompts), positions, plan, wanted
 
@@ -164,9 +175,13 @@ class MegatronEngine:
         positions = prompt_lengths[wave.active // wave.group_size] + wave.lengths[wave.active] - 1
         n = positions.numel()
         plan = CachePlan(
-            qkv_format="sbhd", max_seqlen_q=1, max_seqlen_kv=wave.caches[chunk].max_len, cache=wave.caches[chunk],
-            num_tokens=n, positions=positions,
-        )  # fmt: skip
+            qkv_format="sbhd",
+            max_seqlen_q=1,
+            max_seqlen_kv=wave.caches[chunk].max_len,
+            cache=wave.caches[chunk],
+            num_tokens=n,
+            positions=positions,
+        )
         return wave.newest, positions, plan, torch.arange(n, device=self.device)
 
     def _sample(self, wave: _Wave, logits: torch.Tensor, iteration: int, params: SamplingParams) -> None:

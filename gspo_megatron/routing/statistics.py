@@ -145,8 +145,9 @@ def _change_metrics(later: list[MinibatchRouting], topk: int, moe: torch.Tensor)
     compared, tokens, experts = (
         total[:, COLUMNS.index(name)] for name in ("compared", "changed_tokens", "changed_experts")
     )
-    shares = [float(counted.column("changed_experts").sum() / counted.column("compared").sum() / topk)
-              for counted in later]  # fmt: skip
+    shares = [
+        float(counted.column("changed_experts").sum() / counted.column("compared").sum() / topk) for counted in later
+    ]
     return {
         "route/changed_tokens": float(tokens.sum() / compared.sum()),
         "route/changed_experts": float(experts.sum() / compared.sum() / topk),

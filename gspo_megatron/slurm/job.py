@@ -77,16 +77,36 @@ def check(job: Job, config: TrainConfig) -> None:
     for name in ("max_restarts", "cpus_per_rank"):
         flag = "--" + name.replace("_", "-")
         require(getattr(job, name) >= 0, flag, getattr(job, name), "must be 0 or more", "Give 0 for none.")
-    require(TIME.match(job.time) is not None, "--time", job.time, "is no time limit",
-            "Write [days-][hours:]minutes:seconds, such as 24:00:00.")  # fmt: skip
-    require(seconds(job.time) > job.grace + 60, "--time", job.time,
-            f"leaves no time to train before the run is told to stop, --grace {job.grace} s before (Slurm does so "
-            "up to 60 s early)", "Give a longer limit, or a shorter grace.")  # fmt: skip
+    require(
+        TIME.match(job.time) is not None,
+        "--time",
+        job.time,
+        "is no time limit",
+        "Write [days-][hours:]minutes:seconds, such as 24:00:00.",
+    )
+    require(
+        seconds(job.time) > job.grace + 60,
+        "--time",
+        job.time,
+        f"leaves no time to train before the run is told to stop, --grace {job.grace} s before (Slurm does so "
+        "up to 60 s early)",
+        "Give a longer limit, or a shorter grace.",
+    )
     require(config.resume == "auto", "resume", config.resume, "the job could not go on after a requeue", "Give auto.")
-    require(re.fullmatch(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", str(job.logs)) is not None, "--logs", str(job.logs),
-            "must be a folder below the current one, of plain characters", "Give logs.")  # fmt: skip
-    require(job.array is None or re.fullmatch(r"[\d,\-:]+(%\d+)?", job.array) is not None, "--array",
-            job.array, "is no list of seeds", "Write 1-5, or 1,3,7.")  # fmt: skip
+    require(
+        re.fullmatch(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", str(job.logs)) is not None,
+        "--logs",
+        str(job.logs),
+        "must be a folder below the current one, of plain characters",
+        "Give logs.",
+    )
+    require(
+        job.array is None or re.fullmatch(r"[\d,\-:]+(%\d+)?", job.array) is not None,
+        "--array",
+        job.array,
+        "is no list of seeds",
+        "Write 1-5, or 1,3,7.",
+    )
 
 
 def seconds(limit: str) -> int:

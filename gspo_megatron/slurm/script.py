@@ -93,11 +93,19 @@ def render(job: Job, config: TrainConfig, overrides: list[str]) -> str:
     resources += [f"#SBATCH --{option}" for option in job.sbatch]
     values = {
         "COMMENT": f"Written by `{PROGRAM}`: {job.recipe} on {job.nodes} nodes.",
-        "NAME": config.name, "NODES": job.nodes, "RANKS": job.ranks_per_node, "TIME": job.time,
+        "NAME": config.name,
+        "NODES": job.nodes,
+        "RANKS": job.ranks_per_node,
+        "TIME": job.time,
         "PARTITION": f"#SBATCH --partition={job.partition}" if job.partition else "##SBATCH --partition=gpu",
-        "RESOURCES": "\n".join(resources) or "# No resources beyond the nodes.", "GRACE": job.grace,
-        "LOGS": job.logs, "PYTHON": shlex.quote(job.python),
-        "RESTARTS": job.max_restarts, "TRAIN": " ".join(train), "STATUS_FILE": STATUS_FILE, "REQUEUE": REQUEUE,
+        "RESOURCES": "\n".join(resources) or "# No resources beyond the nodes.",
+        "GRACE": job.grace,
+        "LOGS": job.logs,
+        "PYTHON": shlex.quote(job.python),
+        "RESTARTS": job.max_restarts,
+        "TRAIN": " ".join(train),
+        "STATUS_FILE": STATUS_FILE,
+        "REQUEUE": REQUEUE,
         "NODE_LOST": NODE_LOST,
-    }  # fmt: skip
+    }
     return re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), TEMPLATE)

@@ -64,20 +64,38 @@ def write(folder: Path) -> str:
     hours = sum(run.about["seconds"] for run in results) / 3600
     summary = say("algorithms", runs=len(results), hours=hours, threshold=plan.THRESHOLD)
     sections = [
-        Section("What each needed", [say("reached", threshold=plan.THRESHOLD)], COLUMNS,
-                [_row(cell) for cell in findings.cells], ["accuracy"]),
-        Section("Against GSPO", [say("against")], ["difference", "accuracy"],
-                [[f"gspo − {arm}", str(found)] for arm, found in findings.against_gspo.items()]),
+        Section(
+            "What each needed",
+            [say("reached", threshold=plan.THRESHOLD)],
+            COLUMNS,
+            [_row(cell) for cell in findings.cells],
+            ["accuracy"],
+        ),
+        Section(
+            "Against GSPO",
+            [say("against")],
+            ["difference", "accuracy"],
+            [[f"gspo − {arm}", str(found)] for arm, found in findings.against_gspo.items()],
+        ),
         Section("What is not shown", [say("scale"), say("efficiency")]),
-    ]  # fmt: skip
+    ]
     with matplotlib.rc_context(LOOK):
         pictures = {"accuracy": _picture(results, findings)}
     document.write(Document(TITLE, summary, findings.conclusion, sections, pictures, findings), folder)
     return f"{folder / 'report.html'}: {len(results)} runs. {findings.conclusion[0]}"
 
 
-COLUMNS = ["algorithm", "learning rate", "seeds", "accuracy after (95%)", "collapsed", "reached", "steps",
-           "thousand tokens", "seconds"]  # fmt: skip
+COLUMNS = [
+    "algorithm",
+    "learning rate",
+    "seeds",
+    "accuracy after (95%)",
+    "collapsed",
+    "reached",
+    "steps",
+    "thousand tokens",
+    "seconds",
+]
 
 
 def reached(run: RunResult) -> Reached | None:
@@ -95,8 +113,11 @@ def reached(run: RunResult) -> Reached | None:
 def find(results: list[RunResult]) -> AlgorithmFindings:
     arms = [arm for arm in plan.ALGORITHM_ARMS if any(run.spec.arm == arm for run in results)]
     best = {arm: _best_rate(results, arm) for arm in arms}
-    cells = [_cell(results, arm, lr, lr == best[arm]) for arm in arms
-             for lr in sorted({run.spec.lr for run in results if run.spec.arm == arm})]  # fmt: skip
+    cells = [
+        _cell(results, arm, lr, lr == best[arm])
+        for arm in arms
+        for lr in sorted({run.spec.lr for run in results if run.spec.arm == arm})
+    ]
     gspo = {seed: run.outcome for seed, run in of(results, "gspo", lr=best.get("gspo")).items()}
     against, confidence = {}, together(plan.CONFIDENCE, len(arms) - 1)
     for arm in arms:
@@ -122,9 +143,17 @@ def _cell(results: list[RunResult], arm: str, lr: float, best: bool) -> Algorith
     def median(name: str) -> float | None:
         return float(np.median([getattr(each, name) for each in found])) if found else None
 
-    return AlgorithmCell(arm, lr, best, interval([run.outcome for run in runs], plan.CONFIDENCE),
-                         sum(run.collapsed for run in runs), len(found), median("steps"), median("tokens"),
-                         median("seconds"))  # fmt: skip
+    return AlgorithmCell(
+        arm,
+        lr,
+        best,
+        interval([run.outcome for run in runs], plan.CONFIDENCE),
+        sum(run.collapsed for run in runs),
+        len(found),
+        median("steps"),
+        median("tokens"),
+        median("seconds"),
+    )
 
 
 def _conclude(best: list[AlgorithmCell], against: dict[str, Interval]) -> list[str]:
@@ -144,9 +173,15 @@ def _row(cell: AlgorithmCell) -> list[str]:
     found = cell.outcome
     bounds = "" if math.isinf(found.low) else f" [{found.low:.3f}, {found.high:.3f}]"
     numbers = [(cell.steps, 1), (cell.tokens, 1e3), (cell.seconds, 1)]
-    return [cell.arm, f"{cell.lr:g}" + (" *" if cell.best else ""), str(found.count), f"{found.mean:.3f}{bounds}",
-            f"{cell.collapsed} of {found.count}", f"{cell.reached} of {found.count}",
-            *("" if value is None else f"{value / unit:.0f}" for value, unit in numbers)]  # fmt: skip
+    return [
+        cell.arm,
+        f"{cell.lr:g}" + (" *" if cell.best else ""),
+        str(found.count),
+        f"{found.mean:.3f}{bounds}",
+        f"{cell.collapsed} of {found.count}",
+        f"{cell.reached} of {found.count}",
+        *("" if value is None else f"{value / unit:.0f}" for value, unit in numbers),
+    ]
 
 
 def _picture(results: list[RunResult], findings: AlgorithmFindings) -> Figure:

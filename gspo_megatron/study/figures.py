@@ -52,8 +52,15 @@ def _edge(results: list[RunResult], rates: list[float]) -> Figure:
                 ("o", [r for r in runs if not r.collapsed]),
                 ("x", [r for r in runs if r.collapsed]),
             ):
-                ax.plot([lr * shift] * len(chosen), [r.outcome for r in chosen], marker, color=colour, alpha=0.45,
-                        markersize=5, linestyle="")  # fmt: skip
+                ax.plot(
+                    [lr * shift] * len(chosen),
+                    [r.outcome for r in chosen],
+                    marker,
+                    color=colour,
+                    alpha=0.45,
+                    markersize=5,
+                    linestyle="",
+                )
             if runs:
                 found = interval([r.outcome for r in runs], plan.CONFIDENCE).cut(0, 1)
                 means.append((lr * shift, found.mean))
@@ -97,8 +104,9 @@ def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str,
         bounds = [each.cut(0, 1) for each in bounds]
     ax.plot(x, [each.mean for each in bounds], color=colour, linestyle=style, label=label)
     if len(runs) > 1:
-        ax.fill_between(x, [each.low for each in bounds], [each.high for each in bounds], color=colour, alpha=0.13,
-                        linewidth=0)  # fmt: skip
+        ax.fill_between(
+            x, [each.low for each in bounds], [each.high for each in bounds], color=colour, alpha=0.13, linewidth=0
+        )
 
 
 def _seconds(run: RunResult) -> np.ndarray:
@@ -119,10 +127,19 @@ def _routing(results: list[RunResult], rates: list[float]) -> Figure:
         key = "route/changed_experts_one_update"
         found = [dict(zip(*series(run.rows, key), strict=True)) for run in runs]
         steps = sorted(set.intersection(*(set(each) for each in found)))
-        left.plot(steps, [100 * np.mean([each[s] for each in found]) for s in steps], color=colour, linestyle=style,
-                  label=LABEL[arm])  # fmt: skip
-        depth = [row["route/by_layer/changed_experts"] for run in runs for row in run.rows
-                 if row.get("route/by_layer/changed_experts")]  # fmt: skip
+        left.plot(
+            steps,
+            [100 * np.mean([each[s] for each in found]) for s in steps],
+            color=colour,
+            linestyle=style,
+            label=LABEL[arm],
+        )
+        depth = [
+            row["route/by_layer/changed_experts"]
+            for run in runs
+            for row in run.rows
+            if row.get("route/by_layer/changed_experts")
+        ]
         if depth:
             share = 100 * np.nanmean(np.array(depth, dtype=float), axis=0)
             right.set_xticks(range(1, len(share) + 1))
@@ -136,8 +153,12 @@ def _spread(results: list[RunResult], rates: list[float]) -> Figure:
     """Standard deviation of log s over sequences, by what it comes from."""
     figure = Figure(figsize=(11.0, 3.8))
     width = 0.8 / len(plan.MAIN_ARMS)
-    for ax, part, title in zip(figure.subplots(1, 2, sharey=True), ("weights", "routes"),
-                               ("from changed weights", "from changed routes"), strict=True):  # fmt: skip
+    for ax, part, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("weights", "routes"),
+        ("from changed weights", "from changed routes"),
+        strict=True,
+    ):
         for number, arm in enumerate(plan.MAIN_ARMS):
             bars = {}
             for place, lr in enumerate(rates):
@@ -148,8 +169,9 @@ def _spread(results: list[RunResult], rates: list[float]) -> Figure:
             if bars:
                 ax.bar(bars.keys(), bars.values(), width * 0.92, color=STYLE[arm][0], label=LABEL[arm])
         ax.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-        _finish(ax, f"Spread of log s {title}", "learning rate", "std. deviation over sequences",
-                legend=bool(ax.containers))  # fmt: skip
+        _finish(
+            ax, f"Spread of log s {title}", "learning rate", "std. deviation over sequences", legend=bool(ax.containers)
+        )
     return figure
 
 
@@ -189,8 +211,11 @@ def _clipping(results: list[RunResult], rates: list[float]) -> Figure:
 
 def _by_rate(ax: Axes, results: list[RunResult], rates: Sequence[float], value: Callable[[RunResult], float]) -> None:
     for arm in plan.MAIN_ARMS:
-        points = [(lr, np.mean([value(run) for run in of(results, arm, "main", lr).values()])) for lr in rates
-                  if of(results, arm, "main", lr)]  # fmt: skip
+        points = [
+            (lr, np.mean([value(run) for run in of(results, arm, "main", lr).values()]))
+            for lr in rates
+            if of(results, arm, "main", lr)
+        ]
         if points:
             colour, style = STYLE[arm]
             ax.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker="o", label=LABEL[arm])

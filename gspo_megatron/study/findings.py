@@ -81,30 +81,44 @@ def find(results: list[RunResult]) -> Findings:
     at_rates = [("main", lr) for lr in rates]
     where = {arm: [(c.setting, c.lr) for c in cells if c.arm == arm and c.ranks == 1] for arm in plan.MAIN_ARMS}
     findings = Findings(
-        cells=cells, stable_lr=stable, stable_minibatches=_stable_minibatches(cells),
+        cells=cells,
+        stable_lr=stable,
+        stable_minibatches=_stable_minibatches(cells),
         equivalence=_compare(results, "gspo", "gspo_R2", where["gspo_R2"], _common(stable, "gspo", "gspo_R2")),
         superiority=_compare(results, "gspo", "grpo", at_rates, _common(stable, "gspo", "grpo")),
         assay=_compare(results, "grpo_R2", "grpo", where["grpo_R2"]),
         layouts=_compare(results, "gspo", "gspo", at_rates, ranks=4),
-        replay_time=_replay_time(results), starts_differ=_starts_differ(results), conclusion=[],
-    )  # fmt: skip
+        replay_time=_replay_time(results),
+        starts_differ=_starts_differ(results),
+        conclusion=[],
+    )
     findings.conclusion.extend(conclude(findings))
     return findings
 
 
 def _cells(results: list[RunResult]) -> list[Cell]:
-    keys = sorted({(r.spec.setting, r.spec.ranks, r.spec.arm, r.spec.lr) for r in results},
-                  key=lambda k: (list(plan.SETTINGS).index(k[0]), k[1], list(plan.ARMS).index(k[2]), k[3]))  # fmt: skip
+    keys = sorted(
+        {(r.spec.setting, r.spec.ranks, r.spec.arm, r.spec.lr) for r in results},
+        key=lambda k: (list(plan.SETTINGS).index(k[0]), k[1], list(plan.ARMS).index(k[2]), k[3]),
+    )
     cells = []
     for setting, ranks, arm, lr in keys:
         runs = list(of(results, arm, setting, lr, ranks).values())
         means = {key: [m for run in runs if (m := run.mean(key)) is not None] for key in METRICS}
         times = [seconds for run in runs for seconds in series(run.rows, "time/step")[1]]
-        cells.append(Cell(
-            arm, setting, lr, ranks, interval([run.outcome for run in runs], plan.CONFIDENCE).cut(0, 1),
-            sum(run.start for run in runs) / len(runs), sum(run.collapsed for run in runs),
-            {key: sum(values) / len(values) for key, values in means.items() if values}, statistics.median(times),
-        ))  # fmt: skip
+        cells.append(
+            Cell(
+                arm,
+                setting,
+                lr,
+                ranks,
+                interval([run.outcome for run in runs], plan.CONFIDENCE).cut(0, 1),
+                sum(run.start for run in runs) / len(runs),
+                sum(run.collapsed for run in runs),
+                {key: sum(values) / len(values) for key, values in means.items() if values},
+                statistics.median(times),
+            )
+        )
     return cells
 
 
@@ -122,8 +136,11 @@ def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
     counts = {"main": 4, "minibatches_8": 8, "minibatches_16": 16}
     found: dict[str, int | None] = {}
     for arm in plan.MAIN_ARMS:
-        mine = [c for c in cells if c.arm == arm and c.setting in counts and c.lr == plan.OTHER_LEARNING_RATE
-                and c.ranks == 1]  # fmt: skip
+        mine = [
+            c
+            for c in cells
+            if c.arm == arm and c.setting in counts and c.lr == plan.OTHER_LEARNING_RATE and c.ranks == 1
+        ]
         found[arm] = _last_before_collapse([(counts[cell.setting], cell.collapsed) for cell in mine])
     return found
 
@@ -133,8 +150,14 @@ def _common(stable: dict[str, float | None], ours: str, theirs: str) -> float | 
     return None if None in (stable[ours], stable[theirs]) else min(stable[ours], stable[theirs])
 
 
-def _compare(results: list[RunResult], ours: str, theirs: str, places: list[tuple[str, float]],
-             deciding: float | None = None, ranks: int = 1) -> list[Comparison]:  # fmt: skip
+def _compare(
+    results: list[RunResult],
+    ours: str,
+    theirs: str,
+    places: list[tuple[str, float]],
+    deciding: float | None = None,
+    ranks: int = 1,
+) -> list[Comparison]:
     """In each (setting, learning rate) that has both.
 
     Args:
@@ -142,8 +165,9 @@ def _compare(results: list[RunResult], ours: str, theirs: str, places: list[tupl
             share theirs.
         ranks: of `ours`.
     """
-    pairs = [(setting, lr, of(results, ours, setting, lr, ranks), of(results, theirs, setting, lr))
-             for setting, lr in places]  # fmt: skip
+    pairs = [
+        (setting, lr, of(results, ours, setting, lr, ranks), of(results, theirs, setting, lr)) for setting, lr in places
+    ]
     pairs = [pair for pair in pairs if pair[2].keys() & pair[3].keys()]
     name = ours if ranks == 1 else f"{ours} on {ranks} ranks"
     others = sum((setting, lr) != ("main", deciding) for setting, lr, _, _ in pairs)

@@ -84,8 +84,13 @@ class RunSpec:
     def overrides(self) -> dict[str, Any]:
         """Of the recipe, but for where the run starts and is written."""
         layout = PP2_EP2 if self.ranks > 1 else {}
-        return {**ARMS[self.arm], **SETTINGS[self.setting].overrides, "optimizer.lr": self.lr, "seed": self.seed,
-                **layout}  # fmt: skip
+        return {
+            **ARMS[self.arm],
+            **SETTINGS[self.setting].overrides,
+            "optimizer.lr": self.lr,
+            "seed": self.seed,
+            **layout,
+        }
 
     @property
     def start(self) -> "StartSpec":
@@ -125,8 +130,9 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
     # Added later. As many seeds again where all arms are stable, so that the margin is judged for GRPO as for GSPO; and
     # a rate nearer to the edge in the harder setting in which R2's seeds were best beside free ones.
     runs += [RunSpec(arm, "main", min(rates), seed) for seed in range(seeds + 1, 2 * seeds + 1) for arm in MAIN_ARMS]
-    return runs + [RunSpec(arm, HARDER, HARDER_LEARNING_RATE, seed) for seed in range(1, seeds + 1)
-                   for arm in ("grpo", "grpo_R2")]  # fmt: skip
+    return runs + [
+        RunSpec(arm, HARDER, HARDER_LEARNING_RATE, seed) for seed in range(1, seeds + 1) for arm in ("grpo", "grpo_R2")
+    ]
 
 
 def was_added(spec: RunSpec) -> bool:

@@ -10,8 +10,17 @@ from gspo_megatron.study.results import RunResult, load
 from gspo_megatron.study.wording import READINGS, say
 
 TITLE = "Do I need routing replay?"
-SETTING_COLUMNS = ["arm", "setting", "learning rate", "ranks", "seeds", "accuracy before", "accuracy after (95%)",
-                   "collapsed", "s a step"]  # fmt: skip
+SETTING_COLUMNS = [
+    "arm",
+    "setting",
+    "learning rate",
+    "ranks",
+    "seeds",
+    "accuracy before",
+    "accuracy after (95%)",
+    "collapsed",
+    "s a step",
+]
 
 
 def write(folder: Path) -> str:
@@ -43,50 +52,82 @@ def _sections(findings: Findings) -> list[Section]:
     limits = [say("scale"), say("engines"), say("seeds")] + ([say("starts")] if findings.starts_differ else [])
     return [
         Section("Where each arm breaks", [edge], SETTING_COLUMNS, [_row(cell) for cell in main], curves),
-        Section("Does replay change what GSPO reaches?", [say("equivalence", margin=plan.EQUIVALENCE_MARGIN)],
-                *_comparisons(findings.equivalence), ["gspo_without_replay"]),
+        Section(
+            "Does replay change what GSPO reaches?",
+            [say("equivalence", margin=plan.EQUIVALENCE_MARGIN)],
+            *_comparisons(findings.equivalence),
+            ["gspo_without_replay"],
+        ),
         Section("GSPO against GRPO, both without replay", [say("superiority")], *_comparisons(findings.superiority)),
-        Section("Does replay help GRPO anywhere?", [say("assay")], *_comparisons(findings.assay),
-                ["grpo_with_replay"]),
-        Section("Other algorithms, more updates a batch, other models, four ranks",
-                [say("others", settings=settings), _minibatches(findings)], SETTING_COLUMNS[:-1],
-                [_row(cell)[:-1] for cell in others]),
+        Section("Does replay help GRPO anywhere?", [say("assay")], *_comparisons(findings.assay), ["grpo_with_replay"]),
+        Section(
+            "Other algorithms, more updates a batch, other models, four ranks",
+            [say("others", settings=settings), _minibatches(findings)],
+            SETTING_COLUMNS[:-1],
+            [_row(cell)[:-1] for cell in others],
+        ),
         Section("Four ranks against one", [say("layouts")], *_comparisons(findings.layouts)),
         Section("What routing does", [say("routing")], *_routing(main), ["routing_change"]),
         Section("What the ratio's spread comes from", [say("spread")], *_spread(main), ["ratio_spread", "clipping"]),
         Section("What replay costs", [_cost(findings)]),
         Section("What is not shown", limits),
-    ]  # fmt: skip
+    ]
 
 
 def _row(cell: Cell) -> list[str]:
     found = cell.outcome
     spread = "" if found.count == 1 else f" [{found.low:.3f}, {found.high:.3f}]"
-    return [cell.arm, cell.setting, f"{cell.lr:g}", str(cell.ranks), str(found.count), f"{cell.start:.3f}",
-            f"{found.mean:.3f}{spread}", f"{cell.collapsed} of {found.count}", f"{cell.seconds:.2f}"]  # fmt: skip
+    return [
+        cell.arm,
+        cell.setting,
+        f"{cell.lr:g}",
+        str(cell.ranks),
+        str(found.count),
+        f"{cell.start:.3f}",
+        f"{found.mean:.3f}{spread}",
+        f"{cell.collapsed} of {found.count}",
+        f"{cell.seconds:.2f}",
+    ]
 
 
 def _comparisons(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]]]:
-    rows = [[f"{each.ours} − {each.theirs}" + (" *" if each.decides else ""), each.setting, f"{each.lr:g}",
-             f"{each.collapsed[0]}, {each.collapsed[1]} of {each.equivalence.count}", str(each.equivalence),
-             f"[{each.difference.low:+.3f}, {each.difference.high:+.3f}]", READINGS[each.reading]]
-            for each in comparisons]  # fmt: skip
+    rows = [
+        [
+            f"{each.ours} − {each.theirs}" + (" *" if each.decides else ""),
+            each.setting,
+            f"{each.lr:g}",
+            f"{each.collapsed[0]}, {each.collapsed[1]} of {each.equivalence.count}",
+            str(each.equivalence),
+            f"[{each.difference.low:+.3f}, {each.difference.high:+.3f}]",
+            READINGS[each.reading],
+        ]
+        for each in comparisons
+    ]
     return ["difference", "setting", "learning rate", "collapsed", "accuracy (90%)", "95%", "reads"], rows
 
 
 def _routing(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
-    keys = {"route/changed_experts_one_update": "one update", "route/changed_tokens": "sets, all updates",
-            "route/changed_clipped": "sets, clipped", "route/changed_unclipped": "sets, not clipped",
-            "route/change_ratio_correlation": "correlation", "route/entropy": "router entropy",
-            "route/load_imbalance": "load, max / mean"}  # fmt: skip
+    keys = {
+        "route/changed_experts_one_update": "one update",
+        "route/changed_tokens": "sets, all updates",
+        "route/changed_clipped": "sets, clipped",
+        "route/changed_unclipped": "sets, not clipped",
+        "route/change_ratio_correlation": "correlation",
+        "route/entropy": "router entropy",
+        "route/load_imbalance": "load, max / mean",
+    }
     forms = {"correlation": "{:.2f}", "router entropy": "{:.2f}", "load, max / mean": "{:.1f}"}
     return _metrics(cells, keys, forms, "{:.1%}")
 
 
 def _spread(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
-    keys = {"ratio_parts/sequence_total": "whole", "ratio_parts/sequence_weights": "weights",
-            "ratio_parts/sequence_routes": "routes", "ratio_parts/token_total": "tokens: whole",
-            "ratio_parts/token_routes": "tokens: routes"}  # fmt: skip
+    keys = {
+        "ratio_parts/sequence_total": "whole",
+        "ratio_parts/sequence_weights": "weights",
+        "ratio_parts/sequence_routes": "routes",
+        "ratio_parts/token_total": "tokens: whole",
+        "ratio_parts/token_routes": "tokens: routes",
+    }
     columns, rows = _metrics([_rooted(cell) for cell in cells], keys, {}, "{:.1e}")
     floors = [cell.metrics.get("ratio/noise_floor") for cell in cells]
     return [*columns, "noise floor"], [
@@ -99,8 +140,9 @@ def _rooted(cell: Cell) -> Cell:
     return dataclasses.replace(cell, metrics={k: max(v, 0.0) ** 0.5 for k, v in cell.metrics.items()})
 
 
-def _metrics(cells: list[Cell], keys: dict[str, str], forms: dict[str, str], form: str
-             ) -> tuple[list[str], list[list[str]]]:  # fmt: skip
+def _metrics(
+    cells: list[Cell], keys: dict[str, str], forms: dict[str, str], form: str
+) -> tuple[list[str], list[list[str]]]:
     rows = []
     for cell in cells:
         values = [(name, cell.metrics.get(key)) for key, name in keys.items()]

@@ -53,8 +53,9 @@ def _read(data: bytes) -> RunResult:
     return RunResult(spec, about, rows)
 
 
-def of(results: list[RunResult], arm: str, setting: str = "main", lr: float | None = None, ranks: int = 1
-       ) -> dict[int, RunResult]:  # fmt: skip
+def of(
+    results: list[RunResult], arm: str, setting: str = "main", lr: float | None = None, ranks: int = 1
+) -> dict[int, RunResult]:
     """By seed."""
     return {
         r.spec.seed: r

@@ -158,9 +158,13 @@ def _launch(study: Study, spec: RunSpec | StartSpec) -> subprocess.Popen:
     environment |= {"NPROC": str(getattr(spec, "ranks", 1)), "OMP_NUM_THREADS": "1"}
     with (study.work / f"{spec.name}.log").open("wb") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
             preexec_fn=_end_with_parent,
-        )  # fmt: skip
+        )
 
 
 def _end_with_parent() -> None:
@@ -207,9 +211,14 @@ def _last_words(text: str) -> str:
 def _keep(study: Study, job: _Running, status: str) -> None:
     """Write the data file aside, then rename it."""
     spec, run = job.spec, study.work / job.spec.name
-    about = {**asdict(spec), "overrides": {k: str(v) for k, v in spec.overrides.items()}, "status": status,
-             "recipe": study.fingerprint, "start": _digest(_weights(study, spec.start)),
-             "seconds": round(time.monotonic() - job.began, 1)}  # fmt: skip
+    about = {
+        **asdict(spec),
+        "overrides": {k: str(v) for k, v in spec.overrides.items()},
+        "status": status,
+        "recipe": study.fingerprint,
+        "start": _digest(_weights(study, spec.start)),
+        "seconds": round(time.monotonic() - job.began, 1),
+    }
     rows = [row for row in read_metrics(run) if row["phase"] == "rl"]
     lines = [about, *(_measured(row) for row in rows)]
     target = study.data_file(spec)
@@ -252,8 +261,13 @@ def _progress(total: int, done: int) -> Iterator[Callable[[str], None]]:
 
         yield tell
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("runs", total=total, completed=done)
         yield lambda name: bar.update(task, advance=1, description=name)

@@ -42,8 +42,9 @@ class ScoringProcess:
             # scorers are needed, and afterwards the end of stdin ends them. A child inherits what is blocked.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
-                self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                               stderr=subprocess.DEVNULL, env=env, cwd="/")  # fmt: skip
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, cwd="/"
+                )
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             self._fresh, self._buffer = True, b""

@@ -48,8 +48,13 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
         ConfigError: no path, a file or line that cannot be used, or fewer training pairs than a batch has.
     """
     name = "algorithm.preference.path"
-    require(config.path is not None, name, None, "dpo learns from preference pairs",
-            "Give a JSONL file; examples/make_preferences.py writes one from a recipe's tasks.")  # fmt: skip
+    require(
+        config.path is not None,
+        name,
+        None,
+        "dpo learns from preference pairs",
+        "Give a JSONL file; examples/make_preferences.py writes one from a recipe's tasks.",
+    )
     pairs = read_pairs(config.path, name)
     if config.eval_path is None:
         cut = len(pairs) - max(1, len(pairs) // HELD_OUT_SHARE)
@@ -59,9 +64,13 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
         data = PreferenceData(pairs, read_pairs(config.eval_path, "algorithm.preference.eval_path"))
         held = ""
     size = config.batch_size
-    require(len(data.train) >= size, "algorithm.preference.batch_size", size,
-            f"{config.path} leaves {len(data.train)} pairs to train on{held}, fewer than a batch",
-            f"Give more pairs, or a batch_size of {max(len(data.train), 1)} or less.")  # fmt: skip
+    require(
+        len(data.train) >= size,
+        "algorithm.preference.batch_size",
+        size,
+        f"{config.path} leaves {len(data.train)} pairs to train on{held}, fewer than a batch",
+        f"Give more pairs, or a batch_size of {max(len(data.train), 1)} or less.",
+    )
     return data
 
 
@@ -78,8 +87,14 @@ def read_pairs(path: Path, setting: str) -> list[PreferencePair]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        require(False, setting, str(path), reason, "Give the path of a JSONL file; a relative one is looked up from "
-                "the current directory, the recipe's folder and the repository.")  # fmt: skip
+        require(
+            False,
+            setting,
+            str(path),
+            reason,
+            "Give the path of a JSONL file; a relative one is looked up from "
+            "the current directory, the recipe's folder and the repository.",
+        )
     pairs = [_pair(line, setting, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     require(len(pairs) > 0, setting, str(path), "holds no pair", FORM)
     return pairs
@@ -94,15 +109,35 @@ def _pair(line: bytes, setting: str, where: str) -> PreferencePair:
     for name in FIELDS:
         require(name in record, setting, where, f"{name} is missing", FORM)
         value = record[name]
-        require(isinstance(value, str), setting, where, f"{name} = {_short(value)} must be text",
-                "Write conversations out as one text.")  # fmt: skip
-        require(value.strip() != "", setting, where, f"{name} = {value!r} is empty",
-                "Remove the line: an empty answer teaches only to stop.")  # fmt: skip
-        require(_is_unicode(value), setting, where, f"{name} = {_short(value)} has half of a surrogate pair, which no "
-                "tokenizer can read", "Repair or remove the line.")  # fmt: skip
+        require(
+            isinstance(value, str),
+            setting,
+            where,
+            f"{name} = {_short(value)} must be text",
+            "Write conversations out as one text.",
+        )
+        require(
+            value.strip() != "",
+            setting,
+            where,
+            f"{name} = {value!r} is empty",
+            "Remove the line: an empty answer teaches only to stop.",
+        )
+        require(
+            _is_unicode(value),
+            setting,
+            where,
+            f"{name} = {_short(value)} has half of a surrogate pair, which no tokenizer can read",
+            "Repair or remove the line.",
+        )
     same = record["chosen"] == record["rejected"]
-    require(not same, setting, where, f"chosen and rejected are both {_short(record['chosen'])}",
-            "Remove the line: it prefers nothing.")  # fmt: skip
+    require(
+        not same,
+        setting,
+        where,
+        f"chosen and rejected are both {_short(record['chosen'])}",
+        "Remove the line: it prefers nothing.",
+    )
     return PreferencePair(*(record[name] for name in FIELDS), where=where)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gspo_megatron.backend.checkpoint.files import verify
 from gspo_megatron.backend.checkpoint.sharded import read_progress
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import raise_together
@@ -56,12 +56,21 @@ def build_run(config: ResolvedConfig) -> Run:
         save_recipe(config, folder / "config.yaml")
         tokenizer.save_pretrained(folder / "tokenizer")
     run = Run(
-        config=config, runtime=runtime, topology=topology, folder=folder, tokenizer=tokenizer, mixture=mixture,
+        config=config,
+        runtime=runtime,
+        topology=topology,
+        folder=folder,
+        tokenizer=tokenizer,
+        mixture=mixture,
         prompts=PromptSource(mixture, tokenizer, "train", limit),
         held_out=PromptSource(mixture, tokenizer, "eval", limit).fixed(config.data.num_eval_prompts),
-        policy=policy, engine=MegatronEngine(policy), reporter=Reporter(folder, runtime.is_main), lock=lock,
-        checkpoint=checkpoint, resumed=resumed,
-    )  # fmt: skip
+        policy=policy,
+        engine=MegatronEngine(policy),
+        reporter=Reporter(folder, runtime.is_main),
+        lock=lock,
+        checkpoint=checkpoint,
+        resumed=resumed,
+    )
     if runtime.is_main:
         run.reporter.console.header(_describe(run, shape))
     for note in notes:

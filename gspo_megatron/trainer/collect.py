@@ -39,14 +39,17 @@ def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share
     rewards = [reward for group in kept + flat for reward in group.rewards]
     sums = torch.tensor(
         [len(kept), len(flat), max(share - len(kept), 0), max(len(kept) - share, 0), share, sum(rewards), len(rewards)],
-        dtype=torch.float64, device=run.runtime.device,
-    )  # fmt: skip
+        dtype=torch.float64,
+        device=run.runtime.device,
+    )
     dist.all_reduce(sums, group=run.topology.dp_group)
     signal, without, filled, unused, shares, reward, number = sums.tolist()
     return {
-        "sampling/without_signal": without / (signal + without), "sampling/filled": filled / shares,
-        "sampling/unused": unused, "reward/sampled": reward / number,
-    }  # fmt: skip
+        "sampling/without_signal": without / (signal + without),
+        "sampling/filled": filled / shares,
+        "sampling/unused": unused,
+        "reward/sampled": reward / number,
+    }
 
 
 def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:

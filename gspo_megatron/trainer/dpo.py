@@ -125,8 +125,13 @@ def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict
     chosen, rejected = log_ratios.unbind(1)
     h = chosen - rejected
     loss = PREFERENCE_LOSSES[preference.loss](h, preference.beta)
-    metrics = {"margin": preference.beta * h, "accuracy": (h.sign() + 1) / 2, "chosen": chosen, "rejected": rejected,
-               "loss": loss}  # fmt: skip
+    metrics = {
+        "margin": preference.beta * h,
+        "accuracy": (h.sign() + 1) / 2,
+        "chosen": chosen,
+        "rejected": rejected,
+        "loss": loss,
+    }
     return {name: float(values.mean()) for name, values in metrics.items()}
 
 

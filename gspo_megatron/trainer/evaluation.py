@@ -24,9 +24,11 @@ def evaluate(run: Run) -> dict[str, float]:
     correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
     likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
     metrics = {
-        "eval/accuracy": correct.mean(), "eval/accuracy_greedy": likeliest.mean(),
-        "eval/response_length": length.mean(), "eval/num": len(run.held_out),
-    }  # fmt: skip
+        "eval/accuracy": correct.mean(),
+        "eval/accuracy_greedy": likeliest.mean(),
+        "eval/response_length": length.mean(),
+        "eval/num": len(run.held_out),
+    }
     for index, name in enumerate(run.mixture.names):
         if bool((task == index).any()):
             metrics[f"eval/accuracy/{name}"] = correct[task == index].mean()
@@ -43,7 +45,8 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
     tasks = run.mixture.names
     rows = [
         (is_correct(reward), tasks.index(group.prompt.item.task), len(completion.token_ids))
-        for group in groups for reward, completion in zip(group.rewards, group.completions, strict=True)
-    ]  # fmt: skip
+        for group in groups
+        for reward, completion in zip(group.rewards, group.completions, strict=True)
+    ]
     rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
     return rows[: len(run.held_out) * samples].unbind(1)

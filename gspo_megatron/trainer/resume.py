@@ -25,8 +25,19 @@ from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE, read_metri
 
 # A run may go on with other values of these: they say where, how long and how often, not what is learned. (The layout
 # and the packing change rounding alone.)
-FREE = ("name", "output_dir", "resume", "steps", "eval_interval", "max_tokens_per_microbatch", "device", "parallel",
-        "checkpoint", "faults", "save_hf")  # fmt: skip
+FREE = (
+    "name",
+    "output_dir",
+    "resume",
+    "steps",
+    "eval_interval",
+    "max_tokens_per_microbatch",
+    "device",
+    "parallel",
+    "checkpoint",
+    "faults",
+    "save_hf",
+)
 LOCK = ".lock"  # flock'ed by rank 0 of the process that trains there
 FOLDERS = {"warm_start": "warm_start_{:06d}", "rl": "step_{:06d}", "dpo": "step_{:06d}"}
 

@@ -92,11 +92,20 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
     run.reporter.tell(step, sanity_checks.update_findings(results, row, config.faults.max_ratio))
     if row["update/skipped"]:
-        run.reporter.note(f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "
-                          "their gradient was exactly 0 (no advantage, or all clipped or masked)")  # fmt: skip
+        run.reporter.note(
+            f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "
+            "their gradient was exactly 0 (no advantage, or all clipped or masked)"
+        )
     for group in groups[:SAMPLES_A_STEP]:
-        run.reporter.sample({"step": step, "task": group.prompt.item.task, "prompt": group.prompt.item.question,
-                             "response": group.texts[0], "reward": group.rewards[0]})  # fmt: skip
+        run.reporter.sample(
+            {
+                "step": step,
+                "task": group.prompt.item.task,
+                "prompt": group.prompt.item.question,
+                "response": group.texts[0],
+                "reward": group.rewards[0],
+            }
+        )
     return row
 
 

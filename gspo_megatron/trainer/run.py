@@ -98,8 +98,13 @@ class Run:
         progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
         folder = self.folder / "checkpoints" / progress.folder
         dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
-        self.saver.begin(self._networks(critic), folder, dataclasses.asdict(progress), self.reference,
-                         lambda unfinished: export.write_side(unfinished, hf, companions, dtype))  # fmt: skip
+        self.saver.begin(
+            self._networks(critic),
+            folder,
+            dataclasses.asdict(progress),
+            self.reference,
+            lambda unfinished: export.write_side(unfinished, hf, companions, dtype),
+        )
         return folder
 
     def finish_written(self) -> None:

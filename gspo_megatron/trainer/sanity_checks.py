@@ -43,8 +43,11 @@ def findings(policy: Policy, minibatches: Sequence[Minibatch], sequences: Sequen
 
 def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float) -> list[str]:
     """Sentences about updates that were skipped for a number that is not finite, and about a ratio above max_ratio."""
-    found = [f"update {number} of {len(results)} was skipped on all ranks: {result.not_finite}"
-             for number, result in enumerate(results, 1) if result.not_finite]  # fmt: skip
+    found = [
+        f"update {number} of {len(results)} was skipped on all ranks: {result.not_finite}"
+        for number, result in enumerate(results, 1)
+        if result.not_finite
+    ]
     largest = row.get("ratio/max", 0.0)
     if largest > max_ratio:
         found.append(
@@ -75,7 +78,7 @@ def mask_findings(minibatches: Sequence[Minibatch], sequences: Sequence[TrainSeq
             ids = sequence_ids(batch.cu_seqlens[: size + 1], batch.num_tokens)
             trained = torch.zeros(size + 1, dtype=torch.int64, device=ids.device).index_add(
                 0, ids, (batch.loss_mask > 0).long()
-            )  # fmt: skip
+            )
             for number, count in zip(numbers, trained[:-1].tolist(), strict=True):
                 # A sequence with a mask of its own (several turns) may leave tokens out.
                 has_own_mask = sequences[number].loss_mask is not None

@@ -25,8 +25,12 @@ def pack(responses: list[Response], padding: int = 0, counts: GlobalCounts | Non
     """Neither old log-probs nor advantages may be looked at."""
     inputs = pack_responses(responses, padding, counts)
     nothing = torch.full_like(inputs.old_logprobs, torch.nan)
-    return replace(inputs, ref_logprobs=inputs.old_logprobs, old_logprobs=nothing,
-                   advantages=torch.full((len(responses),), torch.nan))  # fmt: skip
+    return replace(
+        inputs,
+        ref_logprobs=inputs.old_logprobs,
+        old_logprobs=nothing,
+        advantages=torch.full((len(responses),), torch.nan),
+    )
 
 
 def check(out: LossOutputs, inputs: LossInputs, loss: float, slopes: list[float]) -> None:
@@ -105,8 +109,9 @@ def test_sums_are_fp64_from_fp32_log_probs():
     """Chosen 2^24 + 1 + 1, rejected 2^24: h = 2, which fp32 sums would round to 0. L = (2 - 1)^2 = 1, slope 2."""
     pair = [Response([2.0**24, 1.0, 1.0], [0.0] * 3, [1, 1, 1]), Response([2.0**24], [0.0], [1])]
     inputs = pack(pair)
-    inputs = replace(inputs, logprobs=inputs.logprobs.detach().float().requires_grad_(),
-                     ref_logprobs=inputs.ref_logprobs.float())  # fmt: skip
+    inputs = replace(
+        inputs, logprobs=inputs.logprobs.detach().float().requires_grad_(), ref_logprobs=inputs.ref_logprobs.float()
+    )
     out = dpo_loss(inputs, IPO)
     assert out.loss.item() == 1.0
     slopes = gradient(out.loss, inputs)

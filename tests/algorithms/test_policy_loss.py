@@ -10,13 +10,19 @@ from gspo_megatron.config import AlgorithmConfig, KlConfig, MismatchConfig, Pref
 from gspo_megatron.config.algorithm import ALGORITHMS
 
 CHOSEN = AlgorithmConfig(
-    name="grpo", clip_ratio_low=0.11, clip_ratio_high=0.12, clip_ratio_dual=3.5, aggregation="constant_length",
-    entropy_coef=0.013, kl=KlConfig(0.14, "k2", "loss"), mismatch=MismatchConfig("token_masked", 1.5),
+    name="grpo",
+    clip_ratio_low=0.11,
+    clip_ratio_high=0.12,
+    clip_ratio_dual=3.5,
+    aggregation="constant_length",
+    entropy_coef=0.013,
+    kl=KlConfig(0.14, "k2", "loss"),
+    mismatch=MismatchConfig("token_masked", 1.5),
     preference=PreferenceConfig(beta=0.16, loss="ipo"),
-)  # fmt: skip
+)
 WANTED = LossOptions(
     ClipRange(0.11, 0.12, 3.5), "constant_length", 17, 0.14, "k2", 0.013, "token_masked", 1.5, 0.16, "ipo"
-)  # fmt: skip
+)
 
 
 def test_each_choice_becomes_an_option():

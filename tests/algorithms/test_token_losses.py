@@ -139,9 +139,11 @@ def double_loop(responses: list[Response], options: LossOptions) -> tuple[float,
 
 @settings(max_examples=80, deadline=None)
 @given(
-    responses=st.booleans().flatmap(ragged), aggregation=st.sampled_from(["sequence_mean", "token_mean"]),
-    dual=st.sampled_from([math.inf, 3.0]), padding=st.integers(0, 2),
-)  # fmt: skip
+    responses=st.booleans().flatmap(ragged),
+    aggregation=st.sampled_from(["sequence_mean", "token_mean"]),
+    dual=st.sampled_from([math.inf, 3.0]),
+    padding=st.integers(0, 2),
+)
 def test_any_ragged_batch_equals_a_double_loop(responses, aggregation, dual, padding):
     """Log-ratios up to +-300, masks with gaps, empty responses, one advantage a response or a token."""
     options = LossOptions(ClipRange(0.2, 0.28, dual), aggregation=aggregation)
@@ -158,7 +160,7 @@ def test_any_ragged_batch_equals_a_double_loop(responses, aggregation, dual, pad
 
 FULL = LossOptions(
     ClipRange(0.2, 0.3, 2.5), kl_coef=0.1, entropy_coef=0.05, mismatch="token_truncated", mismatch_threshold=1.5
-)  # fmt: skip
+)
 
 
 def random_inputs(seed: int, by_token: bool) -> LossInputs:
@@ -170,12 +172,17 @@ def random_inputs(seed: int, by_token: bool) -> LossInputs:
 
     old = normal(1.0) - 2
     return LossInputs(
-        logprobs=(old + normal(0.5)).requires_grad_(), entropy=normal(1.0).requires_grad_(), old_logprobs=old,
+        logprobs=(old + normal(0.5)).requires_grad_(),
+        entropy=normal(1.0).requires_grad_(),
+        old_logprobs=old,
         loss_mask=torch.tensor([0, 1, 1, 1, 0, 1, 0, 1, 1, 1.0]),
         cu_seqlens=torch.tensor([0, 4, 10], dtype=torch.int32),
-        num_sequences=2, advantages=normal(1.0) if by_token else normal(1.0)[:2], counts=GlobalCounts(2, 7),
-        ref_logprobs=old + normal(0.3), rollout_logprobs=old + normal(0.4),
-    )  # fmt: skip
+        num_sequences=2,
+        advantages=normal(1.0) if by_token else normal(1.0)[:2],
+        counts=GlobalCounts(2, 7),
+        ref_logprobs=old + normal(0.3),
+        rollout_logprobs=old + normal(0.4),
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant_length", "length_proportional"])
@@ -235,8 +242,14 @@ def by_ranks(name: str, inputs: LossInputs, options: LossOptions, owner: torch.T
     results = []
     for rank in (0, 1):
         steps = iter(range(calls))
-        results.append(run(rank, lambda table, maximum=None, steps=steps: summed(
-            maximum, [recorded[k][step] for k in (0, 1)] if (step := next(steps)) is not None else [])))  # fmt: skip
+        results.append(
+            run(
+                rank,
+                lambda table, maximum=None, steps=steps: summed(
+                    maximum, [recorded[k][step] for k in (0, 1)] if (step := next(steps)) is not None else []
+                ),
+            )
+        )
     values, gradients, tables = zip(*results, strict=True)
     return values, gradients[0] + gradients[1], tables
 

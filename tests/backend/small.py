@@ -6,22 +6,22 @@ from pathlib import Path
 import torch
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import PackedBatch
-from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, TrainConfig
 
 CONFIG_PATH = Path(__file__).parents[2] / "examples/models/qwen3_moe_tiny/config.json"
-SINGLE = ParallelConfig(1, 1, None, 1, 1)
-TP2_PP2_EP2 = ParallelConfig(2, 2, None, 2, 1)
+SINGLE = Layout(1, 1, None, 1, 1)
+TP2_PP2_EP2 = Layout(2, 2, None, 2, 1)
 VOCAB = 250
 
 
-def small_config(layout: ParallelConfig, **changes) -> TrainConfig:
+def small_config(layout: Layout, **changes) -> TrainConfig:
     return replace(TrainConfig(), parallel=layout, **changes)
 
 
-def small_policy(layout: ParallelConfig, dtype: torch.dtype | None = None, **changes) -> Policy:
+def small_policy(layout: Layout, dtype: torch.dtype | None = None, **changes) -> Policy:
     """A Policy of the example model in this process group, weights three times the usual size so that routing and
     attention are far from uniform."""
     started = runtime.start("cpu")
@@ -36,7 +36,7 @@ def small_policy(layout: ParallelConfig, dtype: torch.dtype | None = None, **cha
     return policy
 
 
-def in_layouts(rank: int, world_size: int, layouts: dict[str, ParallelConfig], fn, *args) -> dict:
+def in_layouts(rank: int, world_size: int, layouts: dict[str, Layout], fn, *args) -> dict:
     """fn(layout, *args) in one layout after the other, on ranks that stay up: starting them is what costs."""
     results = {}
     for name, layout in layouts.items():

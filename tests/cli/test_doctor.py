@@ -5,13 +5,14 @@ import math
 
 import pytest
 
+from gspo_megatron.cli import doctor
 from gspo_megatron.config import Layout
 from gspo_megatron.errors import ConfigError
-from gspo_megatron.recipe import check
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer.diagnostics import rows as diagnostics
-from tests.distributed import spawn
-from tests.launching import PYTHON, ROOT, launched
+from tools.validation.launching import PYTHON, ROOT, launched
+from tools.validation.ranks import spawn
 
 RECIPE = str(ROOT / "examples/recipes/moe_gspo.yaml")
 SMALL = ["--max-tokens-per-microbatch", "100", "--rollout.group-size", "4"]
@@ -44,9 +45,7 @@ def rows(**rms: float | None) -> list[diagnostics.Row]:
 
 
 def diagnosis(old_logprobs: str = "recomputed", minibatches: int = 4, **rms: float | None) -> diagnostics.Diagnosis:
-    config = load_recipe(
-        ["--algorithm.old-logprobs", old_logprobs, "--algorithm.num-minibatches", str(minibatches)]
-    )  # fmt: skip
+    config = load_recipe(["--algorithm.old-logprobs", old_logprobs, "--algorithm.num-minibatches", str(minibatches)])
     measured = diagnostics.NoiseFloor(rows(**rms), "one rank", "cpu", 4, 9.5)
     return diagnostics.diagnose(measured, None, config.resolved(Layout()))
 
@@ -54,10 +53,13 @@ def diagnosis(old_logprobs: str = "recomputed", minibatches: int = 4, **rms: flo
 @pytest.mark.parametrize(
     ("old_logprobs", "minibatches", "expected"),
     [
-        ("recomputed", 4, ("a",)), ("recomputed", 1, ("a",)), ("rollout", 4, ("e",)),
-        ("first_minibatch", 4, ("a",)), ("first_minibatch", 1, ()),
+        ("recomputed", 4, ("a",)),
+        ("recomputed", 1, ("a",)),
+        ("rollout", 4, ("e",)),
+        ("first_minibatch", 4, ("a",)),
+        ("first_minibatch", 1, ()),
     ],
-)  # fmt: skip
+)
 def test_what_a_recipe_relies_on(old_logprobs, minibatches, expected):
     assert diagnosis(old_logprobs, minibatches, a=0.0, e=0.0).relied_on == expected
 
@@ -103,7 +105,7 @@ def measured(rank: int, world_size: int) -> dict:
     floors = {}
     for dtype in ("fp32", "bf16"):
         config = load_recipe([RECIPE, *SMALL, "--model.params-dtype", dtype, "--model.moe-aux-loss-coeff", "0.01"])
-        layout = check.resolve_layout(config, world_size, has_cuda=False)
+        layout = resolve_layout(config, world_size, has_cuda=False)
         floors[dtype] = noise_floor.measure(config, layout, 4, None)
     return floors
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import LIMIT, PYTHON, ROOT, TORCHRUN, launched
+from tools.validation.launching import LIMIT, PYTHON, ROOT, TORCHRUN, launched
 
 SCRIPT = ROOT / "examples/train_moe_gspo.sh"
 SMALLEST = [

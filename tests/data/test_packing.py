@@ -32,7 +32,13 @@ def test_one_microbatch_by_value():
     assert batch.old_logprobs is None and batch.source_index == [0, 1]
     types = [batch.tokens, batch.position_ids, batch.cu_seqlens, batch.loss_mask, batch.advantages, batch.group_id]
     assert [t.dtype for t in types] == [
-        torch.int64, torch.int64, torch.int32, torch.float32, torch.float32, torch.int64]  # fmt: skip
+        torch.int64,
+        torch.int64,
+        torch.int32,
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    ]
     assert batch.to(torch.device("cpu")).source_index == [0, 1]
 
 
@@ -158,13 +164,17 @@ def test_one_microbatch_more_works_where_its_balance_would_overflow():
         (dict(sequences=[sequence(2, 3)], max_tokens=8), "sequence 0: prompt_length = 3"),
         (dict(sequences=[sequence(3, 1, rollout_logprobs=[0.0])], max_tokens=8), "1 rollout_logprobs for 2 response"),
         (dict(sequences=[sequence(2), sequence(2, rollout_logprobs=[0.0])], max_tokens=8), "1: rollout_logprobs"),
-        (dict(sequences=[sequence(9)], max_tokens=9, sequence_multiple=4),
-         "9 tokens .12 with padding to a multiple of 4"),
+        (
+            dict(sequences=[sequence(9)], max_tokens=9, sequence_multiple=4),
+            "9 tokens .12 with padding to a multiple of 4",
+        ),
         (dict(sequences=[sequence(4, 1, loss_mask=[1, 1])], max_tokens=8), "2 numbers in loss_mask for 3 response"),
-        (dict(sequences=sequences(2) + [sequence(4, 1, loss_mask=[1, 0.5, 2])], max_tokens=8),
-         r"sequence 1: loss_mask\[1\] = 0.5 must be 0 or 1"),
+        (
+            dict(sequences=sequences(2) + [sequence(4, 1, loss_mask=[1, 0.5, 2])], max_tokens=8),
+            r"sequence 1: loss_mask\[1\] = 0.5 must be 0 or 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_packed_is_told(arguments, told):
     with pytest.raises(RolloutError, match=told):
         pack(**arguments, pad_to_multiple=1)
@@ -175,9 +185,12 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 @settings(max_examples=80, deadline=None)
 @given(
-    lengths=LENGTHS, max_tokens=st.integers(32, 90), multiple=st.sampled_from([1, 2, 8]), more=st.integers(0, 40),
+    lengths=LENGTHS,
+    max_tokens=st.integers(32, 90),
+    multiple=st.sampled_from([1, 2, 8]),
+    more=st.integers(0, 40),
     fill=st.sampled_from([1, 1, 4]),
-)  # fmt: skip
+)
 def test_any_batch(lengths, max_tokens, multiple, more, fill):
     """`fill`: each sequence is filled up to a multiple of so many tokens."""
     given_sequences = sequences(*lengths)

@@ -35,7 +35,9 @@ def pieces(tokenizer, text):
 
 def test_boilerplate_is_one_token_and_the_word_is_spelled(tokenizer):
     assert pieces(tokenizer, "Spell this word backward (example: sun -> nus): strap") == [
-        "Spell this word backward (example: sun -> nus): ", *"strap"]  # fmt: skip
+        "Spell this word backward (example: sun -> nus): ",
+        *"strap",
+    ]
 
 
 def test_a_word_of_the_boilerplate_is_spelled_when_it_is_the_question(tokenizer):
@@ -46,8 +48,15 @@ def test_a_word_of_the_boilerplate_is_spelled_when_it_is_the_question(tokenizer)
 def test_digits_and_signs_stay_single_around_a_separator(tokenizer):
     question = "State the final answer to the following arithmetic problem: 859 + 467 - 91 ="
     assert pieces(tokenizer, question) == [
-        "State the final answer to the following arithmetic problem: ", *"859", " + ", *"467", " - ", *"91", " ", "="
-    ]  # fmt: skip
+        "State the final answer to the following arithmetic problem: ",
+        *"859",
+        " + ",
+        *"467",
+        " - ",
+        *"91",
+        " ",
+        "=",
+    ]
     assert pieces(tokenizer, "48.36, -9.1") == [*"48.36", ", ", *"-9.1"]
 
 
@@ -144,7 +153,11 @@ def test_numbers_and_signs_that_one_side_tells_are_still_spelled():
     numbers = ["-11.1", "22.2", "-33.3", "44.4", "-55.5", "66.6", "-77.7", "88.8", "-99.9", "10.5"]
     trained = train_tokenizer([f"Sort these numbers now: {a}, {b}" for a in numbers for b in numbers], vocab_size=320)
     assert pieces(trained, "Sort these numbers now: -11.1, -77.7") == [
-        "Sort these numbers now: ", *"-11.1", ", ", *"-77.7"]  # fmt: skip
+        "Sort these numbers now: ",
+        *"-11.1",
+        ", ",
+        *"-77.7",
+    ]
 
 
 def test_short_phrases_are_spelled():

@@ -9,7 +9,7 @@ import signal
 import psutil
 import pytest
 
-from tests.launching import ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
 
 TRAINING = [
     *TORCHRUN, "--nproc-per-node", "4", str(ROOT / "examples/train_moe_gspo.sh"), "--steps", "100000",

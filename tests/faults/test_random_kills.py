@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.random_kills import LAYOUTS, survive, undisturbed
+from tools.validation.faults.random_kills import LAYOUTS, survive, undisturbed
 
 STEPS = 8
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.faults import scenarios
-from tests.faults.disks import CannotMount
-from tests.faults.rows import ROWS, Row
-from tests.faults.scenarios import Whole
+from tools.validation.faults import scenarios
+from tools.validation.faults.disks import CannotMount
+from tools.validation.faults.rows import ROWS, Row
+from tools.validation.faults.scenarios import Whole
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from gspo_megatron.backend.checkpoint import saver, sharded
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.reference import FrozenReference
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.cli import convert as command
 from gspo_megatron.config import ModelConfig, TrainConfig
@@ -28,8 +28,8 @@ from gspo_megatron.errors import CheckpointError, ConfigError, ConversionError
 from gspo_megatron.hf import convert
 from gspo_megatron.hf.export import write_side
 from gspo_megatron.hf.safetensors import SafetensorsFolder
-from tests.distributed import spawn
 from tools.validation import round_trip
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import LAYOUTS, TINY, differences, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,9 +111,11 @@ def in_another_layout(rank: int, world_size: int, folder: Path) -> dict[str, flo
         policy.start_optimizer()  # so that what is saved has more in it than weights
         errors[name] = round_trip.logits_error(policy.network, torch.load(folder / name / "logits.pt"))
         saver.save(
-            {"": policy.network}, folder / f"{name}.cut", reference=FrozenReference(policy.models),
+            {"": policy.network},
+            folder / f"{name}.cut",
+            reference=FrozenReference(policy.models),
             add=lambda unfinished, hf=shape.hf: write_side(unfinished, hf, [], torch.float32),
-        )  # fmt: skip
+        )
         topology.stop()
     return errors
 
@@ -141,13 +143,22 @@ def test_norms_have_the_keys_of_transformer_engine_s_layers(converted, folder):
         metadata = (folder / f"{name}.megatron/.metadata").read_bytes()
         keys[name] = {m.decode() for m in re.findall(rb"decoder\.layers\.[\w.]*norm[\w.]*weight", metadata)}
     layer = "decoder.layers.{}.".format
-    assert {layer(0) + "self_attention.linear_qkv.layer_norm_weight", layer(0) + "mlp.linear_fc1.layer_norm_weight",
-            layer(1) + "pre_mlp_layernorm.weight"} <= keys["glm4_moe"]  # fmt: skip
-    assert {layer(1) + "input_layernorm.weight", layer(1) + "self_attention.linear_q_up_proj.layer_norm_weight",
-            layer(1) + "self_attention.linear_kv_up_proj.layer_norm_weight"} <= keys["deepseek_v3"]  # fmt: skip
-    assert {layer(0) + "self_attention.in_proj.layer_norm_weight", layer(0) + "self_attention.out_norm.weight",
-            layer(1) + "mlp.linear_fc1.layer_norm_weight",
-            layer(2) + "self_attention.linear_qkv.layer_norm_weight"} <= keys["qwen3_next"]  # fmt: skip
+    assert {
+        layer(0) + "self_attention.linear_qkv.layer_norm_weight",
+        layer(0) + "mlp.linear_fc1.layer_norm_weight",
+        layer(1) + "pre_mlp_layernorm.weight",
+    } <= keys["glm4_moe"]
+    assert {
+        layer(1) + "input_layernorm.weight",
+        layer(1) + "self_attention.linear_q_up_proj.layer_norm_weight",
+        layer(1) + "self_attention.linear_kv_up_proj.layer_norm_weight",
+    } <= keys["deepseek_v3"]
+    assert {
+        layer(0) + "self_attention.in_proj.layer_norm_weight",
+        layer(0) + "self_attention.out_norm.weight",
+        layer(1) + "mlp.linear_fc1.layer_norm_weight",
+        layer(2) + "self_attention.linear_qkv.layer_norm_weight",
+    } <= keys["qwen3_next"]
 
 
 def refusals(rank: int, world_size: int, folder: Path) -> dict[str, str]:

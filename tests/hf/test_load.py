@@ -9,15 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model.builder import unwrap
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
-from gspo_megatron.config import ModelConfig, ParallelConfig
+from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
-PP2 = ParallelConfig(1, 2, None, 1, 1)
+PP2 = Layout(1, 2, None, 1, 1)
 WEIGHT = "model.layers.3.mlp.experts.1.up_proj.weight"
 
 
@@ -41,7 +42,7 @@ def broken(folder: Path) -> dict[str, Path]:
 def attempts(rank: int, world_size: int, folders: dict[str, Path]) -> dict[str, str]:
     started = runtime.start("cpu")
     cut = topology.start(PP2, seed=1)
-    shape = model_builder.ModelShape.of_folder(folders["whole"])
+    shape = ModelShape.of_folder(folders["whole"])
     models = [unwrap(c) for c in model_builder.build(shape, ModelConfig(), cut, started, None, False)]
     arch, said = shape.architecture, {}
     for name, folder in folders.items():

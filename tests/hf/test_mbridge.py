@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
-from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, ModelConfig, TrainConfig
 from gspo_megatron.hf.safetensors import SafetensorsFolder
+from gspo_megatron.trainer.build import build_policy
 from tests.backend.small import TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
 
 pytestmark = pytest.mark.oracle
@@ -41,7 +41,7 @@ def te_name(name: str, is_latent: bool, is_moe: bool) -> str:
     return name if is_moe else name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 
 
-def converted(layout: ParallelConfig, folder: Path, family: str) -> dict[str, torch.Tensor]:
+def converted(layout: Layout, folder: Path, family: str) -> dict[str, torch.Tensor]:
     """{published name: tensor} by mbridge, of the weights that our loader put into this layout."""
     import mbridge  # noqa: F401  after Megatron's CPU shim; fills the registry
     from mbridge.core.bridge import _MODEL_REGISTRY
@@ -49,7 +49,7 @@ def converted(layout: ParallelConfig, folder: Path, family: str) -> dict[str, to
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
     shape = ModelShape.of_folder(folder)
     arch = shape.architecture
-    policy = Policy(TrainConfig(parallel=layout, model=ModelConfig(load_hf=folder)), shape, cut, started)
+    policy = build_policy(TrainConfig(parallel=layout, model=ModelConfig(load_hf=folder)), shape, cut, started)
     full = parameters.gather_full(policy.models, cut)
     config = AutoConfig.for_model(**MODELS[family])
     # transformers 5 has moved rope_theta, and Mixtral's config leaves head_dim to be computed; mbridge wants both.
@@ -85,7 +85,7 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("mbridge")
     for family, config in MODELS.items():
         write_model(folder / family, config)
-    return spawn(differing, 4, folder, timeout=200)[0]
+    return spawn(differing, 4, folder, timeout=280)[0]
 
 
 @pytest.mark.parametrize("family", MODELS)

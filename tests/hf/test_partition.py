@@ -16,7 +16,7 @@ from gspo_megatron.hf.hashes import FILE
 from gspo_megatron.hf.partition import share
 from gspo_megatron.models.operators import Piece, Rename
 from gspo_megatron.models.table import Entry
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
 MODELS = ("qwen3_moe", "gpt_oss")  # an expert's tensors one by one, and stacked
@@ -106,8 +106,9 @@ def test_several_ranks_write_what_one_process_does(tmp_path):
 def alone(rank: int, world_size: int, source: Path, target: Path) -> None:
     """By one process; and one process reads what several have written."""
     convert.to_megatron(source, target, None, False, quiet)
-    convert.to_hugging_face(source.with_name(f"{source.name}.megatron"), source.with_name(f"{source.name}.two"), None,
-                            False, quiet)  # fmt: skip
+    convert.to_hugging_face(
+        source.with_name(f"{source.name}.megatron"), source.with_name(f"{source.name}.two"), None, False, quiet
+    )
 
 
 def padded(rank: int, world_size: int, folder: Path) -> tuple[int, str]:

@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
-from gspo_megatron.config import ModelConfig, ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, ModelConfig, TrainConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import convert
 from gspo_megatron.hf.safetensors import SafetensorsFolder
 from gspo_megatron.models.operators import Piece
+from gspo_megatron.trainer.build import build_policy
 from tests.backend.small import TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, differences, write_model
 
 BLOCK = (20, 16)  # divides hardly any of the model's sizes
@@ -139,10 +139,10 @@ def test_parts_of_blocks_are_read(tmp_path):
         assert torch.equal(files.read(piece, 1, rank, 8), meant[:, 8 * rank : 8 * rank + 8])
 
 
-def weights(layout: ParallelConfig, folder: Path) -> dict[str, torch.Tensor]:
+def weights(layout: Layout, folder: Path) -> dict[str, torch.Tensor]:
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
     model = ModelConfig(load_hf=folder, load_hf_drop_mtp=True, params_dtype="bf16")
-    policy = Policy(TrainConfig(parallel=layout, model=model), ModelShape.of_folder(folder), cut, started)
+    policy = build_policy(TrainConfig(parallel=layout, model=model), ModelShape.of_folder(folder), cut, started)
     return parameters.gather_full(policy.models, cut)
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.distributed import spawn
 from tools.validation import round_trip
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import LAYOUTS, TINY, Outcome, sequences, write_model
 
 MIXED = "TP2 PP2 EP2"

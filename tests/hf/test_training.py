@@ -14,24 +14,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
-from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import TrainSequence
-from gspo_megatron.config import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from gspo_megatron.config import DataConfig, Layout, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from gspo_megatron.models import table
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.trainer import build
+from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.trainer.rl import make_estimator, run_step
 from gspo_megatron.trainer.train import train
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
 
-ONE, TP2, PP2, MIXED = (ParallelConfig(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
-DENSE = ParallelConfig(2, 2, None, 1, 1)
-FAMILIES = ("qwen3_next", "qwen2_moe", "mixtral", "olmoe", "glm4_moe groups", "deepseek_v2", "deepseek_v3", "gpt_oss",
-            "llama")  # fmt: skip
+ONE, TP2, PP2, MIXED = (Layout(t, p, None, e, 1) for t, p, e in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)))
+DENSE = Layout(2, 2, None, 1, 1)
+FAMILIES = (
+    "qwen3_next",
+    "qwen2_moe",
+    "mixtral",
+    "olmoe",
+    "glm4_moe groups",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama",
+)
 
 
 def examples() -> list[TrainSequence]:
@@ -40,7 +49,7 @@ def examples() -> list[TrainSequence]:
     return [TrainSequence(torch.randint(0, 192, (n,), generator=generator).tolist(), 2) for n in (9, 12, 5, 12)]
 
 
-def gradients(rank: int, world_size: int, folder: Path, layouts: list[ParallelConfig]) -> dict:
+def gradients(rank: int, world_size: int, folder: Path, layouts: list[Layout]) -> dict:
     """{(family, number of the layout): (loss, {published piece: gradient})} of the supervised loss."""
     found = {}
     for name in FAMILIES:
@@ -51,12 +60,12 @@ def gradients(rank: int, world_size: int, folder: Path, layouts: list[ParallelCo
     return found
 
 
-def one_gradient(folder: Path, layout: ParallelConfig) -> tuple[float, dict[Piece, torch.Tensor]]:
+def one_gradient(folder: Path, layout: Layout) -> tuple[float, dict[Piece, torch.Tensor]]:
     started = runtime.start("cpu")
     cut = topology.start(layout, seed=1)
     shape = ModelShape.of_folder(folder)
     config = replace(TrainConfig(), parallel=layout, model=ModelConfig(load_hf=folder))
-    policy = Policy(config, shape, cut, started, torch.float64)
+    policy = build_policy(config, shape, cut, started, torch.float64)
     policy.start_optimizer()
     for part in policy.optimizer.chained_optimizers:
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips
@@ -111,7 +120,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder) -> dict:
-    return spawn(gradients, 4, folder, [ONE, TP2, MIXED], timeout=200)[0]
+    return spawn(gradients, 4, folder, [ONE, TP2, MIXED], timeout=280)[0]
 
 
 @pytest.mark.parametrize("layout", range(3), ids=["DP4", "TP2 DP2", "TP2 PP2 EP2"])
@@ -130,10 +139,13 @@ def test_gradients_are_transformers(found, folder, name, layout):
 
 
 RUN = TrainConfig(
-    steps=1, save_hf=True, data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
+    steps=1,
+    save_hf=True,
+    data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
     warm_start=WarmStartConfig(steps=1, num_examples=16, batch_size=8, eval_interval=99),
-    rollout=RolloutConfig(num_prompts=4, group_size=2, max_response_length=6), max_tokens_per_microbatch=512,
-)  # fmt: skip
+    rollout=RolloutConfig(num_prompts=4, group_size=2, max_response_length=6),
+    max_tokens_per_microbatch=512,
+)
 
 
 def first_run(rank: int, world_size: int, folder: Path) -> None:
@@ -142,7 +154,7 @@ def first_run(rank: int, world_size: int, folder: Path) -> None:
 
 def second_run(rank: int, world_size: int, folder: Path) -> dict:
     """Starts from the first run's export in another layout, and takes an RL step."""
-    config = replace(RUN, output_dir=folder, parallel=TP2, model=ModelConfig(load_hf=folder / "moe_gspo/hf"))
+    config = replace(RUN, output_dir=folder, model=ModelConfig(load_hf=folder / "moe_gspo/hf")).resolved(TP2)
     run = build.build_run(config)
     start = parameters.gather_full(run.policy.models, run.topology)
     run.policy.start_optimizer()

@@ -71,8 +71,11 @@ def test_what_cannot_be_upcycled_is_said(tmp_path):
     write_model(tmp_path / "olmoe", TINY["olmoe"])
     with pytest.raises(ConversionError, match="model_type 'olmoe' cannot be upcycled. Give one of: llama, qwen3"):
         upcycle(tmp_path / "olmoe", tmp_path / "moe", 2, 1, 0.0, 1, None, quiet)
-    for options, message in ((["--top-k", "9"], "--top-k = 9: must be from 1 to --experts 8"),
-                             (["--experts", "1"], "--experts = 1"), (["--noise", "-1"], "--noise = -1")):  # fmt: skip
+    for options, message in (
+        (["--top-k", "9"], "--top-k = 9: must be from 1 to --experts 8"),
+        (["--experts", "1"], "--experts = 1"),
+        (["--noise", "-1"], "--noise = -1"),
+    ):
         with pytest.raises(ConfigError, match=message):
             command.main([str(tmp_path / "olmoe"), str(tmp_path / "moe"), *options])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["olmoe"]

@@ -10,7 +10,7 @@ from gspo_megatron.cli import convert as command
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import convert, verify
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
 
 PROMPTS = ("one", "two words")

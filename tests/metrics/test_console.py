@@ -39,11 +39,35 @@ def rl_lines(rows: list[dict], total: int = 10, done: int = 0, seconds: float = 
 
 def test_one_line_a_step_with_values_under_their_titles() -> None:
     titles, line = rl_lines([STEP | {"eval/accuracy": 0.3125}], seconds=90.0)
-    assert titles.split() == ["step", "reward", "held-out", "ratio-sd", "clip<%", "clip>%", "token%", "entropy",
-                              "length", "tok/s", "sec"]  # fmt: skip
+    assert titles.split() == [
+        "step",
+        "reward",
+        "held-out",
+        "ratio-sd",
+        "clip<%",
+        "clip>%",
+        "token%",
+        "entropy",
+        "length",
+        "tok/s",
+        "sec",
+    ]
     # 3 steps in 90 s leave 7 x 30 s.
-    assert line.split() == ["3", "0.412", "0.312", "3.2e-04", "12.5", "50.0", "6.2", "0.750", "12.2", "1234", "8.0",
-                            "0:03:30", "left"]  # fmt: skip
+    assert line.split() == [
+        "3",
+        "0.412",
+        "0.312",
+        "3.2e-04",
+        "12.5",
+        "50.0",
+        "6.2",
+        "0.750",
+        "12.2",
+        "1234",
+        "8.0",
+        "0:03:30",
+        "left",
+    ]
     for title, value in zip(titles.split(), line.split(), strict=False):
         assert titles.index(title) + len(title) == line.index(value) + len(value)
     assert len(titles) <= 80
@@ -88,8 +112,17 @@ def test_dpo_shows_held_out_pairs_where_they_were_measured() -> None:
     console.phase("dpo", 100)
     legend = len(stream.getvalue())
     for step in range(101):
-        row = {"phase": "dpo", "step": step, "loss": 0.5, "dpo/margin": 0.25, "dpo/accuracy": 0.75, "dpo/chosen": -1.5,
-               "dpo/rejected": -4.0, "grad_norm": 2.0, "time/step": 0.5}  # fmt: skip
+        row = {
+            "phase": "dpo",
+            "step": step,
+            "loss": 0.5,
+            "dpo/margin": 0.25,
+            "dpo/accuracy": 0.75,
+            "dpo/chosen": -1.5,
+            "dpo/rejected": -4.0,
+            "grad_norm": 2.0,
+            "time/step": 0.5,
+        }
         console.step(row | ({"dpo/eval_margin": 0.125, "dpo/eval_accuracy": 0.625} if step == 33 else {}))
     titles, *lines = stream.getvalue()[legend:].splitlines()
     lines = [line for line in lines if "loss" not in line]

@@ -113,12 +113,24 @@ def test_table_has_equal_columns_and_the_numbers(write_learning_run) -> None:
     lines = markdown_table([report], ["FAIL"]).splitlines()
     assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    assert cells[1:] == ["7", "0.250", "0.062", "+0.050", "0.375", "0.500", "+0.125", "0.250 to 0.625", "0.150",
-                         "0.750", "9.0 (4.0 + 5.0)", "FAIL"]  # fmt: skip
+    assert cells[1:] == [
+        "7",
+        "0.250",
+        "0.062",
+        "+0.050",
+        "0.375",
+        "0.500",
+        "+0.125",
+        "0.250 to 0.625",
+        "0.150",
+        "0.750",
+        "9.0 (4.0 + 5.0)",
+        "FAIL",
+    ]
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/check_learning.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "gspo_megatron.cli", "check-learning", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=60)
 
 

@@ -27,13 +27,31 @@ def run_rows(steps: int = 30) -> list[dict]:
     warm[19] |= {"eval/accuracy": 0.25}
     rl = [{"phase": "rl", "step": 0, "eval/accuracy": 0.25, "eval/num": 64, "eval/response_length": 9.0}]
     for step in range(1, steps + 1):
-        rl.append({
-            "phase": "rl", "step": step, "reward/mean": 0.25 + 0.01 * step, "ratio/mean": 1.0, "ratio/std": 5e-4,
-            "ratio/min": 0.99, "ratio/max": 1.02, "clip/seq_low": 0.1, "clip/seq_high": 0.05, "clip/token": 0.2,
-            "response/length": 10.0, "response/length_max": 20.0, "response/truncated": 0.03, "time/rollout": 4.0,
-            "time/reward": 0.5, "time/old_logprobs": 1.0, "time/update": 3.0, "time/other": 0.25,
-            "route/load_imbalance": 1.5, "route/load_imbalance_max": 2.0, "route/dead_experts": 1.0,
-        })  # fmt: skip
+        rl.append(
+            {
+                "phase": "rl",
+                "step": step,
+                "reward/mean": 0.25 + 0.01 * step,
+                "ratio/mean": 1.0,
+                "ratio/std": 5e-4,
+                "ratio/min": 0.99,
+                "ratio/max": 1.02,
+                "clip/seq_low": 0.1,
+                "clip/seq_high": 0.05,
+                "clip/token": 0.2,
+                "response/length": 10.0,
+                "response/length_max": 20.0,
+                "response/truncated": 0.03,
+                "time/rollout": 4.0,
+                "time/reward": 0.5,
+                "time/old_logprobs": 1.0,
+                "time/update": 3.0,
+                "time/other": 0.25,
+                "route/load_imbalance": 1.5,
+                "route/load_imbalance_max": 2.0,
+                "route/dead_experts": 1.0,
+            }
+        )
     rl[-1] |= {"eval/accuracy": 0.5, "eval/num": 64}
     return warm + rl
 
@@ -46,8 +64,16 @@ def record_of(rows: list[dict], config: dict | None = None) -> RunRecord:
 def dpo_rows(steps: int = 20) -> list[dict]:
     rows: list[dict] = [{"phase": "dpo", "step": 0, "dpo/eval_margin": 0.0, "dpo/eval_accuracy": 0.5}]
     for step in range(1, steps + 1):
-        rows.append({"phase": "dpo", "step": step, "dpo/margin": 0.1 * step, "dpo/accuracy": 0.5 + 0.02 * step,
-                     "dpo/chosen": -0.5 * step, "dpo/rejected": -1.5 * step})  # fmt: skip
+        rows.append(
+            {
+                "phase": "dpo",
+                "step": step,
+                "dpo/margin": 0.1 * step,
+                "dpo/accuracy": 0.5 + 0.02 * step,
+                "dpo/chosen": -0.5 * step,
+                "dpo/rejected": -1.5 * step,
+            }
+        )
     rows[-1] |= {"dpo/eval_margin": 1.5, "dpo/eval_accuracy": 0.875}
     return rows
 
@@ -205,7 +231,7 @@ def test_title_tells_the_run() -> None:
 
 def test_tool_redraws_and_reports_bad_input(write_run, tmp_path: Path) -> None:
     def run_tool(folder: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "tools/plot_run.py", str(folder)]
+        command = [sys.executable, "-m", "gspo_megatron.cli", "plot", str(folder)]
         environment = {"PYTHONPATH": "."}
         return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
 

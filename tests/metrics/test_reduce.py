@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gspo_megatron.batch import SequenceStats, SequenceTable, UpdateResult
 from gspo_megatron.metrics.reduce import gather_rows, update_metrics
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LN2, LN3 = math.log(2), math.log(3)
 # num_tokens, sum d, sum d^2, sum k3, max |d|, sum entropy, ref KL, mismatch, clipped low, clipped high

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from gspo_megatron.errors import LostRankError
 from gspo_megatron.ops import collectives, library
 from gspo_megatron.ops.sequence_ratio import sequence_partials
-from tests.distributed import forks, spawn
+from tools.validation.ranks import forks, spawn
 
 WAYS = ("C++", "torch.distributed") if library.load_collectives()[0] else ("torch.distributed",)
 LARGEST = 4  # the table's column that is a maximum
@@ -51,9 +51,12 @@ def reduce_on(rank: int, world_size: int) -> dict:
         late = pending.wait()
         assert late is pending.wait()
         out[way] = {
-            "at once": at_once, "late": late, "empty": empty, "strided": strided,
+            "at once": at_once,
+            "late": late,
+            "empty": empty,
+            "strided": strided,
             "nan": collectives.reduce_tables(broken, dist.group.WORLD, LARGEST).wait(),
-        }  # fmt: skip
+        }
     return out
 
 

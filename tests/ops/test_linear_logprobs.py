@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from gspo_megatron.ops import linear_logprobs as op
 from gspo_megatron.ops.linear_logprobs import linear_logprobs
-from tests.distributed import spawn
 from tests.ops.test_vocab_logprobs import Count
+from tools.validation.ranks import spawn
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 20, 6, 36, 0.7
 
@@ -72,10 +72,15 @@ def test_two_tokens_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    tokens=st.integers(0, 20), hidden_size=st.integers(1, 9), vocab=st.integers(1, 40), chunk=st.integers(1, 25),
-    block=st.integers(1, 45), temperature=st.sampled_from([0.5, 1.0, 1.7]), entropy=st.booleans(),
+    tokens=st.integers(0, 20),
+    hidden_size=st.integers(1, 9),
+    vocab=st.integers(1, 40),
+    chunk=st.integers(1, 25),
+    block=st.integers(1, 45),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    entropy=st.booleans(),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_any_shape_against_full_logits(tokens, hidden_size, vocab, chunk, block, temperature, entropy, seed):
     *inputs, by_entropy = batch(tokens, hidden_size, vocab, seed=seed)
     inputs.append(by_entropy if entropy else None)
@@ -198,9 +203,9 @@ def in_regions(rank, world_size):
     from megatron.core import tensor_parallel
 
     from gspo_megatron.backend.parallel import topology
-    from gspo_megatron.config import ParallelConfig
+    from gspo_megatron.config import Layout
 
-    cut = topology.start(ParallelConfig(world_size, 1, None, 1, 1), seed=1)
+    cut = topology.start(Layout(world_size, 1, None, 1, 1), seed=1)
     hidden, weight, targets, by_logprobs, by_entropy = batch()
     regions = {
         "sequence": (tensor_parallel.gather_from_sequence_parallel_region, hidden.chunk(world_size)[rank]),

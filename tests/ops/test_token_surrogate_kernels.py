@@ -46,9 +46,13 @@ def assert_cpp_equals_formulas(case, advantages, dual):
 
 
 @given(
-    LENGTHS, st.integers(0, 99), st.sampled_from([0.01, 1.0, 30.0, 300.0]), st.sampled_from([0, 5]),
-    st.sampled_from(FLOATS), st.sampled_from([INF, 1.2]),
-)  # fmt: skip
+    LENGTHS,
+    st.integers(0, 99),
+    st.sampled_from([0.01, 1.0, 30.0, 300.0]),
+    st.sampled_from([0, 5]),
+    st.sampled_from(FLOATS),
+    st.sampled_from([INF, 1.2]),
+)
 @settings(max_examples=60, deadline=None)
 def test_cpp_equals_the_reference(lengths, seed, spread, padding, dtype, dual):
     """Ragged shapes, masks with gaps, log-ratios up to several hundred, tokens of no sequence before and after."""
@@ -119,9 +123,13 @@ def test_every_instruction_set_equals_the_reference(name):
     code = "from tests.ops.test_token_surrogate_kernels import check_instruction_set; check_instruction_set()"
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"GSPO_MEGATRON_ISA": name}, cwd=root, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=os.environ | {"GSPO_MEGATRON_ISA": name},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     widest = OPS.instruction_set() if "GSPO_MEGATRON_ISA" not in os.environ else name
     order = ["generic", "avx2", "avx512"]

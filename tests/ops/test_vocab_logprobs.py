@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 TOKENS, VOCAB, TEMPERATURE = 24, 32, 0.7
 COLLECTIVES = ["all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "reduce_scatter_tensor", "all_to_all"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import LIMIT, PRELUDE, PYTHON, TORCHRUN, gone, launched, wait_until
+from tools.validation.launching import LIMIT, PRELUDE, PYTHON, TORCHRUN, gone, launched, wait_until
 
 BLOCKED = """
 with process.guard():

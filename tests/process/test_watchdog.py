@@ -11,7 +11,7 @@ import pytest
 
 from gspo_megatron.process import progress
 from gspo_megatron.process.watchdog import position, waits_in
-from tests.launching import PRELUDE, ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.launching import PRELUDE, ROOT, TORCHRUN, gone, launched, wait_until
 
 SETTINGS = """
 from gspo_megatron.process import progress
@@ -95,10 +95,23 @@ def test_waiting_that_gets_on_is_no_hang(tmp_path):
 def test_sigstop_in_training(tmp_path):
     """One of four ranks of the example is stopped in the middle of RL."""
     command = [
-        *TORCHRUN, "--nproc-per-node", "4", str(ROOT / "examples/train_moe_gspo.sh"), "--steps", "100000",
-        "--warm-start.steps", "0", "--data.num-eval-prompts", "8", "--rollout.num-prompts", "8",
-        "--faults.heartbeat-timeout", "5", "--output-dir", "runs",
-    ]  # fmt: skip
+        *TORCHRUN,
+        "--nproc-per-node",
+        "4",
+        str(ROOT / "examples/train_moe_gspo.sh"),
+        "--steps",
+        "100000",
+        "--warm-start.steps",
+        "0",
+        "--data.num-eval-prompts",
+        "8",
+        "--rollout.num-prompts",
+        "8",
+        "--faults.heartbeat-timeout",
+        "5",
+        "--output-dir",
+        "runs",
+    ]
     with launched(command, tmp_path, CUDA_VISIBLE_DEVICES="") as launch:
         assert wait_until(lambda: launch.stdout.count("left") >= 3 or launch.process.poll() is not None, 120)
         ranks = {int(p.environ()["RANK"]): p.pid for p in psutil.Process(launch.process.pid).children()}

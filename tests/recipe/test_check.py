@@ -10,6 +10,7 @@ import pytest
 from gspo_megatron.config import ParallelConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check, lint
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 
 TINY = json.loads((REPOSITORY / "examples/models/qwen3_moe_tiny/config.json").read_text())
@@ -21,15 +22,18 @@ def configured(*argv: str) -> TrainConfig:
 
 def sizes(layout: ParallelConfig) -> tuple:
     return (
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
-        layout.virtual_pipeline_model_parallel_size, layout.context_parallel_size,
-    )  # fmt: skip
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
+        layout.context_parallel_size,
+    )
 
 
 def refusal(world_size: int, *argv: str) -> str:
     with pytest.raises(ConfigError) as error:
         config = configured(*argv)
-        check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+        check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
     return str(error.value)
 
 
@@ -45,7 +49,7 @@ def model_file(folder, **changes) -> str:
     [(1, (1, 1, 1)), (2, (1, 2, 1)), (3, (1, 1, 1)), (4, (2, 2, 2)), (8, (2, 2, 2)), (16, (1, 1, 1))],
 )
 def test_defaults_by_world_size(world_size, expected, has_cuda):
-    assert sizes(check.resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None, 1)
+    assert sizes(resolve_layout(TrainConfig(), world_size, has_cuda)) == (*expected, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,41 +65,72 @@ def test_defaults_by_world_size(world_size, expected, has_cuda):
 )
 def test_one_given_size_sets_the_others_to_1(given, expected):
     config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(**given))
-    assert sizes(check.resolve_layout(config, 4, has_cuda=False)) == expected
+    assert sizes(resolve_layout(config, 4, has_cuda=False)) == expected
 
 
 def test_other_fields_of_the_layout_are_kept():
     config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(use_distributed_optimizer=True))
-    assert check.resolve_layout(config, 2, has_cuda=False).use_distributed_optimizer
+    assert resolve_layout(config, 2, has_cuda=False).use_distributed_optimizer
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_the_example_recipe_passes_at_its_world_sizes(world_size):
     config = configured(str(REPOSITORY / "examples/recipes/moe_gspo.yaml"))
-    check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+    check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
 
 
 @pytest.mark.parametrize(
     ("world_size", "argv", "parts"),
     [
-        (4, ["--parallel.tensor-model-parallel-size", "2", "--parallel.pipeline-model-parallel-size", "3"],
-         ["tensor 2 x pipeline 3 = 6 does not divide 4 ranks", "multiple of 6"]),
-        (4, ["--parallel.expert-model-parallel-size", "4", "--parallel.pipeline-model-parallel-size", "2"],
-         ["expert 4 x expert tensor 1 x pipeline 2 = 8 does not divide 4 ranks"]),
+        (
+            4,
+            ["--parallel.tensor-model-parallel-size", "2", "--parallel.pipeline-model-parallel-size", "3"],
+            ["tensor 2 x pipeline 3 = 6 does not divide 4 ranks", "multiple of 6"],
+        ),
+        (
+            4,
+            ["--parallel.expert-model-parallel-size", "4", "--parallel.pipeline-model-parallel-size", "2"],
+            ["expert 4 x expert tensor 1 x pipeline 2 = 8 does not divide 4 ranks"],
+        ),
         (2, ["--parallel.expert-tensor-parallel-size", "4"], ["expert 1 x expert tensor 4 x pipeline 1 = 4"]),
         (3, ["--parallel.pipeline-model-parallel-size", "3"], ["num_hidden_layers 4", "3 pipeline stages", "1, 2, 4"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.virtual-pipeline-model-parallel-size", "3"],
-         ["num_hidden_layers 4", "2 pipeline stages x 3 virtual stages"]),
-        (2, ["--parallel.virtual-pipeline-model-parallel-size", "2"],
-         ["parallel.virtual_pipeline_model_parallel_size = 2", "pipeline of 2 or more"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-first-pipeline-stage", "4"],
-         ["parallel.num_layers_in_first_pipeline_stage = 4: of the model's 4 layers 0 are left for 1 other stages"]),
-        (4, ["--parallel.pipeline-model-parallel-size", "4", "--parallel.num-layers-in-last-pipeline-stage", "2"],
-         ["parallel.num_layers_in_last_pipeline_stage = 2: of the model's 4 layers 2 are left for 3 other stages"]),
-        (2, ["--parallel.expert-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2"],
-         ["is for a pipeline of 2 or more stages without virtual ones, and there are 1 x 1"]),
-        (2, ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2",
-             "--parallel.virtual-pipeline-model-parallel-size", "2"], ["and there are 2 x 2"]),
+        (
+            2,
+            ["--parallel.pipeline-model-parallel-size", "2", "--parallel.virtual-pipeline-model-parallel-size", "3"],
+            ["num_hidden_layers 4", "2 pipeline stages x 3 virtual stages"],
+        ),
+        (
+            2,
+            ["--parallel.virtual-pipeline-model-parallel-size", "2"],
+            ["parallel.virtual_pipeline_model_parallel_size = 2", "pipeline of 2 or more"],
+        ),
+        (
+            2,
+            ["--parallel.pipeline-model-parallel-size", "2", "--parallel.num-layers-in-first-pipeline-stage", "4"],
+            ["parallel.num_layers_in_first_pipeline_stage = 4: of the model's 4 layers 0 are left for 1 other stages"],
+        ),
+        (
+            4,
+            ["--parallel.pipeline-model-parallel-size", "4", "--parallel.num-layers-in-last-pipeline-stage", "2"],
+            ["parallel.num_layers_in_last_pipeline_stage = 2: of the model's 4 layers 2 are left for 3 other stages"],
+        ),
+        (
+            2,
+            ["--parallel.expert-model-parallel-size", "2", "--parallel.num-layers-in-last-pipeline-stage", "2"],
+            ["is for a pipeline of 2 or more stages without virtual ones, and there are 1 x 1"],
+        ),
+        (
+            2,
+            [
+                "--parallel.pipeline-model-parallel-size",
+                "2",
+                "--parallel.num-layers-in-last-pipeline-stage",
+                "2",
+                "--parallel.virtual-pipeline-model-parallel-size",
+                "2",
+            ],
+            ["and there are 2 x 2"],
+        ),
         (3, ["--parallel.expert-model-parallel-size", "3", "--rollout.num-prompts", "3"], ["num_experts 8", "size 3"]),
         (8, ["--parallel.tensor-model-parallel-size", "8"], ["num_attention_heads 4", "tensor parallel size 8"]),
         (4, ["--parallel.tensor-model-parallel-size", "4"], ["num_key_value_heads 2", "tensor parallel size 4"]),
@@ -104,24 +139,51 @@ def test_the_example_recipe_passes_at_its_world_sizes(world_size):
         (16, ["--rollout.group-size", "3"], ["algorithm.num_minibatches = 4", "are 6 on each of 16"]),
         (1, ["--algorithm.num-minibatches", "7"], ["algorithm.num_minibatches = 7", "32 prompts x 8 responses"]),
         (16, ["--warm-start.batch-size", "100"], ["warm_start.batch_size = 100", "16 data-parallel ranks"]),
-        (1, ["--rollout.max-response-length", "200"],
-         ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"]),
-        (4, ["--parallel.context-parallel-size", "3"],
-         ["parallel.context_parallel_size = 3", "tensor 1 x context 3 x pipeline 1 = 3 does not divide 4 ranks"]),
+        (
+            1,
+            ["--rollout.max-response-length", "200"],
+            ["data.max_prompt_length 96 + rollout.max_response_length 200 = 296", "max_position_embeddings 256"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "3"],
+            ["parallel.context_parallel_size = 3", "tensor 1 x context 3 x pipeline 1 = 3 does not divide 4 ranks"],
+        ),
         (4, ["--parallel.context-parallel-size", "0"], ["parallel.context_parallel_size = 0", "at least 1"]),
-        (4, ["--parallel.context-parallel-size", "2", "--parallel.expert-model-parallel-size", "8"],
-         ["expert 8 x expert tensor 1 x pipeline 1 = 8 does not divide 4 ranks"]),
-        (4, ["--parallel.context-parallel-size", "2", "--rollout.num-prompts", "6"],
-         ["rollout.num_prompts = 6", "2 data-parallel ranks (ranks / tensor / context / pipeline) x context 2",
-          "multiple of 4"]),
-        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "29",
-             "--max-tokens-per-microbatch", "127"],
-         ["= 125, 128 with padding to a multiple of 8 (twice parallel.context_parallel_size)", "Give 128 or more"]),
-        (4, ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "161"],
-         ["= 257, 264 with padding", "exceeds the model's max_position_embeddings 256"]),
+        (
+            4,
+            ["--parallel.context-parallel-size", "2", "--parallel.expert-model-parallel-size", "8"],
+            ["expert 8 x expert tensor 1 x pipeline 1 = 8 does not divide 4 ranks"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "2", "--rollout.num-prompts", "6"],
+            [
+                "rollout.num_prompts = 6",
+                "2 data-parallel ranks (ranks / tensor / context / pipeline) x context 2",
+                "multiple of 4",
+            ],
+        ),
+        (
+            4,
+            [
+                "--parallel.context-parallel-size",
+                "4",
+                "--rollout.max-response-length",
+                "29",
+                "--max-tokens-per-microbatch",
+                "127",
+            ],
+            ["= 125, 128 with padding to a multiple of 8 (twice parallel.context_parallel_size)", "Give 128 or more"],
+        ),
+        (
+            4,
+            ["--parallel.context-parallel-size", "4", "--rollout.max-response-length", "161"],
+            ["= 257, 264 with padding", "exceeds the model's max_position_embeddings 256"],
+        ),
         (1, ["--max-tokens-per-microbatch", "100"], ["max_tokens_per_microbatch = 100", "96 + ", "= 128", "Give 128"]),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(world_size, argv, parts):
     message = refusal(world_size, *argv)
     for part in parts:
@@ -130,14 +192,22 @@ def test_what_cannot_work_is_refused(world_size, argv, parts):
 
 def test_context_parallel_ranks_train_on_the_same_sequences():
     """4 prompts suffice for 4 replicas in generation, and a warm-start batch of 2 for the 2 of training."""
-    config = configured("--parallel.context-parallel-size", "2", "--rollout.num-prompts", "4",
-                        "--warm-start.batch-size", "2", "--parallel.expert-model-parallel-size", "4")  # fmt: skip
-    check.check(config, check.resolve_layout(config, 4, has_cuda=False), 4)
+    config = configured(
+        "--parallel.context-parallel-size",
+        "2",
+        "--rollout.num-prompts",
+        "4",
+        "--warm-start.batch-size",
+        "2",
+        "--parallel.expert-model-parallel-size",
+        "4",
+    )
+    check.check(config, resolve_layout(config, 4, has_cuda=False), 4)
 
 
 def test_a_warm_start_that_is_off_is_not_checked():
     config = configured("--warm-start.batch-size", "100", "--warm-start.steps", "0")
-    check.check(config, check.resolve_layout(config, 16, has_cuda=False), 16)
+    check.check(config, resolve_layout(config, 16, has_cuda=False), 16)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +270,27 @@ def test_experts_of_a_dense_model_cannot_be_cut(tmp_path):
 def test_experts_with_biases_cannot_be_cut(tmp_path):
     path = model_file(tmp_path, model_type="gpt_oss", attention_bias=True, sliding_window=32)
     assert "parallel.expert_tensor_parallel_size = 2: experts of gpt_oss have biases" in refusal(
-        2, "--model.hf-config", path, "--parallel.expert-tensor-parallel-size", "2",
-        "--parallel.tensor-model-parallel-size", "2"
-    )  # fmt: skip
+        2,
+        "--model.hf-config",
+        path,
+        "--parallel.expert-tensor-parallel-size",
+        "2",
+        "--parallel.tensor-model-parallel-size",
+        "2",
+    )
 
 
 def test_linear_attention_is_not_cut_over_tokens_nor_within_a_head(tmp_path):
-    path = model_file(tmp_path, model_type="qwen3_next", linear_num_key_heads=1, linear_num_value_heads=2,
-                      linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
-                      shared_expert_intermediate_size=16)  # fmt: skip
+    path = model_file(
+        tmp_path,
+        model_type="qwen3_next",
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_conv_kernel_dim=4,
+        shared_expert_intermediate_size=16,
+    )
     given = ("--model.hf-config", path)
     assert "parallel.context_parallel_size = 2: qwen3_next has linear attention" in refusal(
         2, *given, "--parallel.context-parallel-size", "2"
@@ -240,18 +322,18 @@ def test_a_penalty_in_the_reward_needs_old_log_probs_of_all_minibatches():
     assert "KL penalty in the reward" in refusal(1, *argv)
     for other in (["--algorithm.kl.place", "loss"], ["--algorithm.kl.coef", "0"]):
         config = configured(*argv, *other)
-        check.check(config, check.resolve_layout(config, 1, has_cuda=False), 1)
+        check.check(config, resolve_layout(config, 1, has_cuda=False), 1)
 
 
 def test_ppo_needs_no_groups():
     config = configured("--algorithm.name", "ppo", "--rollout.group-size", "1")
-    check.check(config, check.resolve_layout(config, 2, has_cuda=False), 2)
+    check.check(config, resolve_layout(config, 2, has_cuda=False), 2)
 
 
 def test_cuda_without_a_gpu():
     with pytest.raises(ConfigError, match="device = 'cuda': no GPU"):
-        check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
-    assert check.resolve_layout(configured("--device", "cuda"), 1, has_cuda=True)
+        resolve_layout(configured("--device", "cuda"), 1, has_cuda=False)
+    assert resolve_layout(configured("--device", "cuda"), 1, has_cuda=True)
 
 
 def test_warnings():
@@ -285,9 +367,10 @@ def test_refusing_imports_neither_torch_nor_megatron():
     code = (
         "import sys; from gspo_megatron import errors; from gspo_megatron.recipe import check\n"
         "from gspo_megatron.cli import convert, doctor, main, slurm, study, train, upcycle\n"
+        "from gspo_megatron.recipe.layout import resolve_layout\n"
         "from gspo_megatron.recipe.load import load_recipe\n"
         "c = load_recipe(['--data.max_prompt_length', '400'])\n"
-        "try: check.check(c, check.resolve_layout(c, 1, False), 1)\n"
+        "try: check.check(c, resolve_layout(c, 1, False), 1)\n"
         "except errors.ConfigError: pass\n"
         "else: raise SystemExit('not refused')\n"
         "sys.exit(str({'torch', 'megatron', 'transformers'} & set(sys.modules) or '') or 0)"

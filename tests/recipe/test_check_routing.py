@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig, RoutingConfig, TrainConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, RoutingConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check
 from tools.validation.round_trip import TINY
 
-ONE = ParallelConfig(1, 1, None, 1, 1, context_parallel_size=1)
+ONE = Layout(1, 1, None, 1, 1, context_parallel_size=1)
 R2 = RoutingConfig(replay="R2")
 
 

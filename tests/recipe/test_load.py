@@ -35,10 +35,14 @@ def test_without_arguments_the_defaults_hold():
 
 @pytest.mark.parametrize(
     ("name", "clip", "aggregation", "kl"),
-    [("gspo", (3e-4, 4e-4), "sequence_mean", 0.0), ("grpo", (0.2, 0.2), "sequence_mean", 0.04),
-     ("dr_grpo", (0.2, 0.2), "constant_length", 0.0), ("dapo", (0.2, 0.28), "token_mean", 0.0),
-     ("ppo", (0.2, 0.2), "token_mean", 0.01)],
-)  # fmt: skip
+    [
+        ("gspo", (3e-4, 4e-4), "sequence_mean", 0.0),
+        ("grpo", (0.2, 0.2), "sequence_mean", 0.04),
+        ("dr_grpo", (0.2, 0.2), "constant_length", 0.0),
+        ("dapo", (0.2, 0.28), "token_mean", 0.0),
+        ("ppo", (0.2, 0.2), "token_mean", 0.01),
+    ],
+)
 def test_what_a_recipe_leaves_out_is_the_algorithms_own(name, clip, aggregation, kl):
     """From the command line too, on a recipe that says gspo; a value that is given stays."""
     algorithm = load_recipe([str(EXAMPLE), "--algorithm.name", name]).algorithm
@@ -169,12 +173,15 @@ def test_a_saved_run_reads_back_equal(tmp_path):
     lr=st.floats(min_value=1e-30, max_value=1e30),
     name=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1),
     option=st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**53), 2**53)
+        | st.floats(allow_nan=False, allow_infinity=False)
         | st.text(st.characters(codec="utf-8", exclude_categories=["C"])),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
         max_leaves=5,
     ),
-)  # fmt: skip
+)
 def test_any_value_survives_a_file(tmp_path_factory, lr, name, option):
     path = tmp_path_factory.mktemp("saved") / "config.yaml"
     config = dataclasses.replace(

@@ -5,13 +5,13 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from gspo_megatron.data.packing import pack
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 GROUP, NEW = 3, 12
 STOPS = tuple(range(0, VOCAB, 10))
@@ -23,7 +23,7 @@ def prompts(count: int = 6) -> list[Prompt]:
     return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
-def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
+def generate(layout: Layout, params: SamplingParams) -> dict:
     policy = small_policy(layout)
     cut = policy.topology
     engine = MegatronEngine(policy)
@@ -42,8 +42,9 @@ def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
     sequences = [
         TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
-        for g in groups for c in g.completions
-    ]  # fmt: skip
+        for g in groups
+        for c in g.completions
+    ]
     count = cut.pp_size if cut.vp_size > 1 else 1
     batches = pack(sequences, 4096, cut.microbatch_multiple, count, sequence_multiple=cut.sequence_multiple)
     policy.fill_old_log_probs(batches)
@@ -53,9 +54,13 @@ def generate(layout: ParallelConfig, params: SamplingParams) -> dict:
         errors.append(float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
     return {
         "answers": [[(c.token_ids, c.truncated) for c in group] for group in answers],
-        "replica": place, "joined": [g.prompt.uid for g in groups], "dp_rank": cut.dp_rank, "errors": errors,
-        "rows": rows, "last": cut.is_last_stage,
-    }  # fmt: skip
+        "replica": place,
+        "joined": [g.prompt.uid for g in groups],
+        "dp_rank": cut.dp_rank,
+        "errors": errors,
+        "rows": rows,
+        "last": cut.is_last_stage,
+    }
 
 
 SAMPLED = SamplingParams(NEW, STOPS, temperature=1.0, top_k=100, top_p=0.95)
@@ -105,10 +110,10 @@ def test_rollout_log_probs_are_the_training_engine_s(reference):
 
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
-    "TP2xDP2-EP4": ParallelConfig(2, 1, None, 4, 1),
-    "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2),
-    "CP2xPP2": ParallelConfig(1, 2, None, 1, 1, context_parallel_size=2),
+    "PP2xVP2xDP2": Layout(1, 2, 2, 1, 1),
+    "TP2xDP2-EP4": Layout(2, 1, None, 4, 1),
+    "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2),
+    "CP2xPP2": Layout(1, 2, None, 1, 1, context_parallel_size=2),
 }
 
 

@@ -7,25 +7,25 @@ import torch.distributed as dist
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.batch import RolloutGroup, TrainSequence
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig, RoutingConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, RoutingConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
-from tests.distributed import spawn
 from tests.rollout.test_megatron_engine import GROUP, NEW, STOPS, prompts
+from tools.validation.ranks import spawn
 
 LAYERS = 4
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "PP2xVP2xDP2": ParallelConfig(1, 2, 2, 1, 1),
-    "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2),
+    "PP2xVP2xDP2": Layout(1, 2, 2, 1, 1),
+    "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2),
 }
 
 
-def replayed(layout: ParallelConfig) -> dict:
+def replayed(layout: Layout) -> dict:
     """Generate, train one step along the rollout's routes, and try it with routes that are shifted by one token."""
     policy = small_policy(layout, model=ModelConfig(recompute=True), routing=RoutingConfig(replay="R3"))
     cut = policy.topology
@@ -43,8 +43,14 @@ def replayed(layout: ParallelConfig) -> dict:
         for group in groups:
             for c in group.completions:
                 routes = type(c.routes)(c.routes.layers, c.routes.experts.roll(shift, 1))
-                sequences.append(TrainSequence(group.prompt.token_ids + c.token_ids, len(group.prompt.token_ids),
-                                               rollout_logprobs=c.logprobs, routes=routes))  # fmt: skip
+                sequences.append(
+                    TrainSequence(
+                        group.prompt.token_ids + c.token_ids,
+                        len(group.prompt.token_ids),
+                        rollout_logprobs=c.logprobs,
+                        routes=routes,
+                    )
+                )
         count = cut.pp_size if cut.vp_size > 1 else 1
         return pack(sequences, 4096, cut.microbatch_multiple, count, sequence_multiple=cut.sequence_multiple)
 
@@ -62,11 +68,14 @@ def replayed(layout: ParallelConfig) -> dict:
     except TrainingError as error:
         refused = str(error)
     recorded = {
-        (group.prompt.uid, number, layer): (c.routes.experts[index].sort(1).values.tolist(),
-                                            len(group.prompt.token_ids) + len(c.token_ids))
-        for group in groups for number, c in enumerate(group.completions)
+        (group.prompt.uid, number, layer): (
+            c.routes.experts[index].sort(1).values.tolist(),
+            len(group.prompt.token_ids) + len(c.token_ids),
+        )
+        for group in groups
+        for number, c in enumerate(group.completions)
         for index, layer in enumerate(c.routes.layers)
-    }  # fmt: skip
+    }
     ratio = result.stats.table.column("sum_log_ratio").abs().max().item()
     return {"recorded": recorded, "errors": errors, "ratio": ratio, "refused": refused}
 
@@ -82,7 +91,7 @@ def single() -> dict:
 
 @pytest.fixture(scope="module")
 def layouts() -> list[dict]:
-    return spawn(in_layouts, 4, LAYOUTS, replayed, timeout=200)
+    return spawn(in_layouts, 4, LAYOUTS, replayed, timeout=280)
 
 
 def test_every_token_that_was_fed_has_its_routes(single):

@@ -72,8 +72,14 @@ def test_spread_by_hand():
     empty = torch.zeros(1, 3, dtype=torch.float64)
     sums, squares = torch.cat([by_sequence.sum(1), empty]), torch.cat([by_sequence.square().sum(1), empty])
     found = spread(torch.tensor([2.0, 2, 0], dtype=torch.float64), sums, squares)
-    assert found == pytest.approx({
-        "ratio_parts/token_total": 5.0, "ratio_parts/token_weights": 4.0, "ratio_parts/token_routes": 1.0,
-        "ratio_parts/sequence_total": 4.0, "ratio_parts/sequence_weights": 4.0, "ratio_parts/sequence_routes": 0.0,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "ratio_parts/token_total": 5.0,
+            "ratio_parts/token_weights": 4.0,
+            "ratio_parts/token_routes": 1.0,
+            "ratio_parts/sequence_total": 4.0,
+            "ratio_parts/sequence_weights": 4.0,
+            "ratio_parts/sequence_routes": 0.0,
+        }
+    )
     assert spread(torch.zeros(1), empty, empty) == {} and math.isfinite(found["ratio_parts/token_total"])

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.launching import wait_until
+from tools.validation.launching import wait_until
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("node1", "node2")
@@ -81,15 +81,22 @@ class Cluster:
         self.folder = folder
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RANK", "WORLD_SIZE"))}
         # Both nodes are this machine, whose own name does not lead to the loopback interface.
-        self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path(), "MASTER_ADDR": "127.0.0.1",
-                     "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        self.env |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": _path(),
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
         controller, port1, port2 = _free_ports(3)
         host = socket.gethostname().split(".")[0]
-        text = CONF.format(folder=self.folder, host=host, user=getpass.getuser(), controller=controller, port1=port1,
-                           port2=port2)  # fmt: skip
+        text = CONF.format(
+            folder=self.folder, host=host, user=getpass.getuser(), controller=controller, port1=port1, port2=port2
+        )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "state").mkdir()
         for node in NODES:

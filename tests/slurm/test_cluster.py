@@ -17,8 +17,8 @@ import pytest
 
 from gspo_megatron.cli import main
 from gspo_megatron.metrics.tracker import read_metrics
-from tests.launching import ROOT, wait_until
 from tests.slurm.cluster import STOPPED, Cluster, cluster, missing
+from tools.validation.launching import ROOT, wait_until
 
 STEPS = 40  # long enough for Slurm, which looks at time limits every 30 s
 LIMIT = 120  # seconds for what takes 10 to 40 on an idle machine
@@ -61,8 +61,26 @@ def submit(slurm: Cluster, folder: Path) -> str:
     """Write a script as users do, and submit it. `grace`: seconds. Returns the job's number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main.main(["slurm", str(ROOT / "examples/recipes/moe_gspo.yaml"), "--nodes", "2", "--ranks-per-node",
-                         "2", "--max-restarts", "1", "--time", "01:00:00", "--grace", "75", *SIZES]) == 0  # fmt: skip
+        assert (
+            main.main(
+                [
+                    "slurm",
+                    str(ROOT / "examples/recipes/moe_gspo.yaml"),
+                    "--nodes",
+                    "2",
+                    "--ranks-per-node",
+                    "2",
+                    "--max-restarts",
+                    "1",
+                    "--time",
+                    "01:00:00",
+                    "--grace",
+                    "75",
+                    *SIZES,
+                ]
+            )
+            == 0
+        )
     return slurm.submit(folder / "moe_gspo.sbatch", cwd=folder)
 
 
@@ -86,8 +104,10 @@ def tensors(folder: Path) -> dict[str, str]:
 
 
 def record(folder: Path) -> list[tuple]:
-    return [tuple((k, v) for k, v in row.items() if not k.startswith(("time/", "perf/")))
-            for row in read_metrics(folder / "runs/moe_gspo")]  # fmt: skip
+    return [
+        tuple((k, v) for k, v in row.items() if not k.startswith(("time/", "perf/")))
+        for row in read_metrics(folder / "runs/moe_gspo")
+    ]
 
 
 def test_the_job_finishes_with_a_log_for_each_node(finished):

@@ -7,7 +7,8 @@ import pytest
 
 from gspo_megatron.cli import slurm
 from gspo_megatron.errors import ConfigError
-from tests.launching import ROOT
+from gspo_megatron.slurm.job import seconds
+from tools.validation.launching import ROOT
 
 RECIPE = str(ROOT / "examples/recipes/moe_gspo.yaml")
 
@@ -27,8 +28,12 @@ def test_the_example_is_what_the_command_writes(tmp_path, monkeypatch):
     target = tmp_path / "train.sbatch"
     logs = ROOT / "logs"
     were_there = logs.exists()
-    assert slurm.main(["examples/recipes/moe_gspo.yaml", "--nodes", "2", "--python", ".venv/bin/python",
-                       "--output", str(target)]) == 0  # fmt: skip
+    assert (
+        slurm.main(
+            ["examples/recipes/moe_gspo.yaml", "--nodes", "2", "--python", ".venv/bin/python", "--output", str(target)]
+        )
+        == 0
+    )
     if not were_there:
         logs.rmdir()
     assert target.read_text() == (ROOT / "examples/slurm/train.sbatch").read_text(), (
@@ -44,14 +49,44 @@ def test_bash_reads_the_examples(name):
 
 
 def test_a_script_asks_for_what_it_was_told(tmp_path, monkeypatch, capsys):
-    script = written(tmp_path, monkeypatch, "--ranks-per-node", "4", "--partition", "a100", "--time", "1-12:00:00",
-                     "--grace", "600", "--cpus-per-rank", "6", "--sbatch", "account=mine", "exclusive",
-                     "--max-restarts", "1", "--steps", "7", "--parallel.expert-model-parallel-size", "4")  # fmt: skip
+    script = written(
+        tmp_path,
+        monkeypatch,
+        "--ranks-per-node",
+        "4",
+        "--partition",
+        "a100",
+        "--time",
+        "1-12:00:00",
+        "--grace",
+        "600",
+        "--cpus-per-rank",
+        "6",
+        "--sbatch",
+        "account=mine",
+        "exclusive",
+        "--max-restarts",
+        "1",
+        "--steps",
+        "7",
+        "--parallel.expert-model-parallel-size",
+        "4",
+    )
     assert directives(script) == [
-        "--job-name=moe_gspo", "--partition=a100", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4",
-        "--cpus-per-task=24", "--account=mine", "--exclusive", "--time=1-12:00:00", "--requeue", "--signal=USR1@600",
-        "--open-mode=append", "--output=logs/%x-%j.log",
-    ]  # fmt: skip
+        "--job-name=moe_gspo",
+        "--partition=a100",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=4",
+        "--cpus-per-task=24",
+        "--account=mine",
+        "--exclusive",
+        "--time=1-12:00:00",
+        "--requeue",
+        "--signal=USR1@600",
+        "--open-mode=append",
+        "--output=logs/%x-%j.log",
+    ]
     assert "--nproc-per-node 4 " in script and "--max-restarts 1 " in script
     assert f"train {RECIPE} --steps 7 --parallel.expert-model-parallel-size 4\n" in script
     told = capsys.readouterr().out
@@ -104,20 +139,32 @@ def test_refused(tmp_path, monkeypatch, options, message):
 
 
 def test_tensor_parallelism_across_nodes_is_warned_about(tmp_path, monkeypatch, capsys):
-    written(tmp_path, monkeypatch, "--ranks-per-node", "2", "--parallel.tensor-model-parallel-size", "2",
-            "--parallel.context-parallel-size", "2")  # fmt: skip
+    written(
+        tmp_path,
+        monkeypatch,
+        "--ranks-per-node",
+        "2",
+        "--parallel.tensor-model-parallel-size",
+        "2",
+        "--parallel.context-parallel-size",
+        "2",
+    )
     assert "tensor and context parallelism over 4 ranks cross nodes of 2" in capsys.readouterr().err
 
 
 def test_seconds_of_a_limit():
     """[days-][hours:]minutes:seconds, as sbatch(1) says."""
-    found = [slurm.seconds(text) for text in ("10:30", "01:00:00", "1-02:03:04")]
+    found = [seconds(text) for text in ("10:30", "01:00:00", "1-02:03:04")]
     assert found == [10 * 60 + 30, 3600, 86400 + 2 * 3600 + 3 * 60 + 4]
 
 
 def test_convert_sbatch_says_how_it_is_used(tmp_path):
-    done = subprocess.run(["bash", ROOT / "examples/slurm/convert.sbatch", "only one"], capture_output=True, text=True,
-                          env={"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"})  # fmt: skip
+    done = subprocess.run(
+        ["bash", ROOT / "examples/slurm/convert.sbatch", "only one"],
+        capture_output=True,
+        text=True,
+        env={"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 2 and "SOURCE TARGET" in done.stderr
 
 

@@ -50,8 +50,12 @@ def test_the_same_content_is_not_packed_again(tmp_path):
     assert (tmp_path / archive.PACKED).read_bytes() == other
 
 
-DAMAGED = {"empty": b"", "pointer": b"version https://git-lfs", "cut": archive.pack(TWO)[:-40],
-           "no tar": lzma.compress(b"no tar")}  # fmt: skip
+DAMAGED = {
+    "empty": b"",
+    "pointer": b"version https://git-lfs",
+    "cut": archive.pack(TWO)[:-40],
+    "no tar": lzma.compress(b"no tar"),
+}
 
 
 @pytest.mark.parametrize("damaged", DAMAGED)
@@ -61,8 +65,9 @@ def test_a_damaged_file_is_named(tmp_path, damaged):
         archive.read(tmp_path)
 
 
-@pytest.mark.parametrize(("study", "runs", "write"), [("algorithms", 54, algorithms.write),
-                                                      ("routing-replay", 167, report.write)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("study", "runs", "write"), [("algorithms", 54, algorithms.write), ("routing-replay", 167, report.write)]
+)
 def test_the_committed_report_follows_from_the_committed_data(tmp_path, study, runs, write):
     """Word for word and number for number, from the packed file alone, which comes back as it was."""
     committed = (STUDIES / study / archive.PACKED).read_bytes()

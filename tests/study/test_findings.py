@@ -19,8 +19,10 @@ def run(arm: str, lr: float, seed: int, outcome: float, setting: str = "main", s
     """Starts at 0.5; evaluated at 0, 30, 40 and 50, of which the last two are the outcome."""
     spec = RunSpec(arm, setting, lr, seed)
     accuracies = {0: 0.5, 30: 0.9, 40: outcome - 0.02, 50: outcome + 0.02}
-    rows = [{"step": step, "eval/accuracy": value, "time/step": 1.0 + step / 100, "time/update": 0.5}
-            for step, value in accuracies.items()]  # fmt: skip
+    rows = [
+        {"step": step, "eval/accuracy": value, "time/step": 1.0 + step / 100, "time/update": 0.5}
+        for step, value in accuracies.items()
+    ]
     return RunResult(spec, {**asdict(spec), "status": status, "start": f"weights{seed}", "seconds": 60.0}, rows)
 
 
@@ -28,8 +30,11 @@ def study(noise: float = 1.0, grpo_noise: float = 0.3, **outcomes: float) -> lis
     """By arm, at the lower of two learning rates; at the higher one everything collapses. NOISE times `noise` is in
     gspo's seeds and times `grpo_noise` in grpo_R2's: it is in the differences."""
     spread = {"gspo": noise, "grpo_R2": grpo_noise}
-    runs = [run(arm, 2e-4, seed, outcome + spread.get(arm, 0.0) * NOISE[seed - 1])
-            for arm, outcome in outcomes.items() for seed in SEEDS]  # fmt: skip
+    runs = [
+        run(arm, 2e-4, seed, outcome + spread.get(arm, 0.0) * NOISE[seed - 1])
+        for arm, outcome in outcomes.items()
+        for seed in SEEDS
+    ]
     return runs + [run(arm, 1e-3, seed, 0.1) for arm in outcomes for seed in SEEDS]
 
 
@@ -41,8 +46,13 @@ NO_SUPPORT = "which does not support the claim that GSPO, unlike GRPO, can do wi
     ("outcomes", "words"),
     [
         (SAME, ["So replay mattered to neither here, " + NO_SUPPORT, "GRPO did as well without it there, too"]),
-        (SAME | {"grpo_noise": 8}, ["As far as was seen, replay mattered to neither here, " + NO_SUPPORT,
-                                    "that it does not help is not shown either"]),
+        (
+            SAME | {"grpo_noise": 8},
+            [
+                "As far as was seen, replay mattered to neither here, " + NO_SUPPORT,
+                "that it does not help is not shown either",
+            ],
+        ),
         (SAME | {"grpo_R2": 0.7}, ["did as well here", "Replay does help GRPO", "That supports the claim"]),
         (SAME | {"grpo": 0.7}, ["did as well here", "Replay harms GRPO there", "does not support the claim"]),
         (SAME | {"grpo": 0.1, "grpo_R2": 0.1}, ["both its arms collapsed in every seed", "As far as was seen"]),
@@ -51,7 +61,7 @@ NO_SUPPORT = "which does not support the claim that GSPO, unlike GRPO, can do wi
         (SAME | {"noise": 8}, ["Not shown: whether GSPO does as well", "the interval is wider than the margin"]),
         (SAME | {"gspo": 0.1}, ["nothing is shown about replay"]),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_the_rules(outcomes, words):
     """NOISE has mean 0 and the deviation sqrt(0.00025 / 4) = 0.0079, so with t of 0.95 at 4 degrees of freedom, 2.132
     (tables), the 90% interval is 2.132 * 0.0079 / sqrt(5) = 0.0075 to either side: inside the margin of 0.05 at a
@@ -64,8 +74,11 @@ def test_the_verdict_follows_the_rules(outcomes, words):
 def test_help_where_gspo_was_not_compared_is_no_support():
     """R2 helps GRPO in another setting, and GSPO is known to do without it in this one only. With GSPO's arms alike
     there, it is."""
-    helped = [run(arm, 3e-4, seed, outcome + 0.1 * NOISE[seed - 1] * (arm == "grpo"), "experts_32")
-              for arm, outcome in (("grpo", 0.4), ("grpo_R2", 0.6)) for seed in SEEDS]  # fmt: skip
+    helped = [
+        run(arm, 3e-4, seed, outcome + 0.1 * NOISE[seed - 1] * (arm == "grpo"), "experts_32")
+        for arm, outcome in (("grpo", 0.4), ("grpo_R2", 0.6))
+        for seed in SEEDS
+    ]
     verdict = find(study(**SAME) + helped).conclusion[0]
     assert "Replay does help GRPO" in verdict and "does not support the claim yet" in verdict
     alike = [run(arm, 3e-4, seed, 0.6, "experts_32") for arm in ("gspo", "gspo_R2") for seed in SEEDS]
@@ -92,8 +105,11 @@ def test_what_the_intervals_for_grpo_allow():
 def test_one_row_is_chosen_beforehand_and_the_others_share_their_looks():
     """At the deciding learning rate 95% is 95%; the two others have 97.5% each, t of 0.9875 at 4 degrees of freedom
     3.495 (tables). NOISE gives 0.0035355 a unit of t."""
-    middle = [run(arm, 4e-4, seed, (0.1 if seed == 1 else 0.6) + (NOISE[seed - 1] if arm == "gspo" else 0.0))
-              for arm in SAME for seed in SEEDS]  # fmt: skip
+    middle = [
+        run(arm, 4e-4, seed, (0.1 if seed == 1 else 0.6) + (NOISE[seed - 1] if arm == "gspo" else 0.0))
+        for arm in SAME
+        for seed in SEEDS
+    ]
     rows = find(study(**SAME) + middle).equivalence
     assert [(row.lr, row.decides) for row in rows] == [(2e-4, True), (4e-4, False), (1e-3, False)]
     assert rows[0].difference.high == pytest.approx(2.776445 * 0.0035355, rel=1e-4)
@@ -125,8 +141,11 @@ def test_the_outcome_is_of_the_end():
 def test_several_looks_need_more():
     """One setting in which R2 helps GRPO by chance: at 95% alone it would count, among five looks it does not."""
     helped = [(0.0, 0.02), (0.0, 0.05), (0.0, 0.08), (0.0, 0.03), (0.0, 0.1)]
-    one = [r for seed, (free, replayed) in zip(SEEDS, helped, strict=True)
-           for r in (run("grpo", 2e-4, seed, 0.6 + free), run("grpo_R2", 2e-4, seed, 0.6 + replayed))]  # fmt: skip
+    one = [
+        r
+        for seed, (free, replayed) in zip(SEEDS, helped, strict=True)
+        for r in (run("grpo", 2e-4, seed, 0.6 + free), run("grpo_R2", 2e-4, seed, 0.6 + replayed))
+    ]
     harder = [name for name in plan.SETTINGS if name != "main"]
     more = [run(arm, 4e-4, seed, 0.6, name) for name in harder for arm in ("grpo", "grpo_R2") for seed in SEEDS]
     assert [c.reading for c in find(one).assay] == ["more"]

@@ -16,7 +16,7 @@ from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks import isolation
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
-from tests.launching import ROOT, gone
+from tools.validation.launching import ROOT, gone
 
 SPELL = {"name": "spell_backward", "seed": 1, "size": 10}
 SPIRAL = {"name": "spiral_matrix", "seed": 1, "size": 10}  # its scorer is eval()
@@ -51,12 +51,15 @@ def test_every_task_that_runs_responses_as_code_can_be_trained_on(scorers):
             TaskMixture({name: TaskConfig()}, 1).score(item, item.answer)
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("exit()", "SystemExit"),
-    ("[c for c in iter(int, 1)]", "TimeoutError: no reward after 1 s (faults.reward_timeout)"),  # never ends
-    ("sum(range(10**12))", "TimeoutError: no reward after 1 s (faults.reward_timeout)"),  # never leaves C
-    ("__import__('os')._exit(3)", "the scorer ended its process (status 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("exit()", "SystemExit"),
+        ("[c for c in iter(int, 1)]", "TimeoutError: no reward after 1 s (faults.reward_timeout)"),  # never ends
+        ("sum(range(10**12))", "TimeoutError: no reward after 1 s (faults.reward_timeout)"),  # never leaves C
+        ("__import__('os')._exit(3)", "the scorer ended its process (status 3"),
+    ],
+)
 def test_what_ends_a_scorer_ends_neither_the_rank_nor_the_next_scorer(scorers, text, reason):
     started = time.monotonic()
     with pytest.raises(ScorerError) as caught:

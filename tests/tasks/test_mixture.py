@@ -55,11 +55,13 @@ def test_splits_are_disjoint_for_a_task_with_few_questions():
 
 def test_split_of_is_pinned():
     # Changing these moves training questions into the evaluation of runs that are resumed.
-    assert [split_of(str(i)) for i in range(6)] == [
-        "train", "warm_start", "train", "train", "train", "eval"]  # fmt: skip
+    assert [split_of(str(i)) for i in range(6)] == ["train", "warm_start", "train", "train", "train", "eval"]
     shares = Counter(split_of(f"question {i}") for i in range(4000))
     assert {split: round(count / 4000, 1) for split, count in shares.items()} == {
-        "train": 0.6, "warm_start": 0.2, "eval": 0.1}  # fmt: skip
+        "train": 0.6,
+        "warm_start": 0.2,
+        "eval": 0.1,
+    }
 
 
 def test_tasks_are_drawn_by_weight_and_the_order_of_the_recipe_does_not_matter():

@@ -14,6 +14,7 @@ from gspo_megatron.batch import TaskItem
 from gspo_megatron.config import PreferenceConfig, TaskConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check, lint
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 from gspo_megatron.tasks.mixture import TaskMixture, is_correct, split_of
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
@@ -86,11 +87,14 @@ def test_a_bad_line_is_named(tmp_path, mistake):
         ({"path": "."}, "algorithm.preference.path = '.': is a directory"),
         ({"path": "void.jsonl"}, "holds no pair"),
         ({"path": "ten.jsonl", "eval_path": "gone.jsonl"}, "algorithm.preference.eval_path = 'gone.jsonl': no such"),
-        ({"path": "ten.jsonl", "batch_size": 10}, "ten.jsonl leaves 9 pairs to train on after the last 1 are held out, "
-         "fewer than a batch. Give more pairs, or a batch_size of 9 or less"),
+        (
+            {"path": "ten.jsonl", "batch_size": 10},
+            "ten.jsonl leaves 9 pairs to train on after the last 1 are held out, "
+            "fewer than a batch. Give more pairs, or a batch_size of 9 or less",
+        ),
         ({"path": "ten.jsonl", "eval_path": "ten.jsonl", "batch_size": 11}, "leaves 10 pairs to train on, fewer"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_trained_on(tmp_path, monkeypatch, config, text):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, *numbered(10), name="ten.jsonl")
@@ -107,7 +111,7 @@ def dpo(path: Path, *argv: str):
 
 
 def check_in(config, world_size: int) -> None:
-    check.check(config, check.resolve_layout(config, world_size, has_cuda=False), world_size)
+    check.check(config, resolve_layout(config, world_size, has_cuda=False), world_size)
 
 
 def test_a_recipe_is_checked_with_its_pairs(tmp_path):
@@ -147,8 +151,9 @@ def test_the_example_recipe_passes_with_pairs(tmp_path):
 
 def test_warnings_about_what_dpo_does_not_use(tmp_path):
     path = written(tmp_path, *numbered(80))
-    found = lint.warnings(dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1",
-                               "--rollout.temperature", "0.5"))  # fmt: skip
+    found = lint.warnings(
+        dpo(path, "--algorithm.num-minibatches", "2", "--algorithm.kl.coef", "0.1", "--rollout.temperature", "0.5")
+    )
     assert len(found) == 2 and "algorithm.num_minibatches, algorithm.kl." in found[0]
     assert "rollout.temperature = 0.5 divides the logits" in found[1]
 

@@ -14,8 +14,8 @@ import torch
 from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
+    Layout,
     OptimizerConfig,
-    ParallelConfig,
     RolloutConfig,
     TaskConfig,
     TrainConfig,
@@ -26,18 +26,19 @@ from gspo_megatron.trainer.evaluation import evaluate
 from gspo_megatron.trainer.rl import reinforce
 from gspo_megatron.trainer.run import Run
 from gspo_megatron.trainer.sft import warm_start
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 NAMES = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "ppo")
 STEPS = 12
 CONFIG = TrainConfig(
-    steps=STEPS, eval_interval=STEPS, parallel=ParallelConfig(1, 2, None, 1, 1),
+    steps=STEPS,
+    eval_interval=STEPS,
     tasks={"spell_backward": TaskConfig(options={"min_word_len": 3, "max_word_len": 3})},
     data=DataConfig(max_prompt_length=64, num_eval_prompts=64, eval_samples=4),
     warm_start=WarmStartConfig(steps=200, batch_size=64, eval_interval=5, stop_accuracy=0.2),
     rollout=RolloutConfig(num_prompts=48, group_size=8, max_response_length=6),
     optimizer=OptimizerConfig(lr=2e-4, warmup_steps=4),
-)  # fmt: skip
+).resolved(Layout(1, 2, None, 1, 1))
 
 
 class Rows:

@@ -18,7 +18,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, TaskItem, TrainSequence
-from gspo_megatron.config import AlgorithmConfig, FaultsConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, FaultsConfig, Layout
 from gspo_megatron.config.algorithm import ALGORITHMS, GROUP_NORMALISED
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.validate import check_batch
@@ -27,9 +27,9 @@ from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.rollout.scoring import score
 from gspo_megatron.trainer import sanity_checks
 from tests.backend.small import VOCAB, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
-LAYOUTS = {"DP2": ParallelConfig(1, 1, None, 1, 1), "PP2": ParallelConfig(1, 2, None, 1, 1)}
+LAYOUTS = {"DP2": Layout(1, 1, None, 1, 1), "PP2": Layout(1, 2, None, 1, 1)}
 NAN, INF = math.nan, math.inf
 PROMPT, LENGTHS = 3, (9, 5, 12, 7)  # of this replica's sequences, prompt included
 BAD_PLACE = 17  # the first trained token of the third sequence, which begins at 14
@@ -39,11 +39,13 @@ def sequences(dp_rank: int) -> list[TrainSequence]:
     generator = torch.Generator().manual_seed(dp_rank)
     return [
         TrainSequence(
-            torch.randint(0, VOCAB, (length,), generator=generator).tolist(), PROMPT,
-            advantage=float((-1) ** i), rollout_logprobs=[-1.0] * (length - PROMPT),
+            torch.randint(0, VOCAB, (length,), generator=generator).tolist(),
+            PROMPT,
+            advantage=float((-1) ** i),
+            rollout_logprobs=[-1.0] * (length - PROMPT),
         )
         for i, length in enumerate(LENGTHS)
-    ]  # fmt: skip
+    ]
 
 
 def replace_item(name: str, index: int, value: float) -> Callable[[PackedBatch], None]:
@@ -157,8 +159,9 @@ def malformed(policy: Policy, mine: list[TrainSequence], change: Callable, is_ba
 
 
 def shortened(mine: list[TrainSequence]) -> list[TrainSequence]:
-    return [dataclasses.replace(s, rollout_logprobs=s.rollout_logprobs[: 4 if i == 2 else None])
-            for i, s in enumerate(mine)]  # fmt: skip
+    return [
+        dataclasses.replace(s, rollout_logprobs=s.rollout_logprobs[: 4 if i == 2 else None]) for i, s in enumerate(mine)
+    ]
 
 
 def updates(policy: Policy, mine: list[TrainSequence], is_bad: bool) -> dict:
@@ -256,8 +259,13 @@ def warned(policy: Policy, mine: list[TrainSequence]) -> dict:
     def forget(batch: PackedBatch) -> None:
         batch.old_logprobs = None
 
-    changes = {"healthy": lambda batch: None, "bf16": round_old, "one fp32": round_all_but_one, "none": forget,
-               "mask": replace_item("loss_mask", 50, 0.0)}  # fmt: skip
+    changes = {
+        "healthy": lambda batch: None,
+        "bf16": round_old,
+        "one fp32": round_all_but_one,
+        "none": forget,
+        "mask": replace_item("loss_mask", 50, 0.0),
+    }
     return {name: found(change) for name, change in changes.items()}
 
 
@@ -291,8 +299,10 @@ def test_a_poisoned_update_is_skipped_and_changes_nothing(both, case):
     text, unchanged, stepped = both[0]["poisoned"][case]
     reason = "rank 1, microbatch 0 of 1: " + POISONED[case][1]
     if case == list(POISONED)[-1]:
-        assert text.startswith("TrainingError: 6 updates of the policy in a row were skipped "
-                               "(faults.max_skipped_updates = 5). The last: " + reason)  # fmt: skip
+        assert text.startswith(
+            "TrainingError: 6 updates of the policy in a row were skipped "
+            "(faults.max_skipped_updates = 5). The last: " + reason
+        )
         assert "the ratio exp(99" in text and stepped is None
     else:
         assert text.startswith(reason) and stepped is False

@@ -12,22 +12,25 @@ from gspo_megatron.backend.engine.microbatches import global_counts, microbatche
 from gspo_megatron.backend.parallel import runtime
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.batch import Completion, Minibatch, Prompt, RolloutGroup, TaskItem
-from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, ParallelConfig, RolloutConfig, TrainConfig
+from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, Layout, RolloutConfig, TrainConfig
 from gspo_megatron.data.sequences import minibatch_indices, train_sequences
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
 from tests.backend.engine.test_critic import small_critic
 from tests.backend.small import SINGLE, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LAYOUTS = {
-    "PP2": ParallelConfig(1, 2, None, 1, 1), "DP2": SINGLE,
-    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+    "PP2": Layout(1, 2, None, 1, 1), "DP2": SINGLE,
+    "CP2": Layout(1, 1, None, 1, 1, context_parallel_size=2),
 }  # fmt: skip
 GAMMA, LAMBDA, KL = 0.9, 0.8, 0.1
 ALGORITHM = AlgorithmConfig(
-    name="ppo", num_minibatches=2, overlong_buffer=3, kl=KlConfig(coef=KL, estimator="k3", place="reward"),
+    name="ppo",
+    num_minibatches=2,
+    overlong_buffer=3,
+    kl=KlConfig(coef=KL, estimator="k3", place="reward"),
     critic=CriticConfig(gamma=GAMMA, gae_lambda=LAMBDA, lr=1e-3, warmup_steps=0),
-).resolved()  # fmt: skip
+).resolved()
 LENGTHS, REWARDS = [[5, 3], [1, 8]], [[1.0, 0.0], [-0.5, 2.0]]
 # Eight tokens are allowed and the last three cost up to 1: the response of 8 loses 1, the others nothing (DAPO).
 SHAPED = [1.0, 0.0, -0.5, 1.0]
@@ -43,7 +46,7 @@ def groups(dp_rank: int, dp_size: int) -> list[RolloutGroup]:
     return found
 
 
-def estimate(layout: ParallelConfig, whitened: bool) -> dict:
+def estimate(layout: Layout, whitened: bool) -> dict:
     """Two minibatches through fill and learn. Per response: what the estimator was given and what it made."""
     policy, critic = small_critic(layout)
     cut, device = policy.topology, policy.device

@@ -17,8 +17,8 @@ from gspo_megatron.batch import TrainSequence
 from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
+    Layout,
     OptimizerConfig,
-    ParallelConfig,
     PreferenceConfig,
     TrainConfig,
     WarmStartConfig,
@@ -33,11 +33,11 @@ from gspo_megatron.trainer import build, dpo, train
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer.dpo import EncodedPair, check_length, pair_metrics
 from tests.backend.small import CONFIG_PATH
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LAYOUTS = {
-    "DP2": ParallelConfig(1, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
-    "CP2": ParallelConfig(1, 1, None, 1, 1, context_parallel_size=2),
+    "DP2": Layout(1, 1, None, 1, 1), "PP2xVP2": Layout(1, 2, 2, 1, 1),
+    "CP2": Layout(1, 1, None, 1, 1, context_parallel_size=2),
 }  # fmt: skip
 PAIRS, HELD_OUT, STEPS = 77, 7, 11  # the last tenth; odd, so that two replicas need a filler
 
@@ -50,22 +50,30 @@ def write_pairs(folder: Path) -> Path:
     def word(alphabet: str) -> str:
         return "".join(generator.choices(alphabet, k=generator.randint(2, 9)))
 
-    rows = [{"prompt": word(letters), "chosen": word(letters[:13]), "rejected": word(letters[13:])}
-            for _ in range(PAIRS)]  # fmt: skip
+    rows = [
+        {"prompt": word(letters), "chosen": word(letters[:13]), "rejected": word(letters[13:])} for _ in range(PAIRS)
+    ]
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def configured(path: Path, layout: ParallelConfig) -> TrainConfig:
+def configured(path: Path, layout: Layout) -> TrainConfig:
     """From random weights; a microbatch holds a few pairs, so a step has several on each rank."""
     algorithm = AlgorithmConfig("dpo", preference=PreferenceConfig(path, batch_size=16)).resolved()
     model = dataclasses.replace(TrainConfig().model, hf_config=CONFIG_PATH)
     return TrainConfig(
-        output_dir=path.parent, steps=STEPS, eval_interval=5, max_tokens_per_microbatch=200, device="cpu", model=model,
-        parallel=layout, data=DataConfig(num_eval_prompts=8), warm_start=WarmStartConfig(steps=0), algorithm=algorithm,
+        output_dir=path.parent,
+        steps=STEPS,
+        eval_interval=5,
+        max_tokens_per_microbatch=200,
+        device="cpu",
+        model=model,
+        data=DataConfig(num_eval_prompts=8),
+        warm_start=WarmStartConfig(steps=0),
+        algorithm=algorithm,
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-    )  # fmt: skip
+    ).resolved(layout)
 
 
 def in_layouts(rank: int, world_size: int, path: Path) -> dict:
@@ -81,8 +89,10 @@ def in_layouts(rank: int, world_size: int, path: Path) -> dict:
 
 def packed(run: runs.Run) -> dict:
     """What this rank's replica packs of a batch of 16 pairs whose tokens name pair and side."""
-    pairs = [EncodedPair(*(TrainSequence([1, 2 * p, 2 * p + side] + [3] * (p + 5 * side), 1) for side in (0, 1)))
-             for p in range(16)]  # fmt: skip
+    pairs = [
+        EncodedPair(*(TrainSequence([1, 2 * p, 2 * p + side] + [3] * (p + 5 * side), 1) for side in (0, 1)))
+        for p in range(16)
+    ]
     mine = share_of(pairs, run.topology.dp_rank, run.topology.dp_size)
     batches = run.microbatches(dpo.flat(mine), unit=2)
     starts = [batch.cu_seqlens[: batch.num_sequences].tolist() for batch in batches]
@@ -112,7 +122,7 @@ def evaluation_at_moved_weights(run: runs.Run) -> list[dict]:
 def results(tmp_path_factory) -> list[dict]:
     """By rank: what happened in each layout."""
     folder = tmp_path_factory.mktemp("dpo")
-    return spawn(in_layouts, 2, write_pairs(folder), timeout=200)
+    return spawn(in_layouts, 2, write_pairs(folder), timeout=280)
 
 
 def rows_of(results: list[dict], layout: str) -> list[dict]:
@@ -184,15 +194,23 @@ def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
     steps = ("encode_pairs", "warm_start", "train_preferences", "reinforce")
     for owner, name in ((train.build, "close_run"), *((train, name) for name in steps)):
         monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
-    stand_in = SimpleNamespace(policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False),
-                               topology=SimpleNamespace(coordinates=""))  # fmt: skip
+    stand_in = SimpleNamespace(
+        policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False), topology=SimpleNamespace(coordinates="")
+    )
     monkeypatch.setattr(train, "Watchdog", lambda *_: SimpleNamespace(stop=lambda: None))
     monkeypatch.setattr(train.build, "build_run", lambda config: stand_in)
     layout = LAYOUTS["DP2"]
     train.train(configured(tmp_path / "pairs.jsonl", layout), layout)
     train.train(TrainConfig(), layout)
-    assert calls == ["encode_pairs", "warm_start", "train_preferences", "close_run",
-                     "warm_start", "reinforce", "close_run"]  # fmt: skip
+    assert calls == [
+        "encode_pairs",
+        "warm_start",
+        "train_preferences",
+        "close_run",
+        "warm_start",
+        "reinforce",
+        "close_run",
+    ]
 
 
 def test_a_run_is_drawn_but_not_judged_as_rl(results):

@@ -23,7 +23,7 @@ from gspo_megatron.config import (
     CheckpointConfig,
     DataConfig,
     KlConfig,
-    ParallelConfig,
+    Layout,
     RolloutConfig,
     TrainConfig,
     WarmStartConfig,
@@ -35,18 +35,21 @@ from gspo_megatron.trainer import build, resume, rl
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer import sft as warm_starts
 from gspo_megatron.trainer.resume import Progress, checkpoints, cut_back, hold, plan, prune
-from tests.distributed import spawn
-from tests.launching import ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
+from tools.validation.ranks import spawn
 
-DP2 = ParallelConfig(1, 1, None, 1, 1, use_distributed_optimizer=True)
-PP2 = ParallelConfig(1, 2, None, 1, 1)
+DP2 = Layout(1, 1, None, 1, 1, use_distributed_optimizer=True)
+PP2 = Layout(1, 2, None, 1, 1)
 CONFIG = TrainConfig(
-    steps=3, eval_interval=2, max_tokens_per_microbatch=512, device="cpu",
+    steps=3,
+    eval_interval=2,
+    max_tokens_per_microbatch=512,
+    device="cpu",
     warm_start=WarmStartConfig(steps=3, num_examples=64, batch_size=16, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=4, eval_samples=1),
     rollout=RolloutConfig(num_prompts=4, group_size=4, max_response_length=6),
     checkpoint=CheckpointConfig(interval=1, asynchronous=False),  # each is visible when its step ends
-)  # fmt: skip
+).resolved(Layout())
 GRPO = AlgorithmConfig(name="grpo", num_minibatches=2, entropy_coef=0.01, kl=KlConfig(coef=0.05))  # has a reference
 PPO = AlgorithmConfig(name="ppo", num_minibatches=2, entropy_coef=0.01)  # has a critic and, for its KL, a reference
 CASES = {  # layout, algorithm, dtype, where the first start ends: after so many steps of a phase, before its checkpoint
@@ -54,10 +57,10 @@ CASES = {  # layout, algorithm, dtype, where the first start ends: after so many
     "grpo": (DP2, GRPO, "bf16", ("rl", 2)),
     "ppo": (DP2, PPO, "fp32", ("rl", 3)),
 }
-EP2 = ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True)
+EP2 = Layout(1, 1, None, 2, 1, use_distributed_optimizer=True)
 MOVED = {  # from the first layout of each row to the others
-    "PP2": {"PP2": PP2, "TP2": ParallelConfig(2, 1, None, 1, 1), "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
-            "EP2": ParallelConfig(1, 1, None, 2, 1), "DP2": DP2},
+    "PP2": {"PP2": PP2, "TP2": Layout(2, 1, None, 1, 1), "PP2xVP2": Layout(1, 2, 2, 1, 1),
+            "EP2": Layout(1, 1, None, 2, 1), "DP2": DP2},
     "EP2": {"EP2": EP2, "DP2, EP1": DP2, "PP2, EP1": PP2},
 }  # fmt: skip
 
@@ -109,7 +112,7 @@ def ended_and_resumed(rank: int, world_size: int, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict:
-    return spawn(ended_and_resumed, 2, tmp_path_factory.mktemp("ended"), timeout=250)[0]
+    return spawn(ended_and_resumed, 2, tmp_path_factory.mktemp("ended"), timeout=280)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,7 +155,7 @@ def test_another_layout_goes_on_with_the_same_numbers(tmp_path, origin):
 
     Sampled tokens can differ where two logits are closer than rounding; here they do not (the reward is the same).
     """
-    found = spawn(moved, 2, tmp_path, origin, timeout=250)[0]
+    found = spawn(moved, 2, tmp_path, origin, timeout=280)[0]
     expected = found.pop(origin)["rows"][-1]
     assert expected["step"] == 3
     for name, result in found.items():

@@ -14,9 +14,9 @@ from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
     KlConfig,
+    Layout,
     MismatchConfig,
     OptimizerConfig,
-    ParallelConfig,
     RolloutConfig,
     TrainConfig,
     WarmStartConfig,
@@ -25,16 +25,17 @@ from gspo_megatron.trainer import build
 from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
 from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.sft import warm_start
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
-ONE, PP2, DP2 = (ParallelConfig(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
-CP2 = ParallelConfig(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
+ONE, PP2, DP2 = (Layout(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
+CP2 = Layout(1, 1, None, 2, 1, context_parallel_size=2)  # with experts over both ranks
 CONFIG = TrainConfig(
     warm_start=WarmStartConfig(steps=30, num_examples=256, batch_size=32, eval_interval=99),
     data=DataConfig(max_prompt_length=64, num_eval_prompts=8, eval_samples=1),
-    rollout=RolloutConfig(num_prompts=8, group_size=4, max_response_length=6), optimizer=OptimizerConfig(lr=1e-3),
+    rollout=RolloutConfig(num_prompts=8, group_size=4, max_response_length=6),
+    optimizer=OptimizerConfig(lr=1e-3),
     max_tokens_per_microbatch=512,
-)  # fmt: skip
+)
 GRPO = AlgorithmConfig(name="grpo", num_minibatches=2)
 CHOICES = {
     "gspo": AlgorithmConfig(),
@@ -49,9 +50,9 @@ CHOICES = {
 }
 
 
-def two_steps(rank: int, world_size: int, layout: ParallelConfig, names: list[str], folder: str) -> dict:
+def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], folder: str) -> dict:
     """{choice: the metric rows of two RL steps}, all from the weights that one short warm start leaves."""
-    run = build.build_run(dataclasses.replace(CONFIG, parallel=layout, output_dir=Path(folder)))
+    run = build.build_run(dataclasses.replace(CONFIG, output_dir=Path(folder)).resolved(layout))
     warm_start(run)  # so that some responses end before the limit and some are right
     weights = [p for model in run.policy.models for p in model.parameters()]
     start = [w.detach().clone() for w in weights]
@@ -72,7 +73,7 @@ def two_steps(rank: int, world_size: int, layout: ParallelConfig, names: list[st
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
-    return spawn(two_steps, 1, ONE, list(CHOICES), str(tmp_path_factory.mktemp("one")), timeout=200)[0]
+    return spawn(two_steps, 1, ONE, list(CHOICES), str(tmp_path_factory.mktemp("one")), timeout=280)[0]
 
 
 def learning(row: dict) -> dict:
@@ -135,7 +136,7 @@ def test_groups_without_signal_are_sampled_anew(alone):
 def test_two_ranks_repeat_the_steps_of_one(alone, layout, tmp_path):
     """Same prompts, samples, minibatches and advantages whatever the number of replicas; the rest is rounding."""
     names = ["gspo", "shuffled", "kl in the reward"] if layout == "DP2" else ["gspo", "kl in the reward"]
-    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2, "CP2": CP2}[layout], names, str(tmp_path), timeout=200)
+    both = spawn(two_steps, 2, {"PP2": PP2, "DP2": DP2, "CP2": CP2}[layout], names, str(tmp_path), timeout=280)
     for name in names:
         for step in (0, 1):
             ours, other = learning(both[0][name][step]), learning(both[1][name][step])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import spawn
 from tools.validation import ratio_accuracy as tool
+from tools.validation.ranks import spawn
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--sequences", "24", "--tokens", "96", "--hidden", "32", "--vocabulary", "512", "--seed", "3"]
@@ -84,9 +84,13 @@ def test_decisions_and_errors_by_hand():
 
 def test_help_and_a_table_from_the_command_line():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/validation/ratio_accuracy.py"), *SMALL], cwd=ROOT, text=True, capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, timeout=120,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "tools/validation/ratio_accuracy.py"), *SMALL],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     for words in ("ours: linear_logprobs", "bf16 body, our head", "0 of 24", "head: true log s"):
         assert words in done.stdout

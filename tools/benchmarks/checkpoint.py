@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
-from tests.distributed import spawn
-from tests.launching import ROOT
+from tools.validation.launching import ROOT
+from tools.validation.ranks import spawn
 
 MODES = ("none", "waited for", "asynchronous")
 COST, SIZE = 0.05, 0.02
@@ -52,8 +51,9 @@ def steps_of(run: runs.Run, estimator, mode: str, first: int, count: int) -> lis
 
 
 def set_mode(run: runs.Run, mode: str) -> None:
-    checkpoint = dataclasses.replace(run.config.checkpoint, interval=0 if mode == "none" else 1,
-                                     asynchronous=mode == "asynchronous")  # fmt: skip
+    checkpoint = dataclasses.replace(
+        run.config.checkpoint, interval=0 if mode == "none" else 1, asynchronous=mode == "asynchronous"
+    )
     run.config = dataclasses.replace(run.config, checkpoint=checkpoint, steps=10**6)
 
 
@@ -65,7 +65,7 @@ def wait_until_visible(run: runs.Run) -> None:
 
 
 def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
-    config = load(folder, ParallelConfig(2, 2, None, 2, 1))
+    config = load(folder, Layout(2, 2, None, 2, 1))
     run = build.build_run(config)
     run.policy.start_optimizer()
     estimator = rl.make_estimator(run)
@@ -78,15 +78,15 @@ def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> 
     return found
 
 
-def load(folder: Path, layout: ParallelConfig, *words: str) -> TrainConfig:
+def load(folder: Path, layout: Layout, *words: str) -> TrainConfig:
     words = [str(ROOT / "examples/recipes/moe_gspo.yaml"), "--device", "cpu", "--output-dir", str(folder), *words]
-    return dataclasses.replace(load_recipe(words, program="bench_checkpoint"), parallel=layout)
+    return load_recipe(words, program="bench_checkpoint").resolved(layout)
 
 
 def sizes(rank: int, world_size: int, folder: Path, hf_config: str, dtype: str) -> tuple[int, int, float, float]:
     """(parameters, bytes of the folder, seconds that training waits, seconds until it is visible)."""
     words = ("--model.hf-config", hf_config, "--model.params-dtype", dtype, "--name", dtype)
-    run = build.build_run(load(folder, ParallelConfig(1, 2, None, 1, 1), *words))
+    run = build.build_run(load(folder, Layout(1, 2, None, 1, 1), *words))
     run.policy.start_optimizer()
     set_mode(run, "asynchronous")
     began = time.perf_counter()
@@ -122,8 +122,11 @@ def report_costs(folder: Path, rounds: int, steps: int) -> bool:
         cost = medians[mode] - medians["none"]
         share = cost / (interval * medians["none"])
         costs_ = f"; one costs {1000 * cost:.0f} ms, {100 * share:.2f}% of training at interval {interval}"
-        print(f"{mode:13} step {medians[mode]:.2f} s (median of {len(seconds)}, {min(seconds):.2f} to "
-              f"{max(seconds):.2f}){costs_ if mode != 'none' else ''}", flush=True)  # fmt: skip
+        print(
+            f"{mode:13} step {medians[mode]:.2f} s (median of {len(seconds)}, {min(seconds):.2f} to "
+            f"{max(seconds):.2f}){costs_ if mode != 'none' else ''}",
+            flush=True,
+        )
     return medians["asynchronous"] - medians["none"] < COST * interval * medians["none"]
 
 
@@ -134,8 +137,11 @@ def report_sizes(folder: Path) -> bool:
         count, size, waited, total = spawn(sizes, 2, folder, str(model), dtype, timeout=120)[0]
         excess = size / (each * count) - 1
         waits = f"training waits {1000 * waited:.0f} ms of {1000 * total:.0f}"
-        print(f"{count / 1e6:6.1f} M parameters in {dtype}: {size / 1e6:.1f} MB, {100 * excess:+.2f}% of {each} "
-              f"bytes a parameter; {waits}", flush=True)  # fmt: skip
+        print(
+            f"{count / 1e6:6.1f} M parameters in {dtype}: {size / 1e6:.1f} MB, {100 * excess:+.2f}% of {each} "
+            f"bytes a parameter; {waits}",
+            flush=True,
+        )
     return excess < SIZE  # of the larger one
 
 

@@ -74,8 +74,11 @@ class Share:
         return self.old_sums
 
     def payload(self) -> dict[str, int]:
-        return {"table": self.sequences * (len(COLUMNS) + EXTRA) * 8, "gather": self.new.numel() * 4,
-                "all-reduce": self.padded.numel() * 4}  # fmt: skip
+        return {
+            "table": self.sequences * (len(COLUMNS) + EXTRA) * 8,
+            "gather": self.new.numel() * 4,
+            "all-reduce": self.padded.numel() * 4,
+        }
 
 
 def carried() -> int:
@@ -113,8 +116,11 @@ def on_rank(rank: int, ranks: int, store: str, args: argparse.Namespace) -> None
         base = statistics.median(seconds for seconds, _ in found["table"])
         for name, rows in found.items():
             seconds, sent = (statistics.median(column) for column in zip(*rows, strict=True))
-            print(f"{ranks:>5} {name:<11} {share.payload()[name]:>12,} {sent:>14,.0f} {seconds * 1e3:>9.2f} "
-                  f"{seconds / base:>7.1f}x", flush=True)  # fmt: skip
+            print(
+                f"{ranks:>5} {name:<11} {share.payload()[name]:>12,} {sent:>14,.0f} {seconds * 1e3:>9.2f} "
+                f"{seconds / base:>7.1f}x",
+                flush=True,
+            )
     dist.barrier()
     dist.destroy_process_group()
 
@@ -128,8 +134,10 @@ def main() -> None:
     if any(args.length % ranks for ranks in args.ranks):
         parser.error(f"--length {args.length} is not a multiple of every number in --ranks {args.ranks}")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    print(f"torch {torch.__version__}, {args.sequences} sequences of {args.length} tokens, one thread a rank; "
-          f"reduce_tables: {library.status()['reduce_tables']}")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, {args.sequences} sequences of {args.length} tokens, one thread a rank; "
+        f"reduce_tables: {library.status()['reduce_tables']}"
+    )
     print(f"{'ranks':>5} {'way':<11} {'payload, B':>12} {'on the wire, B':>14} {'ms':>9} {'time':>8}")
     for ranks in args.ranks:
         with tempfile.TemporaryDirectory() as folder:

@@ -19,9 +19,20 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = {"model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16,
-          "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 3072, "moe_intermediate_size": 768,
-          "num_experts": 32, "num_experts_per_tok": 4, "vocab_size": 32768, "max_position_embeddings": 512}  # fmt: skip
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 3072,
+    "moe_intermediate_size": 768,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "vocab_size": 32768,
+    "max_position_embeddings": 512,
+}
 PROGRAM = """
 import re, subprocess, sys, threading, time
 import safetensors.torch
@@ -69,8 +80,11 @@ def main(folder: Path = TEMPORARY, layers: int = 12, rounds: int = 6) -> int:
         subprocess.run(["sync", "-f", name], check=True)
         print(f"{size / 1e9:.2f} GB of weights")
         print(f"{'imports alone':16} {'':>8} peak memory {measured('pass', work)[1]:5.2f} GB", flush=True)
-        ways = {"copy": (COPY, "hf", "copy"), "to Megatron": (TO, "hf", "megatron"),
-                "to Hugging Face": (BACK, "megatron", "back")}  # fmt: skip
+        ways = {
+            "copy": (COPY, "hf", "copy"),
+            "to Megatron": (TO, "hf", "megatron"),
+            "to Hugging Face": (BACK, "megatron", "back"),
+        }
         found: dict[str, list[tuple[float, float]]] = {label: [] for label in ways}
         for _ in range(rounds):
             for label, (call, source, target) in ways.items():
@@ -80,9 +94,11 @@ def main(folder: Path = TEMPORARY, layers: int = 12, rounds: int = 6) -> int:
     medians = {label: statistics.median(seconds for seconds, _ in runs) for label, runs in found.items()}
     for label, runs in found.items():
         share = medians["copy"] / medians[label]
-        print(f"{label:16} {medians[label]:6.2f} s ({min(runs)[0]:.2f} to {max(runs)[0]:.2f}), "
-              f"{size / medians[label] / 1e9:5.2f} GB/s = {share:4.0%} of the copy, peak memory "
-              f"{max(peak for _, peak in runs):5.2f} GB")  # fmt: skip
+        print(
+            f"{label:16} {medians[label]:6.2f} s ({min(runs)[0]:.2f} to {max(runs)[0]:.2f}), "
+            f"{size / medians[label] / 1e9:5.2f} GB/s = {share:4.0%} of the copy, peak memory "
+            f"{max(peak for _, peak in runs):5.2f} GB"
+        )
     return 0 if medians["copy"] >= LIMIT * max(medians.values()) else 1
 
 
@@ -90,8 +106,9 @@ def write_random(folder: Path, config: dict) -> int:
     """A Hugging Face folder of random weights; returns their bytes."""
     from gspo_megatron.backend.checkpoint import streaming
     from gspo_megatron.backend.model import builder
+    from gspo_megatron.backend.model.shape import ModelShape
     from gspo_megatron.backend.parallel import runtime, topology
-    from gspo_megatron.config import ModelConfig, ParallelConfig
+    from gspo_megatron.config import Layout, ModelConfig
     from gspo_megatron.hf import export
     from gspo_megatron.hf.safetensors_writer import SafetensorsWriter
     from gspo_megatron.models import table
@@ -100,8 +117,8 @@ def write_random(folder: Path, config: dict) -> int:
     import torch
 
     started = runtime.start("cpu")
-    cut = topology.start(ParallelConfig(1, 1, None, 1, 1), seed=0)
-    shape = builder.ModelShape(config, config["vocab_size"])
+    cut = topology.start(Layout(1, 1, None, 1, 1), seed=0)
+    shape = ModelShape(config, config["vocab_size"])
     bare = builder.bare(shape, ModelConfig(), cut, started, torch.bfloat16)[0]
     entries = table.entries(shape.architecture)
     held = {p.name: export.Held(p.full_shape, None, torch.bfloat16, (0,)) for p in streaming.stored(bare, cut)}
@@ -120,8 +137,14 @@ def write_random(folder: Path, config: dict) -> int:
 def measured(call: str, work: Path) -> tuple[float, float]:
     """Seconds until all is on the disk, and peak of resident memory in GB, of one call in a fresh process."""
     program = PROGRAM.replace("{call}", call).replace("{work}", str(work))
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     seconds, peak = done.stdout.split()[-2:]
     return float(seconds), float(peak)
 

@@ -1,8 +1,8 @@
 """The GSPO loss (arXiv 2507.18071, equation 5) in eager PyTorch, as usually written and as four libraries write it.
 
-For tools/benchmarks/sequence_ratio.py. Each form is our own wording of the formulas that the library evaluates, with the
-metrics that it forms beside the loss, because those cost time and memory too; the value and the gradient of all forms
-agree where sequences are not empty. Left out: what a library does around the loss (moving numbers to the host,
+For tools/benchmarks/sequence_ratio.py. Each form is our own wording of the formulas that the library evaluates, with
+the metrics that it forms beside the loss, because those cost time and memory too; the value and the gradient of all
+forms agree where sequences are not empty. Left out: what a library does around the loss (moving numbers to the host,
 collectives, corrections that are off by default), and padding the tensors.
 
 Padded forms take new, old, mask [S, L] fp32 (L: the longest sequence) and advantages [S]; packed ones take [T].
@@ -96,9 +96,11 @@ def nemo_rl(new, old, mask, advantages):
     loss = masked_mean(by_token, mask, -1).mean()
     with torch.no_grad():
         inside = mask.bool()
-        metrics = [f(x) for x in (ratio, bounded) for f in (
-            lambda y: masked_mean(y, mask), lambda y: y[inside].min(), lambda y: y[inside].max()
-        )]  # fmt: skip
+        metrics = [
+            f(x)
+            for x in (ratio, bounded)
+            for f in (lambda y: masked_mean(y, mask), lambda y: y[inside].min(), lambda y: y[inside].max())
+        ]
     return loss, *metrics
 
 

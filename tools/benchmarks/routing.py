@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 
 from gspo_megatron.config import RoutingConfig, TrainConfig
-from gspo_megatron.recipe import check
+from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
     from gspo_megatron.algorithms import policy_loss
     from gspo_megatron.backend.engine import microbatches as packing
     from gspo_megatron.backend.engine.policy import Policy
-    from gspo_megatron.backend.model.builder import ModelShape
+    from gspo_megatron.backend.model.shape import ModelShape
     from gspo_megatron.backend.parallel import runtime, topology
     from gspo_megatron.batch import TrainSequence
     from gspo_megatron.metrics import routing as metrics
@@ -100,11 +100,13 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
     for owner, names in OWN_CALLS.items():
         for name in names:
             own.wrap(getattr(importlib.import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2]), name)
-    layout = check.resolve_layout(config, world_size, has_cuda=False)
+    layout = resolve_layout(config, world_size, has_cuda=False)
     started, cut = runtime.start("cpu"), topology.start(layout, config.seed)
     shape = ModelShape.load(config.model.hf_config, config.data.vocab_size)
-    policies = {name: Policy(replace(config, parallel=layout, routing=routing), shape, cut, started)
-                for name, routing in CHOICES.items()}  # fmt: skip
+    policies = {
+        name: Policy(replace(config, parallel=layout, routing=routing), shape, cut, started)
+        for name, routing in CHOICES.items()
+    }
     generator = torch.Generator().manual_seed(1 + cut.dp_rank)
     number = config.rollout.num_prompts * config.rollout.group_size // cut.dp_size
     length = options.prompt + options.response
@@ -129,8 +131,10 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
             own.seconds = 0.0
             began, worked = time.perf_counter(), time.process_time()
             policy.fill_old_log_probs([batch for minibatch in minibatches for batch in minibatch])
-            results = [policy.update(minibatch, loss, packing.global_counts(minibatch, cut), turn, index)
-                       for index, minibatch in enumerate(minibatches)]  # fmt: skip
+            results = [
+                policy.update(minibatch, loss, packing.global_counts(minibatch, cut), turn, index)
+                for index, minibatch in enumerate(minibatches)
+            ]
             metrics.step_routing(policy, results)
             worked = time.process_time() - worked
             dist.barrier()
@@ -142,7 +146,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
 
 def main(options: Options) -> int:
     """Print the table. Returns the exit status."""
-    from tests.distributed import spawn
+    from tools.validation.ranks import spawn
 
     config = load_recipe([str(options.recipe)])
     ranks = spawn(measure, options.ranks, config, options, timeout=3600)
@@ -157,8 +161,10 @@ def main(options: Options) -> int:
     for kind, times in (("clock", clock), ("CPU", cpu)):
         for name, seconds in times.items():
             low, middle, high = (100 * (q - 1) for q in cost(times, name))
-            print(f"  {kind:<6} {name:<11} {1000 * statistics.median(seconds):8.1f} ms   {middle:+5.1f}% "
-                  f"({low:+.1f} to {high:+.1f})")  # fmt: skip
+            print(
+                f"  {kind:<6} {name:<11} {1000 * statistics.median(seconds):8.1f} ms   {middle:+5.1f}% "
+                f"({low:+.1f} to {high:+.1f})"
+            )
     shares = {name: sum(inside[name]) / sum(cpu[name]) for name in CHOICES}
     print("  CPU inside their own calls: " + ", ".join(f"{name} {share:.2%}" for name, share in shares.items()))
     return int(max(cost(cpu, "statistics")[0] - 1, shares["statistics"]) >= MOST)

@@ -3,10 +3,10 @@
     python -m tools.benchmarks.sequence_ratio [--tokens 8192 1048576] [--lengths 16 4096] [--no-compile] [--threads 2]
 
 Each group of rows is one packed microbatch of ragged sequences, fp32, mask 0 on one fifth of the tokens. The forms are
-those of tools/benchmarks/gspo_forms.py: `padded` is the loss alone on tensors that are padded already (padding is not timed),
-`packed` the same by index_add, `same outputs` adds to `padded` the sums that our table has besides, and the others are
-written as four libraries write them, with their metrics. All get the same numbers, take turns in one run, and the
-median is shown. `slower` is a row's time by ours.
+those of tools/benchmarks/gspo_forms.py: `padded` is the loss alone on tensors that are padded already (padding is not
+timed), `packed` the same by index_add, `same outputs` adds to `padded` the sums that our table has besides, and the
+others are written as four libraries write them, with their metrics. All get the same numbers, take turns in one run,
+and the median is shown. `slower` is a row's time by ours.
 
 Extra memory is the highest point of torch's allocations over what was there before: of the forward, or of forward and
 backward together without the bytes of the gradient, whichever is more (for the eager forms that is a lower bound: an
@@ -22,11 +22,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-import gspo_forms as forms
 import torch
 
 from gspo_megatron.ops import library
 from gspo_megatron.ops.sequence_ratio import gspo_surrogate, sequence_partials
+from tools.benchmarks import gspo_forms as forms
 
 LOOPED_SEQUENCES = 8192  # a form that loops over sequences in Python is left out above
 KEPT = 8 * (6 + 1 + 2)  # bytes a sequence of ours that are results: table, ratio, clip counts
@@ -69,9 +69,7 @@ class Case:
 
 def ours(case: Case) -> torch.Tensor:
     partials = sequence_partials(case.new, case.old, case.mask, case.bounds)
-    return gspo_surrogate(
-        case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size
-    )  # fmt: skip
+    return gspo_surrogate(case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size)
 
 
 def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tensor]]:
@@ -79,10 +77,13 @@ def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tens
     padded, packed = case.pad(), (*case.packed, case.ids)
     # Padding to the longest must stay affordable; these lengths at most double the tokens.
     calls = {
-        "padded": (forms.padded, padded), "packed": (forms.packed, packed),
-        "same outputs": (forms.same_outputs, padded), "as in TRL": (forms.trl, padded),
-        "as in verl": (forms.verl, padded), "as in NeMo-RL": (forms.nemo_rl, padded),
-    }  # fmt: skip
+        "padded": (forms.padded, padded),
+        "packed": (forms.packed, packed),
+        "same outputs": (forms.same_outputs, padded),
+        "as in TRL": (forms.trl, padded),
+        "as in verl": (forms.verl, padded),
+        "as in NeMo-RL": (forms.nemo_rl, padded),
+    }
     if case.size <= LOOPED_SEQUENCES:
         calls["as in slime"] = forms.slime, (*case.packed, case.lengths)
     if compiled:
@@ -166,9 +167,10 @@ def report(case: Case, phase: str, moved: int, times: dict[str, float], extra: d
     label = f"{case.new.numel():>8} {case.size:>6} {phase:<8}"
     for name, memory in extra.items():
         print(
-              f"{label} {name:<21} {times[name] * 1e3:>9.3f} {times[name] / times['ours']:>7.2f}x "
-              f"{times['copy'] / times[name]:>7.0%} {memory / 2**20:>9.3f}", flush=True,
-        )  # fmt: skip
+            f"{label} {name:<21} {times[name] * 1e3:>9.3f} {times[name] / times['ours']:>7.2f}x "
+            f"{times['copy'] / times[name]:>7.0%} {memory / 2**20:>9.3f}",
+            flush=True,
+        )
     speed = case.new.numel() * moved / times["copy"] / 1e9
     print(f"{label} {'copy':<21} {times['copy'] * 1e3:>9.3f} {'':>16} {speed:>7.1f} GB/s")
     eager = min((n for n in extra if n != "ours" and not n.startswith("compiled")), key=times.get)

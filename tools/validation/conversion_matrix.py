@@ -1,4 +1,5 @@
-"""Every family in every layout: from transformers into Megatron and back. `python -m tools.validation.conversion_matrix`
+"""Every family in every layout: from transformers into Megatron and back. `python -m
+tools.validation.conversion_matrix`
 
 A cell is the largest difference to transformers' logits in fp32 if every tensor came back to the bit, else the number
 of tensors that did not. Exit status 1 if a cell is bad. Takes about two minutes on 2 cores.
@@ -31,8 +32,16 @@ def main(markdown: Annotated[Path | None, tyro.conf.arg(help="also write the tab
         folder = Path(name)
         for model, config in TINY.items():
             write_model(folder / model, config)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS),
-                   "-m", "tools.validation.round_trip", str(folder)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(RANKS),
+            "-m",
+            "tools.validation.round_trip",
+            str(folder),
+        ]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
         with console.status(f"{len(TINY)} models in {len(LAYOUTS)} layouts"):

@@ -21,10 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.faults.disks import CannotMount
-from tests.faults.rows import ROWS, Row
-from tests.faults.scenarios import Whole, undisturbed
+from tools.validation.faults.disks import CannotMount
+from tools.validation.faults.rows import ROWS, Row
+from tools.validation.faults.scenarios import Whole, undisturbed
 
 COLUMNS = ("what breaks", "expected", "seen", "seconds", "what the user reads")
 
@@ -100,8 +99,10 @@ def run(rows: list[Row], folder: Path, target: Path | None) -> int:
         target.write_text(markdown(found))
     for problem in problems:
         print(f"FAIL {problem}", file=sys.stderr)
-    print(f"{len(found)} rows in {time.monotonic() - began:.0f} s, {len(problems)} not as expected, "
-          f"{sum(line[2] == 'not run' for line in found)} not run")  # fmt: skip
+    print(
+        f"{len(found)} rows in {time.monotonic() - began:.0f} s, {len(problems)} not as expected, "
+        f"{sum(line[2] == 'not run' for line in found)} not run"
+    )
     return 1 if problems else 0
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.faults.random_kills import LAYOUTS, Layout, survive, undisturbed
+from tools.validation.faults.random_kills import LAYOUTS, Layout, survive, undisturbed
 
 COLUMNS = ("layout", "ranks", "kills", "last checkpoint, metrics.jsonl", "seconds", "where the kills fell")
 
@@ -42,13 +41,18 @@ def cells(layout: Layout, folder: Path, options: argparse.Namespace) -> tuple[li
     """(the row of the table, whether all is well)."""
     try:
         whole = undisturbed(folder / "undisturbed", layout, options.steps)
-        killed = survive(folder / "killed", layout, whole, options.kills, options.steps, options.seed,
-                         options.window)  # fmt: skip
+        killed = survive(folder / "killed", layout, whole, options.kills, options.steps, options.seed, options.window)
     except AssertionError as problem:
         print(f"FAIL {layout.name}: {problem}", file=sys.stderr)
         return [layout.name, str(layout.ranks), str(options.kills), "NOT THE SAME", "", ""], False
-    return [layout.name, str(layout.ranks), str(options.kills), f"same bits in all {len(whole.digests)} files, same "
-            f"{len(whole.rows)} rows", f"{killed.seconds:.0f}", "; ".join(killed.moments)], True  # fmt: skip
+    return [
+        layout.name,
+        str(layout.ranks),
+        str(options.kills),
+        f"same bits in all {len(whole.digests)} files, same {len(whole.rows)} rows",
+        f"{killed.seconds:.0f}",
+        "; ".join(killed.moments),
+    ], True
 
 
 def main() -> int:

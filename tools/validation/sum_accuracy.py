@@ -49,8 +49,10 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 4096, 131072])
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
-    print(f"{'tokens':>7} {'values':<18} {'ours':>9} {'fp32 sum':>9} {'fp32 running':>12}   relative error of s "
-          f"(epsilon {EPSILON:g})")  # fmt: skip
+    print(
+        f"{'tokens':>7} {'values':<18} {'ours':>9} {'fp32 sum':>9} {'fp32 running':>12}   relative error of s "
+        f"(epsilon {EPSILON:g})"
+    )
     for length in args.lengths:
         for name, (new, old) in hard_values(length, generator).items():
             exact = math.exp(math.fsum((new.double() - old.double()).tolist()) / length)

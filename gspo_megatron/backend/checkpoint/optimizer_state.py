@@ -120,8 +120,9 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 def _whole(part: MegatronOptimizer) -> Iterator[ParameterState]:
     copies = {}
-    for low, high in zip(getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []),
-                         strict=True):  # fmt: skip
+    for low, high in zip(
+        getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []), strict=True
+    ):
         copies |= {id(main): model for model, main in zip(low, high, strict=True)}
     for group in part.optimizer.param_groups:
         for main in group["params"]:

@@ -31,8 +31,18 @@ TYPES = {
     "pathlib": {"Path", "PosixPath"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-BROKEN = (EOFError, OSError, KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError, ImportError,
-          pickle.UnpicklingError)  # fmt: skip
+BROKEN = (
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    pickle.UnpicklingError,
+)
 
 
 class _Refused(Exception):

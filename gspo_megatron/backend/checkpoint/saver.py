@@ -95,9 +95,13 @@ class Saver:
         return self._job is not None and self._job.is_writing
 
     def begin(
-        self, networks: Mapping[str, Network], folder: Path, progress: dict | None = None,
-        reference: FrozenReference | None = None, add: Callable[[Path], None] = lambda unfinished: None,
-    ) -> None:  # fmt: skip
+        self,
+        networks: Mapping[str, Network],
+        folder: Path,
+        progress: dict | None = None,
+        reference: FrozenReference | None = None,
+        add: Callable[[Path], None] = lambda unfinished: None,
+    ) -> None:
         """Take everything as it is now, to be written to `folder`, in place of what may be there. A collective.
 
         Args:

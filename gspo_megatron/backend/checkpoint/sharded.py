@@ -84,9 +84,10 @@ def _incomplete(folder: Path) -> CheckpointError:
 
 
 def sharded(
-    networks: Mapping[str, Network], reference: FrozenReference | None,
+    networks: Mapping[str, Network],
+    reference: FrozenReference | None,
     tensors: Callable[[ParameterState], dict[str, torch.Tensor]],
-) -> dict:  # fmt: skip
+) -> dict:
     """This rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state, filled to be
     saved or with room to load into."""
     state: dict = {}

@@ -82,8 +82,10 @@ class _Catcher:
 def _records(tail: bytes, length: int) -> dict[str, tuple[int, int]]:
     """{name in an archive of `length` bytes that ends so: (where its header is, size of its contents)}."""
     with zipfile.ZipFile(io.BytesIO(tail)) as archive:  # takes what is missing in front for a negative offset
-        return {entry.filename.partition("/")[2]: (entry.header_offset + length - len(tail), entry.file_size)
-                for entry in archive.infolist()}  # fmt: skip
+        return {
+            entry.filename.partition("/")[2]: (entry.header_offset + length - len(tail), entry.file_size)
+            for entry in archive.infolist()
+        }
 
 
 def _contents(archive: bytes | memoryview, header: int) -> int:
@@ -167,8 +169,10 @@ class ShardReader:
             first = [max(a, b) for a, b in zip(at, offset, strict=True)]
             last = [min(a + n, b + m) for a, n, b, m in zip(at, size, offset, shape, strict=True)]
             if all(a < b for a, b in zip(first, last, strict=True)):
-                theirs, ours = (tuple(slice(a - o, b - o) for a, b, o in zip(first, last, origin, strict=True))
-                                for origin in (at, offset))  # fmt: skip
+                theirs, ours = (
+                    tuple(slice(a - o, b - o) for a, b, o in zip(first, last, origin, strict=True))
+                    for origin in (at, offset)
+                )
                 found[ours] = self._shard(key, place, size, dtype)[theirs]
                 filled += prod(b - a for a, b in zip(first, last, strict=True))
         if filled != found.numel():

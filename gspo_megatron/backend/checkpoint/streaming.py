@@ -40,9 +40,14 @@ Blocks = Callable[[FullParameter], list[torch.Tensor]]
 
 
 def save(
-    model: PackedModel, topology: Topology, folder: Path, blocks: Blocks, progress: Callable[[int, int], None],
-    file_bytes: int = FILE_BYTES, share: Collection[str] | None = None,
-) -> None:  # fmt: skip
+    model: PackedModel,
+    topology: Topology,
+    folder: Path,
+    blocks: Blocks,
+    progress: Callable[[int, int], None],
+    file_bytes: int = FILE_BYTES,
+    share: Collection[str] | None = None,
+) -> None:
     """Write the weights of a model to a folder that is there and empty. A collective over all ranks.
 
     Args:
@@ -76,8 +81,11 @@ class StoredWeights:
 
     def __init__(self, folder: Path):
         metadata = safe_loading.check(folder)
-        tensors = {key: stored for key, stored in metadata.state_dict_metadata.items()
-                   if isinstance(stored, TensorStorageMetadata) and not key.startswith(OF_A_RUN)}  # fmt: skip
+        tensors = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith(OF_A_RUN)
+        }
         if EMBEDDING not in tensors:
             raise CheckpointError(f"{folder}: of no model that is known here, since it has no {EMBEDDING}.")
         self.dtype = tensors[EMBEDDING].properties.dtype
@@ -128,7 +136,7 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
 
     def __init__(
         self, given: list[FullParameter], blocks: Blocks, progress: Callable[[int, int], None], file_bytes: int
-    ):  # fmt: skip
+    ):
         super().__init__("torch_dist", 1)
         self._given, self._blocks, self._progress, self._file_bytes = given, blocks, progress, file_bytes
 

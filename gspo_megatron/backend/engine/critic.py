@@ -20,6 +20,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.model.value_head import ValueModel
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
@@ -49,8 +50,12 @@ class ValueStatistics:
         """value/*. Explained variance is 1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 as good as a constant;
         nothing where all returns are equal."""
         n = max(self.tokens, 1.0)
-        found = {"value/loss": self.loss / self.updates, "value/clip_fraction": self.clipped / n,
-                 "value/mean": self.value / n, "value/return": self.returns / n}  # fmt: skip
+        found = {
+            "value/loss": self.loss / self.updates,
+            "value/clip_fraction": self.clipped / n,
+            "value/mean": self.value / n,
+            "value/return": self.returns / n,
+        }
         variance = self.squared_returns / n - (self.returns / n) ** 2
         if variance > 1e-12 * max(self.squared_returns / n, 1e-12):
             residual = self.squared_error / n - (self.error / n) ** 2
@@ -61,8 +66,14 @@ class ValueStatistics:
 class Critic:
     """Model chunks and optimizer of this rank."""
 
-    def __init__(self, config: TrainConfig, shape: model_builder.ModelShape, topology: Topology, runtime: Runtime,
-                 dtype: torch.dtype | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        shape: ModelShape,
+        topology: Topology,
+        runtime: Runtime,
+        dtype: torch.dtype | None = None,
+    ):
         """dtype overrides the recipe's params_dtype (tests use fp64)."""
         self.config, self.topology, self.runtime = config, topology, runtime
         sharded = config.parallel.use_distributed_optimizer
@@ -160,11 +171,22 @@ class Critic:
         return ValueStatistics(1.0, *self.network.from_last_stage(message, size).tolist())
 
 
-def _sums(loss: torch.Tensor, clipped: torch.Tensor, values: torch.Tensor, returns: torch.Tensor,
-          mask: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def _sums(
+    loss: torch.Tensor, clipped: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """The fields of ValueStatistics after `updates`, fp64."""
     trained = mask > 0
     value, wanted = (torch.where(trained, x.double(), 0.0) for x in (values, returns))
     error = wanted - value
-    return torch.stack([loss, clipped, trained.double().sum(), value.sum(), wanted.sum(), wanted.square().sum(),
-                        error.sum(), error.square().sum()])  # fmt: skip
+    return torch.stack(
+        [
+            loss,
+            clipped,
+            trained.double().sum(),
+            value.sum(),
+            wanted.sum(),
+            wanted.square().sum(),
+            error.sum(),
+            error.square().sum(),
+        ]
+    )

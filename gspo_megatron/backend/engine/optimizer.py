@@ -48,10 +48,20 @@ def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -
         # Megatron lets a group's own limits win over the schedule's.
         group["max_lr"], group["min_lr"] = lr, min_lr
     schedule = OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=lr, min_lr=min_lr, lr_warmup_steps=warmup_steps, lr_decay_steps=steps,
-        lr_decay_style=style, start_wd=weight_decay, end_wd=weight_decay, wd_incr_steps=steps, wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True,
-    )  # fmt: skip
+        optimizer,
+        init_lr=0.0,
+        max_lr=lr,
+        min_lr=min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=style,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
     # The first step would otherwise run with learning rate 0.
     schedule.step(increment=1 if warmup_steps else 0)
     return schedule

@@ -16,6 +16,7 @@ from gspo_megatron.backend.engine.nonfinite_guard import NonfiniteGuard, describ
 from gspo_megatron.backend.engine.routing_watch import RoutingWatch
 from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import pipeline_broadcast
 from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats
 from gspo_megatron.backend.parallel.runtime import Runtime
@@ -28,8 +29,14 @@ from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 class Policy:
     """Model chunks and optimizer of this rank."""
 
-    def __init__(self, config: TrainConfig, shape: model_builder.ModelShape, topology: Topology, runtime: Runtime,
-                 dtype: torch.dtype | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        shape: ModelShape,
+        topology: Topology,
+        runtime: Runtime,
+        dtype: torch.dtype | None = None,
+    ):
         """dtype overrides the recipe's params_dtype (tests use fp64)."""
         self.config, self.shape, self.topology, self.runtime = config, shape, topology, runtime
         sharded = config.parallel.use_distributed_optimizer

@@ -95,6 +95,9 @@ class RouterTaps:
         counted = trained.nonzero().squeeze(1)
         ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
         return RoutedTokens(
-            place=place, identity=(batch.tokens[place] << 32) | batch.position_ids[place], counted=counted,
-            sequence=ids[place[counted]], real=place < end,
-        )  # fmt: skip
+            place=place,
+            identity=(batch.tokens[place] << 32) | batch.position_ids[place],
+            counted=counted,
+            sequence=ids[place[counted]],
+            real=place < end,
+        )

@@ -59,12 +59,18 @@ class PackedPlan(PackedSeqParams):
         # by itself alone, being last, so it need not be told apart. (Its packed context parallelism: not run by us.)
         padded = cu_seqlens if cp_group is not None else None
         return cls(
-            qkv_format=qkv_format, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded,
-            max_seqlen_q=max_len, max_seqlen_kv=max_len, num_sequences=lengths.numel(), max_len=max_len,
+            qkv_format=qkv_format,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=max_len,
+            max_seqlen_kv=max_len,
+            num_sequences=lengths.numel(),
+            max_len=max_len,
             padded_index=sequence * max_len + position,
             split=ContextSplit.zig_zag(cu_seqlens, cp_group) if cp_group is not None else None,
-        )  # fmt: skip
+        )
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -169,8 +175,18 @@ def softmax_of(
 class SdpaCoreAttention(MegatronModule):
     """Megatron's core_attention slot: the layer's softmax; the plan decides what is attended to."""
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, attention_dropout=None,
-                 softmax_scale=None, cp_comm_type=None, pg_collection=None, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        attention_dropout=None,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+        **kwargs,
+    ):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
@@ -181,8 +197,9 @@ class SdpaCoreAttention(MegatronModule):
             offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
         self.register_parameter("softmax_offset", offset)  # Megatron's name of the sinks: [n / TP]
 
-    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
-                packed_seq_params=None):  # fmt: skip
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
         form = softmax_of(self.config, self.layer_number, self.softmax_offset, self.softmax_scale)
         out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)

@@ -44,8 +44,10 @@ class ContextSplit:
         lengths = torch.diff(cu_seqlens.long())
         chunk = lengths // (2 * size)  # [S] n
         if bool((chunk * 2 * size != lengths).any()):
-            raise ValueError(f"sequences of {lengths.tolist()} tokens: under context parallelism of {size} each must "
-                             f"be padded to a multiple of {2 * size}. Pack with sequence_multiple.")  # fmt: skip
+            raise ValueError(
+                f"sequences of {lengths.tolist()} tokens: under context parallelism of {size} each must "
+                f"be padded to a multiple of {2 * size}. Pack with sequence_multiple."
+            )
         sequence = torch.repeat_interleave(lengths)  # [T]
         position = torch.arange(sequence.numel(), device=device) - cu_seqlens.long()[sequence]
         number = position // chunk[sequence]  # of the chunk, 0 to 2 CP - 1
@@ -57,13 +59,18 @@ class ContextSplit:
         late = (number[rows] >= size).long()
         place = position[rows] % chunk[sequence[rows]]
         return cls(
-            group=group, rank=rank, size=size, num_sequences=lengths.numel(), max_chunk=biggest, rows=rows,
+            group=group,
+            rank=rank,
+            size=size,
+            num_sequences=lengths.numel(),
+            max_chunk=biggest,
+            rows=rows,
             gathered=torch.argsort(by_rank),
             query_index=(late * lengths.numel() + sequence[rows]) * biggest + place,
             # Padded queries have positions too, and see something: else their softmax is nan.
             positions=tuple(n * chunk.unsqueeze(1) + torch.arange(biggest, device=device) for n in numbers),
             visible=tuple((n + 1) * biggest for n in numbers),
-        )  # fmt: skip
+        )
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or values of this rank's tokens [T/CP, g, d] -> of all tokens in their packed order [T, g, d]."""

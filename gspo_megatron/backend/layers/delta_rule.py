@@ -41,9 +41,13 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def chunked(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, rate: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    rate: torch.Tensor,
     memory: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """L tokens of n sequences. A token with rate 0 and log-decay 0 leaves the memory alone.
 
     Args:
@@ -85,9 +89,13 @@ def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def step(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, rate: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log_decay: torch.Tensor,
+    rate: torch.Tensor,
     memory: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of n sequences: the arguments of `chunked` without L."""
     memory = log_decay.exp()[..., None, None] * memory
     u = rate.unsqueeze(-1) * (value - (key.unsqueeze(-2) @ memory).squeeze(-2))

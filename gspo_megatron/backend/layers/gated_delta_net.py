@@ -94,8 +94,9 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         return [query, key, value.unflatten(-1, (-1, self.value_head_dim))]
 
 
-def place(block: TransformerBlockSubmodules, config: TransformerConfig, arch: Architecture, use_te: bool,
-          vp_stage: int | None) -> None:  # fmt: skip
+def place(
+    block: TransformerBlockSubmodules, config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None
+) -> None:
     """Put it into the linear layers among those of a block's spec."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     for number, layer in enumerate(block.layer_specs):

@@ -70,9 +70,15 @@ class PackedLatentAttention(MLASelfAttention):
     """MLASelfAttention with angles by token. `packed_seq_params` is a PackedPlan or CachePlan with `angles`."""
 
     def get_query_key_value_tensors(
-        self, hidden_states, key_value_states=None, position_ids=None, packed_seq_params=None, inference_context=None,
-        *, inference_params=None,
-    ):  # fmt: skip
+        self,
+        hidden_states,
+        key_value_states=None,
+        position_ids=None,
+        packed_seq_params=None,
+        inference_context=None,
+        *,
+        inference_params=None,
+    ):
         """hidden_states [T (/ TP), 1, H] -> query, key [T, 1, n, nope + rope], value [T, 1, n, v], and the latents."""
         config, angles = self.config, packed_seq_params.angles
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim

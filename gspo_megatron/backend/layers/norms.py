@@ -14,8 +14,9 @@ class RMSNorm(torch.nn.Module):
     Megatron's local wrapper refuses sequence parallelism because torch's module cannot say so.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, zero_centred: bool | None = None,
-                 **kwargs):  # fmt: skip
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, zero_centred: bool | None = None, **kwargs
+    ):
         """zero_centred: the factor is 1 + weight; None: as the config says."""
         super().__init__()
         self.eps = eps

@@ -1,14 +1,10 @@
 """Hugging Face config -> Megatron-Core GPTModel chunks of this rank.
 
-Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local one
-with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
+Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local
+one with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
 
 Left out: loading weights (hf/load.py), multi-token prediction.
 """
-
-import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,59 +24,12 @@ from gspo_megatron.backend.layers.latent_attention import AngleTable, LatentNorm
 from gspo_megatron.backend.layers.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.layers.rotary import inverse_frequencies
 from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.model.transformer_config import transformer_config
 from gspo_megatron.backend.parallel.runtime import Runtime, has_transformer_engine
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ModelConfig
-from gspo_megatron.config.constraints import require
-from gspo_megatron.config.model import MAKE_VOCAB_SIZE_DIVISIBLE_BY
 from gspo_megatron.models.architecture import Architecture
-from gspo_megatron.models.families import architecture
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A Hugging Face config with the vocabulary that the model is built with."""
-
-    hf: dict
-    vocab_size: int
-
-    @classmethod
-    def load(cls, path: Path, tokenizer_size: int) -> "ModelShape":
-        """A model to be trained from random weights: its vocabulary is the tokenizer's, padded."""
-        hf = json.loads(Path(path).read_text())
-        padded = -(-tokenizer_size // MAKE_VOCAB_SIZE_DIVISIBLE_BY) * MAKE_VOCAB_SIZE_DIVISIBLE_BY
-        return cls(hf | {"vocab_size": padded}, padded)
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "ModelShape":
-        """A model whose weights are in a Hugging Face folder: its vocabulary is the embedding's, without padding,
-        because rows that the weights do not have would take a share of the softmax."""
-        hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return cls(hf, hf["vocab_size"])
-
-    @classmethod
-    def of(cls, model: ModelConfig, tokenizer_size: int) -> "ModelShape":
-        """The model of a recipe.
-
-        Raises:
-            ConfigError: the tokenizer of the folder to start from has ids that its embedding lacks.
-        """
-        if model.load_hf is None:
-            return cls.load(model.hf_config, tokenizer_size)
-        shape = cls.of_folder(model.load_hf)
-        require(tokenizer_size <= shape.vocab_size, "model.load_hf", str(model.load_hf),
-                f"its tokenizer has {tokenizer_size} entries, its embedding {shape.vocab_size}",
-                "Give the model's own tokenizer.")  # fmt: skip
-        return shape
-
-    @property
-    def architecture(self) -> Architecture:
-        return architecture(self.hf | {"vocab_size": self.vocab_size})
-
-    def num_parameters(self) -> int:
-        """Of the whole model, counted from the config."""
-        return self.architecture.num_parameters
 
 
 class PackedModel(GPTModel):
@@ -176,11 +125,26 @@ def _te_attention_with_cache():
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class CachedTEDotProductAttention(TEDotProductAttention):
-        def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None,
-                    packed_seq_params=None):  # fmt: skip
+        def forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            attn_mask_type=None,
+            attention_bias=None,
+            packed_seq_params=None,
+        ):
             if not isinstance(packed_seq_params, CachePlan):
-                return super().forward(query, key, value, attention_mask, attn_mask_type,
-                                       attention_bias=attention_bias, packed_seq_params=packed_seq_params)  # fmt: skip
+                return super().forward(
+                    query,
+                    key,
+                    value,
+                    attention_mask,
+                    attn_mask_type,
+                    attention_bias=attention_bias,
+                    packed_seq_params=packed_seq_params,
+                )
             form = softmax_of(self.config, self.layer_number, getattr(self, "softmax_offset", None))
             out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
             return out.reshape(out.size(0), 1, -1)
@@ -189,9 +153,15 @@ def _te_attention_with_cache():
 
 
 def build(
-    shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, seed: int | None,
-    use_distributed_optimizer: bool, dtype: torch.dtype | None = None, model_class: type[PackedModel] = PolicyModel,
-) -> list[DistributedDataParallel]:  # fmt: skip
+    shape: ModelShape,
+    model: ModelConfig,
+    topology: Topology,
+    runtime: Runtime,
+    seed: int | None,
+    use_distributed_optimizer: bool,
+    dtype: torch.dtype | None = None,
+    model_class: type[PackedModel] = PolicyModel,
+) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
 
     Args:
@@ -220,9 +190,13 @@ def build(
 
 
 def bare(
-    shape: ModelShape, model: ModelConfig, topology: Topology, runtime: Runtime, dtype: torch.dtype | None = None,
+    shape: ModelShape,
+    model: ModelConfig,
+    topology: Topology,
+    runtime: Runtime,
+    dtype: torch.dtype | None = None,
     model_class: type[PackedModel] = PolicyModel,
-) -> list[PackedModel]:  # fmt: skip
+) -> list[PackedModel]:
     """The model chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
     # Transformer Engine's packed attention has no fp32 kernel.
@@ -235,12 +209,19 @@ def bare(
         first = topology.is_first_stage and chunk == 0
         last = topology.is_last_stage and chunk == topology.vp_size - 1
         gpt = model_class(
-            config=config, transformer_layer_spec=layer_spec(config, arch, use_te, vp_stage),
-            vocab_size=arch.vocab_size, max_sequence_length=arch.max_position_embeddings, pre_process=first,
-            post_process=last, parallel_output=True, share_embeddings_and_output_weights=arch.tied,
-            position_embedding_type="rope", rotary_base=arch.rope_theta, rotary_percent=arch.rotary_share,
+            config=config,
+            transformer_layer_spec=layer_spec(config, arch, use_te, vp_stage),
+            vocab_size=arch.vocab_size,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            rotary_percent=arch.rotary_share,
             vp_stage=vp_stage,
-        )  # fmt: skip
+        )
         gpt.rotary_by_token = not use_te
         # Megatron would cut its angles over context-parallel ranks by the length of this rank's tokens. Angles by token
         # need no cut, and Transformer Engine's packed path cuts where it applies them.

@@ -21,9 +21,22 @@ from gspo_megatron.backend.layers.norms import AllHeadsRMSNorm
 from gspo_megatron.backend.parallel.topology import Topology
 
 # Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
-CUT_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1,
-           "linear_q_proj": 0, "linear_q_down_proj": 0, "linear_q_up_proj": 0, "linear_kv_down_proj": 0,
-           "linear_kv_up_proj": 0, "in_proj": 0, "conv1d": 0, "out_proj": 1}  # fmt: skip
+CUT_DIM = {
+    "word_embeddings": 0,
+    "output_layer": 0,
+    "linear_qkv": 0,
+    "linear_proj": 1,
+    "linear_fc1": 0,
+    "linear_fc2": 1,
+    "linear_q_proj": 0,
+    "linear_q_down_proj": 0,
+    "linear_q_up_proj": 0,
+    "linear_kv_down_proj": 0,
+    "linear_kv_up_proj": 0,
+    "in_proj": 0,
+    "conv1d": 0,
+    "out_proj": 1,
+}
 CUT_VECTORS = ("softmax_offset", "A_log", "dt_bias")  # one number a head
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(.*)$")

@@ -14,10 +14,10 @@ from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.rope_scaling import Yarn
 
 
-def transformer_config(arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool,
-                       dtype: torch.dtype) -> TransformerConfig:  # fmt: skip
+def transformer_config(
+    arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool, dtype: torch.dtype
+) -> TransformerConfig:
     """TransformerConfig of an architecture, cut as the topology says."""
-    on_cuda = torch.cuda.is_available()
     interleaved = topology.vp_size > 1
     kind = TransformerConfig if arch.latent is None else MLATransformerConfig
     return kind(
@@ -49,7 +49,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, topology: Topolog
         attention_dropout=0.0,
         # Our own initialisation (parameters.py) is the same in every layout; Megatron's is not.
         perform_initialization=False,
-        use_cpu_initialization=not on_cuda,
+        use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

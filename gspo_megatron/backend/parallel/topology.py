@@ -98,9 +98,13 @@ class Topology:
     @property
     def coordinates(self) -> str:
         """This rank's place in the layout, for people: `TP0 PP1 DP0 EP1`."""
-        places = {"TP": (self.tp_rank, self.tp_size), "CP": (self.cp_rank, self.cp_size),
-                  "PP": (self.pp_rank, self.pp_size), "DP": (self.dp_rank, self.dp_size),
-                  "EP": (self.ep_rank, self.ep_size)}  # fmt: skip
+        places = {
+            "TP": (self.tp_rank, self.tp_size),
+            "CP": (self.cp_rank, self.cp_size),
+            "PP": (self.pp_rank, self.pp_size),
+            "DP": (self.dp_rank, self.dp_size),
+            "EP": (self.ep_rank, self.ep_size),
+        }
         return " ".join(f"{name}{rank}" for name, (rank, size) in places.items() if size > 1 or name == "PP")
 
     def describe(self) -> str:
@@ -116,7 +120,7 @@ def start(layout: Layout, seed: int) -> Topology:
     """Build Megatron's process groups for a resolved layout and seed its RNG trackers.
 
     Args:
-        layout: every size filled in (check.resolve_layout).
+        layout: every size filled in (resolve_layout).
         seed: of Megatron's trackers; our own initial weights do not use them (parameters.py).
     """
     gc.collect()  # models of an earlier layout hang in reference cycles and hold their groups, with all their threads

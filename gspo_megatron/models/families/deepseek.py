@@ -34,10 +34,12 @@ def _common(config: ConfigReader) -> dict:
     moe = config.size("moe_intermediate_size")
     config.require(config.get("moe_layer_freq", 1) == 1, "moe_layer_freq other than 1 is not supported", "Use 1.")
     latent = LatentAttention(
-        q_lora_rank=config.get("q_lora_rank"), kv_lora_rank=config.size("kv_lora_rank"),
-        qk_nope_head_dim=config.size("qk_nope_head_dim"), qk_rope_head_dim=config.size("qk_rope_head_dim"),
+        q_lora_rank=config.get("q_lora_rank"),
+        kv_lora_rank=config.size("kv_lora_rank"),
+        qk_nope_head_dim=config.size("qk_nope_head_dim"),
+        qk_rope_head_dim=config.size("qk_rope_head_dim"),
         v_head_dim=config.size("v_head_dim"),
-    )  # fmt: skip
+    )
     return {
         **config.attention(scalings=("yarn",)),
         **config.experts(),
@@ -52,13 +54,22 @@ def _common(config: ConfigReader) -> dict:
 
 def read_v2(config: ConfigReader) -> Architecture:
     method = config.get("topk_method", "greedy")
-    config.require(method in ("greedy", "group_limited_greedy"), f"topk_method {method!r} is not supported",
-                   "Use greedy or group_limited_greedy.")  # fmt: skip
+    config.require(
+        method in ("greedy", "group_limited_greedy"),
+        f"topk_method {method!r} is not supported",
+        "Use greedy or group_limited_greedy.",
+    )
     is_limited = method == "group_limited_greedy"
     groups, top_groups = (config.size("n_group"), config.size("topk_group")) if is_limited else (1, 1)
     check_groups(config, groups, top_groups, best=1)
-    return Architecture(family="deepseek_v2", **_common(config), renormalise=False, router_groups=groups,
-                        router_top_groups=top_groups, router_group_best=1)  # fmt: skip
+    return Architecture(
+        family="deepseek_v2",
+        **_common(config),
+        renormalise=False,
+        router_groups=groups,
+        router_top_groups=top_groups,
+        router_group_best=1,
+    )
 
 
 def read_v3(config: ConfigReader) -> Architecture:

@@ -33,8 +33,11 @@ def sigmoid_router(config: ConfigReader) -> dict:
     """The fields of a sigmoid router with a correction bias, of GLM-4.5 and DeepSeek-V3."""
     chosen = config.size("num_experts_per_tok")
     groups, top_groups = config.get("n_group", 1), config.get("topk_group", 1)
-    config.require(config.get("norm_topk_prob", True) and chosen > 1, "norm_topk_prob off, or a single expert a token, "
-                   "is not supported with a sigmoid router", "Use a model that renormalises.")  # fmt: skip
+    config.require(
+        config.get("norm_topk_prob", True) and chosen > 1,
+        "norm_topk_prob off, or a single expert a token, is not supported with a sigmoid router",
+        "Use a model that renormalises.",
+    )
     check_groups(config, groups, top_groups, best=2)
     return {"router_score": "sigmoid", "router_bias": True, "router_groups": groups, "router_top_groups": top_groups}
 
@@ -43,8 +46,12 @@ def check_groups(config: ConfigReader, groups: int, top_groups: int, best: int) 
     """Raise ConfigError for groups of experts from which a token cannot choose."""
     experts, chosen = config.experts()["num_experts"], config.size("num_experts_per_tok")
     sizes = f"n_group {groups}, topk_group {top_groups}, {experts} experts, num_experts_per_tok {chosen}"
-    fits = groups == 1 or (experts % groups == 0 and best <= experts // groups and top_groups <= groups
-                           and chosen <= top_groups * (experts // groups))  # fmt: skip
+    fits = groups == 1 or (
+        experts % groups == 0
+        and best <= experts // groups
+        and top_groups <= groups
+        and chosen <= top_groups * (experts // groups)
+    )
     config.require(fits, f"{sizes} do not fit together", "Correct config.json.")
 
 

@@ -33,8 +33,11 @@ def read(config: ConfigReader) -> Architecture:
     layers = config.size("num_hidden_layers")
     types = config.get("layer_types") or ["sliding_attention", "full_attention"] * layers
     known = set(types) <= {"sliding_attention", "full_attention"} and len(types) >= layers
-    config.require(known, f"layer_types is {types!r}, not sliding_attention or full_attention for each layer",
-                   "Correct it in that file.")  # fmt: skip
+    config.require(
+        known,
+        f"layer_types is {types!r}, not sliding_attention or full_attention for each layer",
+        "Correct it in that file.",
+    )
     return Architecture(
         family="gpt_oss",
         **config.attention(),

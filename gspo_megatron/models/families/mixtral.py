@@ -28,6 +28,4 @@ def read(config: ConfigReader) -> Architecture:
     )
 
 
-FAMILY = Family(
-    read, MODEL, ATTENTION, moe=MOE, experts=EXPERTS, stacked_moe=ROUTER, stacked_experts=STACKED_EXPERTS
-)  # fmt: skip
+FAMILY = Family(read, MODEL, ATTENTION, moe=MOE, experts=EXPERTS, stacked_moe=ROUTER, stacked_experts=STACKED_EXPERTS)

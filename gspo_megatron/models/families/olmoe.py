@@ -20,4 +20,4 @@ def read(config: ConfigReader) -> Architecture:
 
 FAMILY = Family(
     read, MODEL, ATTENTION, moe=ROUTER, experts=EXPERTS, stacked_moe=ROUTER, stacked_experts=STACKED_EXPERTS
-)  # fmt: skip
+)

@@ -40,20 +40,28 @@ def _linear_layers(config: ConfigReader) -> tuple[int, ...]:
     default = ["full_attention" if layer % interval == 0 else "linear_attention" for layer in range(1, layers + 1)]
     types = config.get("layer_types", default)
     known = set(types) <= {"linear_attention", "full_attention"} and len(types) == layers
-    config.require(known, f"layer_types is {types!r}, not linear_attention or full_attention for each layer",
-                   "Correct it in that file.")  # fmt: skip
+    config.require(
+        known,
+        f"layer_types is {types!r}, not linear_attention or full_attention for each layer",
+        "Correct it in that file.",
+    )
     return tuple(int(kind == "linear_attention") for kind in types)
 
 
 def _linear(config: ConfigReader) -> LinearAttention:
     linear = LinearAttention(
-        num_key_heads=config.size("linear_num_key_heads"), num_value_heads=config.size("linear_num_value_heads"),
-        key_head_dim=config.size("linear_key_head_dim"), value_head_dim=config.size("linear_value_head_dim"),
+        num_key_heads=config.size("linear_num_key_heads"),
+        num_value_heads=config.size("linear_num_value_heads"),
+        key_head_dim=config.size("linear_key_head_dim"),
+        value_head_dim=config.size("linear_value_head_dim"),
         kernel=config.size("linear_conv_kernel_dim"),
-    )  # fmt: skip
+    )
     keys, values = linear.num_key_heads, linear.num_value_heads
-    config.require(values % keys == 0, f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}",
-                   "Correct one of the two.")  # fmt: skip
+    config.require(
+        values % keys == 0,
+        f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}",
+        "Correct one of the two.",
+    )
     return linear
 
 
@@ -78,6 +86,4 @@ def read(config: ConfigReader) -> Architecture:
     )
 
 
-FAMILY = Family(
-    read, MODEL, LAYER, DENSE, MOE, EXPERTS, MOE, STACKED_EXPERTS, softmax=SOFTMAX, linear=LINEAR
-)  # fmt: skip
+FAMILY = Family(read, MODEL, LAYER, DENSE, MOE, EXPERTS, MOE, STACKED_EXPERTS, softmax=SOFTMAX, linear=LINEAR)

@@ -61,8 +61,15 @@ class CriticAdvantages:
         last = last_tokens(batch.loss_mask, ids, batch.num_sequences)
         trained = last >= 0
         by_token = (-penalty).index_add(0, last[trained], rewards.to(penalty.device)[trained])
-        advantages, returns = gae(by_token, batch.values, batch.loss_mask, batch.cu_seqlens, batch.num_sequences,
-                                  critic.gamma, critic.gae_lambda)  # fmt: skip
+        advantages, returns = gae(
+            by_token,
+            batch.values,
+            batch.loss_mask,
+            batch.cu_seqlens,
+            batch.num_sequences,
+            critic.gamma,
+            critic.gae_lambda,
+        )
         batch.advantages, batch.returns = advantages.to(batch.values.dtype), returns.to(batch.values.dtype)
 
     def _prepare(self, batch: PackedBatch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.checkpoint import sharded as checkpoints
 from gspo_megatron.backend.engine import microbatches as packing
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.runtime import Runtime
@@ -96,8 +96,13 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     rows.insert(3, _other_tensor_size(bench, described, base))
     runtimes.stop()
     lengths = [sequence.response_length for sequence in bench.sequences]
-    return NoiseFloor(rows, f"{described} = {runtime.world_size} ranks", f"{runtime.device.type} ({runtime.backend})",
-                      bench.size, sum(lengths) / len(lengths))  # fmt: skip
+    return NoiseFloor(
+        rows,
+        f"{described} = {runtime.world_size} ranks",
+        f"{runtime.device.type} ({runtime.backend})",
+        bench.size,
+        sum(lengths) / len(lengths),
+    )
 
 
 def _policy(bench: _Bench, topology: topologies.Topology, dtype: torch.dtype | None = None) -> Policy:
@@ -182,8 +187,13 @@ def _sequence_means(batch: PackedBatch) -> torch.Tensor:
     return (sums[0] / sums[1].clamp(min=1))[:-1]
 
 
-def _by_response(bench: _Bench, policy: Policy, mine: list[int], batches: list[PackedBatch],
-                 values: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:  # fmt: skip
+def _by_response(
+    bench: _Bench,
+    policy: Policy,
+    mine: list[int],
+    batches: list[PackedBatch],
+    values: Callable[[PackedBatch], torch.Tensor],
+) -> torch.Tensor:
     """[N] fp64 on every rank, on the CPU: values(batch) [S] of the last stages, at the responses' numbers."""
     total = torch.zeros(bench.size, dtype=torch.float64, device=policy.device)
     if policy.topology.is_last_stage and policy.topology.tp_rank == 0:

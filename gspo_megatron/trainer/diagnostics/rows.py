@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gspo_megatron.config import Layout, ResolvedConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
-from gspo_megatron.recipe.check import check_layout
+from gspo_megatron.recipe.layout import check_layout
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,22 @@ class Diagnosis:
         return [
             f"({row.key}) is above epsilon / 3{'' if row.key in self.relied_on else ' (not used by this recipe)'}: "
             f"{ROWS[row.key].remedy}."
-            for row in self.measured.rows if self.is_above(row)
-        ]  # fmt: skip
+            for row in self.measured.rows
+            if self.is_above(row)
+        ]
 
     def as_dict(self) -> dict:
         """For --json; a number that is not finite becomes its name, because JSON has none."""
         rows = [
-            dataclasses.asdict(row) | {
-                "title": ROWS[row.key].title, "rms_over_epsilon": None if row.rms is None else row.rms / self.epsilon,
-                "relied_on": row.key in self.relied_on, "above_limit": self.is_above(row),
+            dataclasses.asdict(row)
+            | {
+                "title": ROWS[row.key].title,
+                "rms_over_epsilon": None if row.rms is None else row.rms / self.epsilon,
+                "relied_on": row.key in self.relied_on,
+                "above_limit": self.is_above(row),
             }
             for row in self.measured.rows
-        ]  # fmt: skip
+        ]
         rows = [{name: _plain(value) for name, value in row.items()} for row in rows]
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("measured",)}
         about = {k: v for k, v in dataclasses.asdict(self.measured).items() if k != "rows"}
@@ -170,11 +174,14 @@ def diagnose(measured: NoiseFloor, checkpoint: Path | None, config: ResolvedConf
     """
     algorithm = config.algorithm
     return Diagnosis(
-        measured=measured, epsilon=min(algorithm.clip_ratio_low, algorithm.clip_ratio_high),
+        measured=measured,
+        epsilon=min(algorithm.clip_ratio_low, algorithm.clip_ratio_high),
         weights=f"checkpoint {checkpoint}" if checkpoint else "initial (random)",
-        params_dtype=config.model.params_dtype, algorithm=algorithm.name, old_logprobs=algorithm.old_logprobs,
+        params_dtype=config.model.params_dtype,
+        algorithm=algorithm.name,
+        old_logprobs=algorithm.old_logprobs,
         relied_on=relied_on(config),
-    )  # fmt: skip
+    )
 
 
 def _plain(value: object) -> object:

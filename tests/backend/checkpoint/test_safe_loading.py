@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from gspo_megatron.backend.checkpoint import safe_loading, saver, sharded
 from gspo_megatron.errors import CheckpointError
 from tests.backend.small import SINGLE, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
 class Hostile:

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from gspo_megatron.backend.checkpoint import saver, sharded
 from gspo_megatron.backend.checkpoint.saver import Saver
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from gspo_megatron.errors import CheckpointError
 from tests.backend.small import SINGLE, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
-PP2 = ParallelConfig(1, 2, None, 1, 1)
+PP2 = Layout(1, 2, None, 1, 1)
 
 
-def save_while_training_goes_on(rank: int, world_size: int, folder: Path, layout: ParallelConfig) -> dict:
+def save_while_training_goes_on(rank: int, world_size: int, folder: Path, layout: Layout) -> dict:
     policy, writer = small_policy(layout), Saver()
     before = parameters.gather_full(policy.models, policy.topology)
     writer.begin({"": policy.network}, folder / "step_000001", {"step": 1})
@@ -31,8 +31,14 @@ def save_while_training_goes_on(rank: int, world_size: int, folder: Path, layout
     published = writer.finish()
     sharded.load_weights(policy.network, folder / "step_000001")
     after = parameters.gather_full(policy.models, policy.topology)
-    return {"before": before, "after": after, "seen": seen, "published": published, "again": writer.finish(),
-            "progress": sharded.read_progress(folder / "step_000001")}  # fmt: skip
+    return {
+        "before": before,
+        "after": after,
+        "seen": seen,
+        "published": published,
+        "again": writer.finish(),
+        "progress": sharded.read_progress(folder / "step_000001"),
+    }
 
 
 @pytest.mark.parametrize("layout", [SINGLE, PP2], ids=["DP2", "PP2"])

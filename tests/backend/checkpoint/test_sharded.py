@@ -9,19 +9,19 @@ from gspo_megatron.backend.checkpoint import saver, sharded
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from gspo_megatron.errors import CheckpointError
 from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
-def save(layout: ParallelConfig, folder: Path) -> dict:
+def save(layout: Layout, folder: Path) -> dict:
     policy = small_policy(layout)
     saver.save({"": policy.network}, folder)
     return parameters.gather_full(policy.models, policy.topology)
 
 
-def load(layout: ParallelConfig, folder: Path) -> dict:
+def load(layout: Layout, folder: Path) -> dict:
     policy = small_policy(layout)
     with torch.no_grad():
         for model in policy.models:
@@ -38,7 +38,7 @@ def log_probs(policy: Policy) -> torch.Tensor | None:
     return torch.cat([batch.old_logprobs for batch in batches]) if policy.topology.is_last_stage else None
 
 
-def log_probs_of(layout: ParallelConfig, folder: Path) -> torch.Tensor | None:
+def log_probs_of(layout: Layout, folder: Path) -> torch.Tensor | None:
     policy = small_policy(layout)
     sharded.load_weights(policy.network, folder)
     return log_probs(policy)
@@ -53,7 +53,7 @@ def moved(rank: int, world_size: int, folder: Path) -> tuple[torch.Tensor | None
     saver.save({"": policy.network}, folder)
     saved = log_probs(policy)
     topology.stop()
-    layouts = {"TP1 x PP4 x EP1": ParallelConfig(1, 4, None, 1, 1), "EP4": ParallelConfig(1, 1, None, 4, 1)}
+    layouts = {"TP1 x PP4 x EP1": Layout(1, 4, None, 1, 1), "EP4": Layout(1, 1, None, 4, 1)}
     return saved, in_layouts(rank, world_size, layouts, log_probs_of, folder)
 
 
@@ -73,8 +73,8 @@ def test_the_same_log_probs_under_another_layout(tmp_path):
 def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
     saved = save(TP2_PP2_EP2, folder)
     topology.stop()
-    shared = ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2)
-    layouts = {"PP2xVP2": ParallelConfig(1, 2, 2, 1, 1), "DP4": SINGLE, "CP2xTP2-EP2": shared}
+    shared = Layout(2, 1, None, 2, 1, context_parallel_size=2)
+    layouts = {"PP2xVP2": Layout(1, 2, 2, 1, 1), "DP4": SINGLE, "CP2xTP2-EP2": shared}
     loaded = in_layouts(rank, world_size, layouts, load, folder)
     save(shared, folder.parents[1] / "context" / "step_000001")
     topology.stop()

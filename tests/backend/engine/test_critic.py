@@ -13,23 +13,23 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
-from gspo_megatron.config import AlgorithmConfig, CriticConfig, ParallelConfig
+from gspo_megatron.backend.model.shape import ModelShape
+from gspo_megatron.config import AlgorithmConfig, CriticConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.engine.test_policy import gradient_error
 from tests.backend.small import CONFIG_PATH, SINGLE, TP2_PP2_EP2, VOCAB, fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": (TP2_PP2_EP2, False),
-    "TP2xDP2": (ParallelConfig(2, 1, None, 1, 1), False),
-    "PP2xDP2-tied": (ParallelConfig(1, 2, None, 1, 1), True),
-    "PP2xVP2xDP2-EP2": (ParallelConfig(1, 2, 2, 2, 1), False),
+    "TP2xDP2": (Layout(2, 1, None, 1, 1), False),
+    "PP2xDP2-tied": (Layout(1, 2, None, 1, 1), True),
+    "PP2xVP2xDP2-EP2": (Layout(1, 2, 2, 2, 1), False),
 }
 CLIP, LR = 0.2, 1e-3
 
 
-def small_critic(layout: ParallelConfig, dtype: torch.dtype | None = None, tied: bool = False) -> tuple[Policy, Critic]:
+def small_critic(layout: Layout, dtype: torch.dtype | None = None, tied: bool = False) -> tuple[Policy, Critic]:
     """(policy, critic) of the example model. The critic has the policy's trunk, and a head that is not 0, so that
     gradients reach every layer. `tied`: as if the policy's output layer were its embedding; the critic must not care.
     """
@@ -54,8 +54,13 @@ def small_critic(layout: ParallelConfig, dtype: torch.dtype | None = None, tied:
 def targets(values: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(old values, returns) [T] of each batch: within and beyond the clip on both sides of the values."""
     generator = torch.Generator().manual_seed(11)
-    return [(v + 0.3 * torch.randn(v.shape, generator=generator).to(v.dtype),
-             torch.randn(v.shape, generator=generator).to(v.dtype)) for v in values]  # fmt: skip
+    return [
+        (
+            v + 0.3 * torch.randn(v.shape, generator=generator).to(v.dtype),
+            torch.randn(v.shape, generator=generator).to(v.dtype),
+        )
+        for v in values
+    ]
 
 
 def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, folder: Path | None = None) -> dict:
@@ -81,10 +86,16 @@ def step(case: tuple, wanted: list | None, dtype: torch.dtype | None = None, fol
         saver.save({"": critic.network}, folder)
         weights = parameters.gather_full(critic.models, cut)
     return {
-        "values": values, "wanted": wanted, "statistics": statistics, "names": names, "weights": weights,
-        "gradient": gradient if dist.get_rank() == 0 else None, "dp_rank": cut.dp_rank, "dp_size": cut.dp_size,
+        "values": values,
+        "wanted": wanted,
+        "statistics": statistics,
+        "names": names,
+        "weights": weights,
+        "gradient": gradient if dist.get_rank() == 0 else None,
+        "dp_rank": cut.dp_rank,
+        "dp_size": cut.dp_size,
         "is_last": cut.is_last_stage,
-    }  # fmt: skip
+    }
 
 
 def trunk_names(policy: Policy, critic: Critic) -> dict[str, bool]:
@@ -131,7 +142,7 @@ def single() -> dict:
 def layouts(single, tmp_path_factory) -> list[dict]:
     """By rank."""
     folder = tmp_path_factory.mktemp("critic") / "step_000001"
-    return spawn(four_ranks, 4, single["reference"]["wanted"], folder, timeout=240)
+    return spawn(four_ranks, 4, single["reference"]["wanted"], folder, timeout=280)
 
 
 def test_reference_is_not_trivial(single):

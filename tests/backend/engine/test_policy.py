@@ -9,9 +9,9 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import PackedBatch
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig
 from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, in_layouts, padded, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 PLAIN, RECOMPUTE = ModelConfig(), ModelConfig(recompute=True)
 CHUNKED = ModelConfig(logprob_chunk_tokens=7)  # of microbatches of 24 to 38 tokens
@@ -19,17 +19,17 @@ CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": (TP2_PP2_EP2, PLAIN),
     "TP2xPP2-EP2-recompute": (TP2_PP2_EP2, RECOMPUTE),
     "TP2xPP2-EP2-logits-in-chunks": (TP2_PP2_EP2, CHUNKED),
-    "TP2xDP2-experts-replicated": (ParallelConfig(2, 1, None, 1, 1), PLAIN),
-    "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
-    "DP4-EP4": (ParallelConfig(1, 1, None, 4, 1), PLAIN),
-    "PP2-1+3xDP2-EP2-recompute": (ParallelConfig(1, 2, None, 2, 1, num_layers_in_first_pipeline_stage=1), RECOMPUTE),
-    "TP2xPP2-ETP2": (ParallelConfig(2, 2, None, 1, 2), PLAIN),
-    "DP4-EP2-distributed-optimizer": (ParallelConfig(1, 1, None, 2, 1, use_distributed_optimizer=True), PLAIN),
-    "CP2xTP2-EP2": (ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2), PLAIN),
-    "CP2xPP2xVP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1, context_parallel_size=2), RECOMPUTE),
-    "CP4-EP4": (ParallelConfig(1, 1, None, 4, 1, context_parallel_size=4), PLAIN),
+    "TP2xDP2-experts-replicated": (Layout(2, 1, None, 1, 1), PLAIN),
+    "PP2xVP2xDP2-EP2-recompute": (Layout(1, 2, 2, 2, 1), RECOMPUTE),
+    "DP4-EP4": (Layout(1, 1, None, 4, 1), PLAIN),
+    "PP2-1+3xDP2-EP2-recompute": (Layout(1, 2, None, 2, 1, num_layers_in_first_pipeline_stage=1), RECOMPUTE),
+    "TP2xPP2-ETP2": (Layout(2, 2, None, 1, 2), PLAIN),
+    "DP4-EP2-distributed-optimizer": (Layout(1, 1, None, 2, 1, use_distributed_optimizer=True), PLAIN),
+    "CP2xTP2-EP2": (Layout(2, 1, None, 2, 1, context_parallel_size=2), PLAIN),
+    "CP2xPP2xVP2-EP2-recompute": (Layout(1, 2, 2, 2, 1, context_parallel_size=2), RECOMPUTE),
+    "CP4-EP4": (Layout(1, 1, None, 4, 1, context_parallel_size=4), PLAIN),
     "CP2xDP2-distributed-optimizer": (
-        ParallelConfig(1, 1, None, 1, 1, use_distributed_optimizer=True, context_parallel_size=2),
+        Layout(1, 1, None, 1, 1, use_distributed_optimizer=True, context_parallel_size=2),
         PLAIN,
     ),
 }
@@ -88,11 +88,17 @@ def step(case: tuple, old: list | None, algorithm: str, fp64: bool) -> dict:
     weights = parameters.gather_full(policy.models, cut)
     table = result.stats.table
     return {
-        "loss": float(loss), "old": old, "counts": counts, "grad_norm": result.grad_norm,
+        "loss": float(loss),
+        "old": old,
+        "counts": counts,
+        "grad_norm": result.grad_norm,
         "ratio": (table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)).exp(),
-        "table": table.values, "dp_rank": cut.dp_rank, "gradient": gradient if dist.get_rank() == 0 else None,
-        "weights": weights if dist.get_rank() == 0 else None, "lr": result.learning_rate,
-    }  # fmt: skip
+        "table": table.values,
+        "dp_rank": cut.dp_rank,
+        "gradient": gradient if dist.get_rank() == 0 else None,
+        "weights": weights if dist.get_rank() == 0 else None,
+        "lr": result.learning_rate,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +114,7 @@ def reference(single) -> dict:
 @pytest.fixture(scope="module")
 def layouts(reference) -> list[dict]:
     """By rank: the step's result in each layout."""
-    return spawn(four_ranks, 4, reference["old"], timeout=240)
+    return spawn(four_ranks, 4, reference["old"], timeout=280)
 
 
 def gradient_error(ours: dict, reference: dict) -> float:
@@ -139,7 +145,7 @@ def rows_by_batch(results: list[dict], key: str, dp_size: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def initial_weights(layout: ParallelConfig) -> dict:
+def initial_weights(layout: Layout) -> dict:
     policy = small_policy(layout)
     return parameters.gather_full(policy.models, policy.topology)
 
@@ -225,7 +231,7 @@ def test_layout_equals_one_rank_in_fp64(single, layouts, name):
     assert float((ratio - reference["ratio"]).abs().max()) < 1e-11
 
 
-def ratio_without_noise(case: tuple[ParallelConfig, ModelConfig]) -> float:
+def ratio_without_noise(case: tuple[Layout, ModelConfig]) -> float:
     """Largest |log-ratio| of any token in an update that follows old log-probs at the same weights."""
     layout, model = case
     policy = small_policy(layout, model=model)
@@ -241,7 +247,11 @@ def test_ratio_is_exactly_1_at_unchanged_weights():
     and in bf16 alike; anything else would be noise beside a clip range of 3e-4."""
     shared = CASES["CP2xTP2-EP2"][0]
     bf16, chunked = ModelConfig(params_dtype="bf16"), ModelConfig(params_dtype="bf16", logprob_chunk_tokens=7)
-    cases = {"fp32": (TP2_PP2_EP2, PLAIN), "bf16": (TP2_PP2_EP2, bf16), "bf16-CP2": (shared, bf16),
-             "bf16-logits-in-chunks": (TP2_PP2_EP2, chunked)}  # fmt: skip
+    cases = {
+        "fp32": (TP2_PP2_EP2, PLAIN),
+        "bf16": (TP2_PP2_EP2, bf16),
+        "bf16-CP2": (shared, bf16),
+        "bf16-logits-in-chunks": (TP2_PP2_EP2, chunked),
+    }
     noise = spawn(in_layouts, 4, cases, ratio_without_noise)[0]
     assert noise == dict.fromkeys(cases, 0.0)

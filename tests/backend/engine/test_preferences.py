@@ -11,15 +11,15 @@ from gspo_megatron.backend.engine.microbatches import global_counts, microbatche
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import TrainSequence
-from gspo_megatron.config import AlgorithmConfig, ParallelConfig, PreferenceConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, PreferenceConfig
 from gspo_megatron.data.epochs import share_of
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 CASES = {  # on four ranks; what the sizes leave over is data parallelism
     "TP2xPP2-EP2": TP2_PP2_EP2,
-    "TP2xDP2": ParallelConfig(2, 1, None, 1, 1),
-    "PP2xVP2xDP2-EP2": ParallelConfig(1, 2, 2, 2, 1),
+    "TP2xDP2": Layout(2, 1, None, 1, 1),
+    "PP2xVP2xDP2-EP2": Layout(1, 2, 2, 2, 1),
 }
 DPO = AlgorithmConfig("dpo", preference=PreferenceConfig(beta=0.1))
 
@@ -43,7 +43,7 @@ def move(models: list[torch.nn.Module]) -> None:
                 parameter.mul_(1.05)
 
 
-def step(layout: ParallelConfig) -> dict:
+def step(layout: Layout) -> dict:
     """One update on this replica's share of the pairs, in microbatches of at most 48 tokens."""
     policy = small_policy(layout)
     cut = policy.topology
@@ -61,13 +61,20 @@ def step(layout: ParallelConfig) -> dict:
     dist.all_reduce(loss, group=cut.dp_group)
     gradient = parameters.gather_full(policy.models, cut, lambda p: p.main_grad)
     rows = result.stats.table.column("sum_log_ratio").view(-1, 2)
-    by_pair = {batch.source_index[i] // 2 + cut.dp_rank * len(mine) // 2: None for batch in batches
-               for i in range(0, batch.num_sequences, 2)}  # fmt: skip
+    by_pair = {
+        batch.source_index[i] // 2 + cut.dp_rank * len(mine) // 2: None
+        for batch in batches
+        for i in range(0, batch.num_sequences, 2)
+    }
     return {
-        "loss": float(loss), "counts": counts, "grad_norm": result.grad_norm, "microbatches": len(batches),
-        "log_ratios": dict(zip(by_pair, rows.tolist(), strict=True)), "dp_rank": cut.dp_rank,
+        "loss": float(loss),
+        "counts": counts,
+        "grad_norm": result.grad_norm,
+        "microbatches": len(batches),
+        "log_ratios": dict(zip(by_pair, rows.tolist(), strict=True)),
+        "dp_rank": cut.dp_rank,
         "gradient": gradient if dist.get_rank() == 0 else None,
-    }  # fmt: skip
+    }
 
 
 def both_frozen_and_moved(rank: int, world_size: int) -> dict:
@@ -76,7 +83,7 @@ def both_frozen_and_moved(rank: int, world_size: int) -> dict:
     return one | in_layouts(rank, world_size, {"frozen": SINGLE}, frozen)
 
 
-def frozen(layout: ParallelConfig) -> list[float]:
+def frozen(layout: Layout) -> list[float]:
     """Largest change of the reference's log-probs over an update, and of the policy's own."""
     policy = small_policy(layout)
     reference = FrozenReference(policy.models)
@@ -98,7 +105,7 @@ def reference() -> dict:
 
 @pytest.fixture(scope="module")
 def layouts() -> list[dict]:
-    return spawn(in_layouts, 4, CASES, step, timeout=240)
+    return spawn(in_layouts, 4, CASES, step, timeout=280)
 
 
 def test_reference_is_not_trivial(reference):

@@ -15,21 +15,21 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.router_hooks import TopKRouter
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import PackedBatch, SequenceTable
-from gspo_megatron.config import AlgorithmConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoutingConfig
+from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, OptimizerConfig, RoutingConfig
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.metrics.routing import change_beside_ratio
 from gspo_megatron.routing.statistics import routing_metrics
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, padded, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 RECOMPUTE = ModelConfig(recompute=True)
 FAST = OptimizerConfig(lr=0.02, warmup_steps=0)  # moves routes within one update
 LAYOUTS = {  # on four ranks
     "TP2xPP2-EP2": (TP2_PP2_EP2, ModelConfig()),
     "TP2xPP2-EP2-recompute": (TP2_PP2_EP2, RECOMPUTE),
-    "PP2xVP2xDP2-EP2-recompute": (ParallelConfig(1, 2, 2, 2, 1), RECOMPUTE),
-    "CP2xTP2-EP2": (ParallelConfig(2, 1, None, 2, 1, context_parallel_size=2), ModelConfig()),
-    "CP2xPP2-recompute": (ParallelConfig(1, 2, None, 1, 1, context_parallel_size=2), RECOMPUTE),
+    "PP2xVP2xDP2-EP2-recompute": (Layout(1, 2, 2, 2, 1), RECOMPUTE),
+    "CP2xTP2-EP2": (Layout(2, 1, None, 2, 1, context_parallel_size=2), ModelConfig()),
+    "CP2xPP2-recompute": (Layout(1, 2, None, 1, 1, context_parallel_size=2), RECOMPUTE),
 }
 LENGTHS = ((7, 12, 3), (20, 4, 6), (5, 9, 6), (16, 14, 8))  # every replica gets as many sequences
 MINIBATCHES = 3
@@ -45,11 +45,14 @@ def even_batches() -> list[PackedBatch]:
         mask[positions == 5] = 0.0
         batches.append(
             PackedBatch(
-                tokens=torch.randint(0, VOCAB, (total,), generator=generator), position_ids=positions,
-                cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32), num_sequences=3,
-                loss_mask=mask, advantages=torch.randn(3, generator=generator),
+                tokens=torch.randint(0, VOCAB, (total,), generator=generator),
+                position_ids=positions,
+                cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32),
+                num_sequences=3,
+                loss_mask=mask,
+                advantages=torch.randn(3, generator=generator),
             )
-        )  # fmt: skip
+        )
     return batches
 
 
@@ -107,8 +110,12 @@ def recounted(case: tuple) -> list[dict]:
         for batch in batches:
             maps = Maps(policy)
             policy.log_probs([batch])
-            found.append({layer: [frozenset(row.nonzero().flatten().tolist()) for row in seen[0]]
-                          for layer, seen in maps.stop().items()})  # fmt: skip
+            found.append(
+                {
+                    layer: [frozenset(row.nonzero().flatten().tolist()) for row in seen[0]]
+                    for layer, seen in maps.stop().items()
+                }
+            )
         return found
 
     policy.fill_old_log_probs(batches)
@@ -161,8 +168,10 @@ def replayed(case: tuple) -> dict:
     policy, batches = start(case, "R2")
     policy.fill_old_log_probs(batches)
     same = policy.log_probs_along_old_routes(batches)
-    old = {layer: [trace[layer].long() for trace in (b.old_routes.experts for b in batches)]
-           for layer in batches[0].old_routes.experts}  # fmt: skip
+    old = {
+        layer: [trace[layer].long() for trace in (b.old_routes.experts for b in batches)]
+        for layer in batches[0].old_routes.experts
+    }
     first = update(policy, batches, 0)
     free = policy.log_probs(batches)
     maps = Maps(policy)
@@ -170,8 +179,10 @@ def replayed(case: tuple) -> dict:
     astray = 0
     for layer, seen in maps.stop().items():
         # Each microbatch has its own number of tokens, which tells whose map it is, whatever the order.
-        by_size = {chosen.size(0): torch.zeros(chosen.size(0), 8, dtype=torch.bool).scatter(1, chosen, True)
-                   for chosen in old[layer]}  # fmt: skip
+        by_size = {
+            chosen.size(0): torch.zeros(chosen.size(0), 8, dtype=torch.bool).scatter(1, chosen, True)
+            for chosen in old[layer]
+        }
         astray += sum(not torch.equal(found, by_size[found.size(0)]) for found in seen)
     last = policy.topology.is_last_stage
     gradient = parameters.gather_full(policy.models, policy.topology, lambda p: p.main_grad)
@@ -179,10 +190,11 @@ def replayed(case: tuple) -> dict:
         "same": all(torch.equal(a, b.old_logprobs) for a, b in zip(same, batches, strict=True)) if last else True,
         "moved": float((free[0] - batches[0].old_logprobs).abs().max()) if last else None,
         "first_ratio": first.stats.table.column("sum_log_ratio").abs().max().item(),
-        "calls": sorted(len(seen) for seen in maps.seen.values()), "astray": astray,
+        "calls": sorted(len(seen) for seen in maps.seen.values()),
+        "astray": astray,
         "changed": routing_metrics(policy.routing.take(), policy.routing.topk)["route/changed_experts"],
         "gradient": gradient if dist.get_rank() == 0 else None,
-    }  # fmt: skip
+    }
 
 
 def rolled_tokens(batch: PackedBatch) -> None:
@@ -343,9 +355,13 @@ def test_replay_gives_the_same_gradient_in_every_layout(single, ranks):
 @pytest.mark.parametrize("spoiled", SPOILED)
 def test_routes_of_other_tokens_are_refused_on_every_rank(single, ranks, spoiled):
     """One rank's routes of one microbatch are wrong: all ranks raise the same, and none hangs."""
-    words = {"rolled_tokens": "are shifted or of another batch", "rolled_experts": "so the routes are shifted",
-             "rolled_layers": "the routes to replay are of layers", "swapped_layers": "so the routes are shifted",
-             "cut_short": "tokens on this rank and the routes to replay are of"}  # fmt: skip
+    words = {
+        "rolled_tokens": "are shifted or of another batch",
+        "rolled_experts": "so the routes are shifted",
+        "rolled_layers": "the routes to replay are of layers",
+        "swapped_layers": "so the routes are shifted",
+        "cut_short": "tokens on this rank and the routes to replay are of",
+    }
     for found in (single["refused"], *(rank["refused"] for rank in ranks)):
         assert words[spoiled] in found[spoiled], found[spoiled]
     assert len({rank["refused"][spoiled] for rank in ranks}) == 1

@@ -11,10 +11,13 @@ from gspo_megatron.batch import PackedBatch
 def batch() -> PackedBatch:
     """Sequences of 3, 1 and 2 tokens."""
     return PackedBatch(
-        tokens=torch.arange(6), position_ids=torch.tensor([0, 1, 2, 0, 0, 1]),
-        cu_seqlens=torch.tensor([0, 3, 4, 6], dtype=torch.int32), num_sequences=3, loss_mask=torch.zeros(6),
+        tokens=torch.arange(6),
+        position_ids=torch.tensor([0, 1, 2, 0, 0, 1]),
+        cu_seqlens=torch.tensor([0, 3, 4, 6], dtype=torch.int32),
+        num_sequences=3,
+        loss_mask=torch.zeros(6),
         advantages=torch.zeros(3),
-    )  # fmt: skip
+    )
 
 
 def plan(rows: list[int] | None) -> SimpleNamespace:

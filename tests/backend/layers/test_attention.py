@@ -7,7 +7,7 @@ import torch.distributed as dist
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.layers.context_parallel import ContextSplit
 from gspo_megatron.backend.layers.softmax import Softmax
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 HEADS, GROUPS, DIM, SCALE = 4, 2, 8, 0.3
 # Padded to a multiple of 8 tokens, as four ranks want; the second sequence is shorter than one chunk a rank.

@@ -27,8 +27,14 @@ def test_yarn_without_rounding_by_hand():
     """Two pairs of dimensions, base e: plain frequencies 1 and exp(-1/2). A context of 2 pi e, so dimension(r) is
     2 ln(e / r): 0.5 for r = exp(0.75), 1.25 for r = exp(0.375). The second pair is 2/3 of the way up the ramp, so it is
     stretched 4 times by two thirds: 1/3 + 2/3 / 4 = 1/2. Rounded to 0 and 2 it would be half-way: 5/8."""
-    rope = {"rope_type": "yarn", "rope_theta": math.e, "factor": 4.0, "beta_fast": math.exp(0.75),
-            "beta_slow": math.exp(0.375), "original_max_position_embeddings": 2 * math.pi * math.e}  # fmt: skip
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": math.e,
+        "factor": 4.0,
+        "beta_fast": math.exp(0.75),
+        "beta_slow": math.exp(0.375),
+        "original_max_position_embeddings": 2 * math.pi * math.e,
+    }
     for truncate, share in ((False, 1 / 2), (True, 5 / 8)):
         arch = architecture(LLAMA | {"head_dim": 4, "rope_parameters": rope | {"truncate": truncate}})
         assert inverse_frequencies(arch).tolist() == pytest.approx([1.0, share * math.exp(-0.5)], rel=1e-6)
@@ -44,8 +50,14 @@ def test_plain_and_linear():
 def test_llama3_by_hand():
     """A context of 20 pi has 10 f turns. With limits 1 and 4: f = 1 has 10 and is kept; f = 0.25 has 2.5, half-way, so
     it is the mean of 0.25 and 0.25 / 8; f = 0.0625 has 0.625 and is divided by 8. Base 64 and heads of 6 make these."""
-    rope = {"rope_type": "llama3", "rope_theta": 64.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 20 * math.pi}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 64.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 20 * math.pi,
+    }
     found = inverse_frequencies(architecture(LLAMA | {"head_dim": 6, "rope_parameters": rope}))
     assert found.tolist() == pytest.approx([1.0, (0.25 + 0.25 / 8) / 2, 0.0625 / 8], rel=1e-6)
 

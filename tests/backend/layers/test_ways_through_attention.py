@@ -9,21 +9,21 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
-from gspo_megatron.config import ParallelConfig, TrainConfig
+from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, VOCAB
 
 GROUP, NEW = 3, 10
 FAMILIES = ("deepseek_v3", "gpt_oss", "qwen3_next")
-LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": ParallelConfig(2, 1, None, 4, 1, context_parallel_size=2)}
+LAYOUTS = {"TP2xPP2-EP2": TP2_PP2_EP2, "CP2xTP2-EP4": Layout(2, 1, None, 4, 1, context_parallel_size=2)}
 
 
 def prompts() -> list[Prompt]:
@@ -32,17 +32,17 @@ def prompts() -> list[Prompt]:
     return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
-def generate(layout: ParallelConfig) -> dict:
+def generate(layout: Layout) -> dict:
     """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
     started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
     return {family: of_family(family, layout, cut, started) for family in FAMILIES if is_possible(family, layout)}
 
 
-def is_possible(family: str, layout: ParallelConfig) -> bool:
+def is_possible(family: str, layout: Layout) -> bool:
     return family != "qwen3_next" or layout.context_parallel_size in (None, 1)
 
 
-def of_family(family: str, layout: ParallelConfig, cut: topology.Topology, started: runtime.Runtime) -> dict:
+def of_family(family: str, layout: Layout, cut: topology.Topology, started: runtime.Runtime) -> dict:
     policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY[family], VOCAB), cut, started)
     with torch.no_grad():
         for model in policy.models:
@@ -63,8 +63,11 @@ def of_family(family: str, layout: ParallelConfig, cut: topology.Topology, start
     drawn = uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
     answers = MegatronEngine(policy).generate(mine, GROUP, SamplingParams(NEW, stops), drawn)
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
-    sequences = [TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
-                 for g in groups for c in g.completions]  # fmt: skip
+    sequences = [
+        TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
+        for g in groups
+        for c in g.completions
+    ]
     batches = pack(sequences, 4096, cut.microbatch_multiple, sequence_multiple=cut.sequence_multiple)
     policy.fill_old_log_probs(batches)
     errors = []

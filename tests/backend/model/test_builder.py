@@ -9,11 +9,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime, topology
 from tests.backend.qwen3_moe import full_from_hugging_face
 from tests.backend.small import CONFIG_PATH, SINGLE, small_config
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LENGTHS = (5, 9, 1, 14)
 

@@ -4,9 +4,9 @@ import torch
 
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.parameters import FullParameter
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 
 def test_gated_slice_takes_gate_and_up_of_each_rank():
@@ -28,13 +28,13 @@ def test_row_parallel_slice_cuts_columns():
     assert torch.equal(FullParameter("w", local, 1, 2, 0, (1,)).join(pieces), full)
 
 
-def full_weights(layout: ParallelConfig) -> dict:
+def full_weights(layout: Layout) -> dict:
     policy = small_policy(layout)
     return parameters.gather_full(policy.models, policy.topology)
 
 
 def test_initial_weights_are_the_same_in_every_layout():
-    layouts = {"TP2xPP2-EP2": TP2_PP2_EP2, "PP2xVP2-EP2": ParallelConfig(1, 2, 2, 2, 1)}
+    layouts = {"TP2xPP2-EP2": TP2_PP2_EP2, "PP2xVP2-EP2": Layout(1, 2, 2, 2, 1)}
     one = spawn(in_layouts, 1, {"x": SINGLE}, full_weights)[0]["x"]
     for other in spawn(in_layouts, 4, layouts, full_weights)[0].values():
         assert set(one) == set(other)

@@ -10,20 +10,20 @@ from gspo_megatron.algorithms.interface import LossInputs, LossOutputs
 from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.parallel import pipeline_broadcast
 from gspo_megatron.batch import SequenceTable
-from gspo_megatron.config import AlgorithmConfig, ParallelConfig
+from gspo_megatron.config import AlgorithmConfig, Layout
 from gspo_megatron.errors import TrainingError
 from tests.backend.small import fixed_batches, in_layouts, small_policy
-from tests.distributed import spawn
+from tools.validation.ranks import spawn
 
 LAYOUTS = {
-    "PP2": ParallelConfig(1, 2, None, 1, 1),
-    "PP4": ParallelConfig(1, 4, None, 1, 1),
-    "PP2xVP2": ParallelConfig(1, 2, 2, 1, 1),
+    "PP2": Layout(1, 2, None, 1, 1),
+    "PP4": Layout(1, 4, None, 1, 1),
+    "PP2xVP2": Layout(1, 2, 2, 1, 1),
 }
 DELAY = 0.15  # seconds, at every microbatch; all four take about as long together
 
 
-def updates(layout: ParallelConfig) -> list[dict]:
+def updates(layout: Layout) -> list[dict]:
     """Two minibatches with each stage late in turn. What arrived here, and on the last stage what its loss gave."""
     policy, out = small_policy(layout), []
     cut = policy.topology
@@ -42,11 +42,15 @@ def updates(layout: ParallelConfig) -> list[dict]:
             batches = fixed_batches(advantage_seed=10 * late + minibatch)
             counts = global_counts(batches, cut)
             stats = policy.update(batches, kept, counts, step=7 + late, minibatch=minibatch).stats
-            out.append({
-                "numbers": (stats.step, stats.minibatch), "loss": stats.loss, "table": stats.table.values,
-                "given": torch.cat([one.table.values for one in given]) if given else None,
-                "value": float(torch.stack([one.value for one in given]).sum()) if given else None,
-            })  # fmt: skip
+            out.append(
+                {
+                    "numbers": (stats.step, stats.minibatch),
+                    "loss": stats.loss,
+                    "table": stats.table.values,
+                    "given": torch.cat([one.table.values for one in given]) if given else None,
+                    "value": float(torch.stack([one.value for one in given]).sum()) if given else None,
+                }
+            )
         if hook:
             hook.remove()
     return out

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.parallel import topology
-from gspo_megatron.config import ParallelConfig
-from tests.distributed import spawn
+from gspo_megatron.config import Layout
+from tools.validation.ranks import spawn
 
 
-def threads_after(rank: int, world_size: int, layouts: list[ParallelConfig]) -> list[int]:
+def threads_after(rank: int, world_size: int, layouts: list[Layout]) -> list[int]:
     """Threads of this process after it has been through each layout."""
     counts = []
     for layout in layouts:
@@ -24,6 +24,6 @@ def threads_after(rank: int, world_size: int, layouts: list[ParallelConfig]) -> 
 
 def test_a_layout_leaves_no_threads_behind():
     """Each layout has some fifteen groups with two threads or more; Megatron alone would leave them all."""
-    layouts = [ParallelConfig(2, 1, None, 1, 1), ParallelConfig(1, 2, None, 1, 1), ParallelConfig(1, 1, None, 2, 1)]
+    layouts = [Layout(2, 1, None, 1, 1), Layout(1, 2, None, 1, 1), Layout(1, 1, None, 2, 1)]
     for counts in spawn(threads_after, 2, layouts):
         assert max(counts) <= counts[0]

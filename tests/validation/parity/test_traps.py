@@ -93,8 +93,15 @@ def test_old_log_probs_stored_in_bf16():
     stored = dataclasses.replace(inputs, old_logprobs=inputs.old_logprobs.bfloat16().float())
     assert float((mean_log_ratio(stored) - truth).abs().max()) > 100 * RATIO_LIMIT
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
-    batch = PackedBatch(torch.zeros(TOTAL, dtype=torch.int64), positions, BOUNDS, len(LENGTHS), inputs.loss_mask,
-                        inputs.advantages, old_logprobs=stored.old_logprobs)  # fmt: skip
+    batch = PackedBatch(
+        torch.zeros(TOTAL, dtype=torch.int64),
+        positions,
+        BOUNDS,
+        len(LENGTHS),
+        inputs.loss_mask,
+        inputs.advantages,
+        old_logprobs=stored.old_logprobs,
+    )
     assert sanity_checks.is_stored_in_bf16([batch])
     batch.old_logprobs = inputs.old_logprobs
     assert not sanity_checks.is_stored_in_bf16([batch])

@@ -14,9 +14,9 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.batch import PackedBatch
-from tests.distributed import spawn
 from tools.validation.parity import fixture, formula, run
 from tools.validation.parity.cases import BY_NAME, Case
+from tools.validation.ranks import spawn
 
 
 def microbatch_means(policy: Policy, batches: list[PackedBatch]) -> None:
@@ -110,7 +110,7 @@ def trapped(rank: int, world_size: int, found: dict) -> dict[str, tuple[list[str
 
 @pytest.fixture(scope="module")
 def accounts() -> dict[str, tuple[list[str], run.Errors]]:
-    return spawn(trapped, 2, spawn(truths, 1)[0], timeout=240)[0]
+    return spawn(trapped, 2, spawn(truths, 1)[0], timeout=280)[0]
 
 
 @pytest.mark.parametrize("name", TRAPS)

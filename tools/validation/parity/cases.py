@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-from gspo_megatron.config import ParallelConfig
+from gspo_megatron.config import Layout
 from tools.validation.parity.fixture import GROUPS, PAIRS
 
 NUM_SEQUENCES = sum(len(group) for group in GROUPS)
@@ -17,7 +17,7 @@ CHUNK_TOKENS = 13  # of the chunked head: divides nothing
 
 
 @dataclass(frozen=True)
-class Layout:
+class NamedLayout:
     """How the ranks are cut. What the sizes leave over is data parallelism."""
 
     name: str
@@ -35,40 +35,45 @@ class Layout:
         return self.ranks // (self.tensor * self.context * self.pipeline)
 
     @property
-    def parallel(self) -> ParallelConfig:
-        return ParallelConfig(
-            self.tensor, self.pipeline, self.virtual, self.expert, self.expert_tensor, self.distributed_optimizer,
+    def parallel(self) -> Layout:
+        return Layout(
+            self.tensor,
+            self.pipeline,
+            self.virtual,
+            self.expert,
+            self.expert_tensor,
+            self.distributed_optimizer,
             self.context,
-        )  # fmt: skip
+        )
 
 
 # Sequence parallelism is always on with TP. EP takes its ranks from data, context and tensor ranks; ZeRO: the
 # distributed optimizer.
 LAYOUTS = (
-    Layout("one rank", 1),
-    Layout("DP2", 2),
-    Layout("DP2 ZeRO", 2, distributed_optimizer=True),
-    Layout("TP2", 2, tensor=2),
-    Layout("TP2 EP2", 2, tensor=2, expert=2),
-    Layout("TP2 ETP2", 2, tensor=2, expert_tensor=2),
-    Layout("PP2", 2, pipeline=2),
-    Layout("PP2 VP2", 2, pipeline=2, virtual=2),
-    Layout("CP2", 2, context=2),
-    Layout("DP2 EP2", 2, expert=2),
-    Layout("DP4", 4),
-    Layout("DP4 EP4", 4, expert=4),
-    Layout("DP4 EP2 ZeRO", 4, expert=2, distributed_optimizer=True),
-    Layout("TP4", 4, tensor=4),
-    Layout("TP2 DP2", 4, tensor=2),
-    Layout("TP2 PP2", 4, tensor=2, pipeline=2),
-    Layout("TP2 EP2 PP2", 4, tensor=2, pipeline=2, expert=2),
-    Layout("TP2 ETP2 PP2", 4, tensor=2, pipeline=2, expert_tensor=2),
-    Layout("PP4", 4, pipeline=4),
-    Layout("PP2 VP2 DP2 EP2", 4, pipeline=2, virtual=2, expert=2),
-    Layout("CP4", 4, context=4),
-    Layout("CP2 PP2", 4, context=2, pipeline=2),
-    Layout("CP2 TP2", 4, context=2, tensor=2),
-    Layout("CP2 DP2 EP4 ZeRO", 4, context=2, expert=4, distributed_optimizer=True),
+    NamedLayout("one rank", 1),
+    NamedLayout("DP2", 2),
+    NamedLayout("DP2 ZeRO", 2, distributed_optimizer=True),
+    NamedLayout("TP2", 2, tensor=2),
+    NamedLayout("TP2 EP2", 2, tensor=2, expert=2),
+    NamedLayout("TP2 ETP2", 2, tensor=2, expert_tensor=2),
+    NamedLayout("PP2", 2, pipeline=2),
+    NamedLayout("PP2 VP2", 2, pipeline=2, virtual=2),
+    NamedLayout("CP2", 2, context=2),
+    NamedLayout("DP2 EP2", 2, expert=2),
+    NamedLayout("DP4", 4),
+    NamedLayout("DP4 EP4", 4, expert=4),
+    NamedLayout("DP4 EP2 ZeRO", 4, expert=2, distributed_optimizer=True),
+    NamedLayout("TP4", 4, tensor=4),
+    NamedLayout("TP2 DP2", 4, tensor=2),
+    NamedLayout("TP2 PP2", 4, tensor=2, pipeline=2),
+    NamedLayout("TP2 EP2 PP2", 4, tensor=2, pipeline=2, expert=2),
+    NamedLayout("TP2 ETP2 PP2", 4, tensor=2, pipeline=2, expert_tensor=2),
+    NamedLayout("PP4", 4, pipeline=4),
+    NamedLayout("PP2 VP2 DP2 EP2", 4, pipeline=2, virtual=2, expert=2),
+    NamedLayout("CP4", 4, context=4),
+    NamedLayout("CP2 PP2", 4, context=2, pipeline=2),
+    NamedLayout("CP2 TP2", 4, context=2, tensor=2),
+    NamedLayout("CP2 DP2 EP4 ZeRO", 4, context=2, expert=4, distributed_optimizer=True),
 )
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
@@ -77,7 +82,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 class Case:
     """One step in one layout."""
 
-    layout: Layout
+    layout: NamedLayout
     algorithm: str = "gspo"
     microbatches: int = 2  # of each replica
     padded: bool = False
@@ -100,7 +105,7 @@ class Case:
         return " ".join(words + ([self.options] if self.options else []))
 
 
-def microbatches(layout: Layout) -> tuple[int, int, int]:
+def microbatches(layout: NamedLayout) -> tuple[int, int, int]:
     """The interleaved schedule wants a multiple of PP."""
     return (2, 4, 6) if layout.virtual else (1, 2, 5)
 
@@ -126,15 +131,20 @@ def pairwise(factors: dict[str, Sequence], legal: Callable[[dict], bool]) -> lis
     return chosen
 
 
-def cover(layouts: Sequence[Layout], algorithms: Sequence[str], **fixed) -> list[Case]:
+def cover(layouts: Sequence[NamedLayout], algorithms: Sequence[str], **fixed) -> list[Case]:
     """Pairwise over layout, microbatches, padding, recomputation, head and algorithm."""
-    factors = {"layout": layouts, "microbatches": sorted({m for layout in layouts for m in microbatches(layout)}),
-               "padded": (False, True), "recompute": (False, True), "chunked": (False, True),
-               "algorithm": algorithms}  # fmt: skip
+    factors = {
+        "layout": layouts,
+        "microbatches": sorted({m for layout in layouts for m in microbatches(layout)}),
+        "padded": (False, True),
+        "recompute": (False, True),
+        "chunked": (False, True),
+        "algorithm": algorithms,
+    }
     return [Case(**c, **fixed) for c in pairwise(factors, lambda c: is_legal(Case(**c)))]
 
 
-def named(*names: str) -> list[Layout]:
+def named(*names: str) -> list[NamedLayout]:
     return [BY_NAME[name] for name in names]
 
 
@@ -158,11 +168,18 @@ def matrix() -> list[Case]:
     return sorted(set(cases), key=lambda case: (case.layout.ranks, LAYOUTS.index(case.layout), cases.index(case)))
 
 
-def _varied(layout: Layout, algorithm: str, number: int, **fixed) -> Case:
+def _varied(layout: NamedLayout, algorithm: str, number: int, **fixed) -> Case:
     """The other choices turn with `number`, each at its own pace."""
     allowed = [m for m in microbatches(layout) if is_legal(Case(layout, algorithm, m))]
-    return Case(layout, algorithm, allowed[number % len(allowed)], padded=number % 2 == 1,
-                recompute=number // 2 % 2 == 1, chunked=number % 3 == 1, **fixed)  # fmt: skip
+    return Case(
+        layout,
+        algorithm,
+        allowed[number % len(allowed)],
+        padded=number % 2 == 1,
+        recompute=number // 2 % 2 == 1,
+        chunked=number % 3 == 1,
+        **fixed,
+    )
 
 
 def small() -> list[Case]:

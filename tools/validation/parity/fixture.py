@@ -15,7 +15,7 @@ import torch
 
 from gspo_megatron.algorithms.advantages import group_advantages
 from gspo_megatron.backend.model import parameters
-from gspo_megatron.backend.model.builder import ModelShape
+from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, TrainSequence
 from gspo_megatron.data.packing import pack
@@ -97,9 +97,12 @@ def rollouts(pairs: bool = False) -> Rollouts:
         ]
 
     return Rollouts(
-        sequences, centred.tolist(), by_token(1.0, 1.0),
-        {name: by_token(noise, shift) for name, (shift, noise) in NOISE.items()}, by_token(0.3),
-    )  # fmt: skip
+        sequences,
+        centred.tolist(),
+        by_token(1.0, 1.0),
+        {name: by_token(noise, shift) for name, (shift, noise) in NOISE.items()},
+        by_token(0.3),
+    )
 
 
 def turns(length: int, index: int) -> list[int]:

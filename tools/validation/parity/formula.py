@@ -200,8 +200,9 @@ def _response(items: Rollouts, i: int, rule: Rule, logp, entropy, old, ref) -> R
     advantage = items.centred[i] if rule.advantages == "centred" else sequence.advantage
     advantage = torch.tensor(advantage, dtype=torch.float32).double()  # fp32, as batches hold it
     of_tokens = items.token_advantages[i] if rule.advantages == "token" else advantage.expand(mask.numel())
-    return Response(logp[mask], entropy[mask], old[mask].double(), ref[mask].double(), float(advantage),
-                    of_tokens[mask].double())  # fmt: skip
+    return Response(
+        logp[mask], entropy[mask], old[mask].double(), ref[mask].double(), float(advantage), of_tokens[mask].double()
+    )
 
 
 def _ratios(responses: list[Response], rule: Rule) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -225,6 +226,8 @@ def _ratios(responses: list[Response], rule: Rule) -> tuple[torch.Tensor, torch.
 def _scale(trained: list[Response], rule: Rule) -> float:
     if rule.pairs:
         return 1.0
-    return float(torch.cat([y.token_advantages for y in trained]).abs().mean()) if rule.advantages == "token" else (
-        sum(abs(y.advantage) for y in trained) / len(trained)
-    )  # fmt: skip
+    return (
+        float(torch.cat([y.token_advantages for y in trained]).abs().mean())
+        if rule.advantages == "token"
+        else (sum(abs(y.advantage) for y in trained) / len(trained))
+    )

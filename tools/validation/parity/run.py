@@ -23,7 +23,7 @@ from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import UpdateResult
 from gspo_megatron.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig
 from tools.validation.parity import fixture
-from tools.validation.parity.cases import BY_NAME, CHUNK_TOKENS, Case, Layout
+from tools.validation.parity.cases import BY_NAME, CHUNK_TOKENS, Case, NamedLayout
 from tools.validation.parity.formula import RULES, Truth, check_fixture, truth
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
@@ -50,8 +50,12 @@ class Errors:
         if dtype not in LIMITS:
             return []
         loss, ratio, gradient = LIMITS[dtype]
-        held = (("loss", self.loss, loss), ("ratio", self.ratio, ratio), ("gradient", self.gradient, gradient),
-                ("gradient norm", self.grad_norm, NORM_LIMIT))  # fmt: skip
+        held = (
+            ("loss", self.loss, loss),
+            ("ratio", self.ratio, ratio),
+            ("gradient", self.gradient, gradient),
+            ("gradient norm", self.grad_norm, NORM_LIMIT),
+        )
         found = [f"{name} is off by {error:.1e}, limit {limit:.0e}" for name, error, limit in held if not error < limit]
         if found and not self.gradient < gradient:
             found.append(f"most of the gradient's error is in {self.worst}")
@@ -61,9 +65,11 @@ class Errors:
 def build_policy(case: Case, cut: topology.Topology) -> Policy:
     """The fixture's model in this layout."""
     config = TrainConfig(
-        parallel=case.layout.parallel, seed=fixture.SEED, rollout=RolloutConfig(temperature=case.temperature),
+        parallel=case.layout.parallel,
+        seed=fixture.SEED,
+        rollout=RolloutConfig(temperature=case.temperature),
         model=ModelConfig(recompute=case.recompute, logprob_chunk_tokens=CHUNK_TOKENS if case.chunked else 0),
-    )  # fmt: skip
+    )
     started = runtime.start("auto" if dist.get_backend() == "nccl" else "cpu")
     policy = Policy(config, fixture.model_shape(case.tied), cut, started, DTYPES[case.dtype])
     fixture.vary_norms(policy.models, cut)
@@ -81,7 +87,7 @@ def run_case(case: Case, truth: Truth, change: Callable[[Policy, list], None] | 
 
 
 @contextmanager
-def started(layout: Layout) -> Iterator[topology.Topology]:
+def started(layout: NamedLayout) -> Iterator[topology.Topology]:
     """The layout's process groups. Gloo ends a group's threads when nothing refers to it any more, and models and
     optimizers are full of cycles that do: without a collection each layout would leave some hundred threads behind."""
     cut = topology.start(layout.parallel, seed=fixture.SEED)
@@ -157,8 +163,9 @@ def _errors(policy: Policy, result: UpdateResult, truth: Truth, numbers: list[in
     dist.all_gather_object(everyone, mine)
     # Not max(): of a number and a nan it gives either.
     largest = {name: torch.tensor([float(rank[name]) for rank in everyone]).double().max().item() for name in mine}
-    return Errors(**largest | {"counts": int(largest["counts"])}, gradient=gradient, worst=worst,
-                  seconds=time.monotonic() - began)  # fmt: skip
+    return Errors(
+        **largest | {"counts": int(largest["counts"])}, gradient=gradient, worst=worst, seconds=time.monotonic() - began
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults.scenarios import LONG, Whole, again, line_with, result, running, same
+from tools.validation.faults.scenarios import LONG, Whole, again, line_with, result, running, same
 
 SMALL = 64 << 20  # bytes; a checkpoint of the training has 18 MB, and two are kept
 

@@ -172,7 +172,7 @@ def full_disk(phase: str, step: int) -> None:
 
 def scorers(kind: str):
     def install(phase: str, step: int) -> None:
-        isolation.PROGRAM = "tests.faults.scorers"
+        isolation.PROGRAM = "tools.validation.faults.scorers"
         isolation.PASSED_ON = (*isolation.PASSED_ON, "SCORER")
         os.environ["SCORER"] = kind
 

@@ -31,13 +31,13 @@ from unittest import mock
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What ranks find imported. The backend comes first: it patches torch before anything imports Megatron.
 PRELOADED = (
     "gspo_megatron.backend",
-    "gspo_megatron.train",
-    "gspo_megatron.convert",
-    "gspo_megatron.parity.run",
+    "gspo_megatron.trainer.train",
+    "gspo_megatron.hf.convert",
+    "tools.validation.parity.run",
     "torch._dynamo",  # torch's optimizers import it when they are made
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "hypothesis",

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import gspo_megatron
-from tests import distributed
-from tests.distributed import RankError, spawn
-from tests.launching import PYTHON, ROOT, gone, wait_until
+from tools.validation import ranks
+from tools.validation.launching import PYTHON, ROOT, gone, wait_until
+from tools.validation.ranks import RankError, spawn
 
 
 def add(rank, world_size, tensor):
@@ -40,7 +40,7 @@ def hang(rank, world_size):
 
 
 def surroundings(rank, world_size):
-    imported = [name for name in distributed.PRELOADED if name in sys.modules]
+    imported = [name for name in ranks.PRELOADED if name in sys.modules]
     leads = os.getpgid(0) == os.getsid(0) == os.getpid()
     return imported, leads, os.environ.get("OF_ONE_TEST"), os.environ["RANK"], os.getcwd(), gspo_megatron.__file__
 
@@ -78,20 +78,20 @@ def test_ranks_lead_sessions_and_see_what_the_caller_sees(monkeypatch, tmp_path)
     monkeypatch.setenv("OF_ONE_TEST", "1")
     monkeypatch.chdir(tmp_path)
     package = str(ROOT / "gspo_megatron/__init__.py")
-    seen = [(list(distributed.PRELOADED), True, "1", str(rank), str(tmp_path), package) for rank in range(2)]
+    seen = [(list(ranks.PRELOADED), True, "1", str(rank), str(tmp_path), package) for rank in range(2)]
     assert spawn(surroundings, 2) == seen
     monkeypatch.delenv("OF_ONE_TEST")
     assert spawn(surroundings, 1)[0][2] is None
 
 
 def test_a_server_without_an_import_is_an_error(monkeypatch):
-    monkeypatch.setattr(distributed, "PRELOADED", ("no_such_module",))
+    monkeypatch.setattr(ranks, "PRELOADED", ("no_such_module",))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        distributed._check_server()
+        ranks._check_server()
 
 
 def test_a_killed_test_process_takes_its_server_and_ranks_along():
-    program = "from tests import distributed, test_distributed\ndistributed.spawn(test_distributed.hang, 2)"
+    program = "from tools.validation import ranks, test_distributed\ndistributed.spawn(test_distributed.hang, 2)"
     with subprocess.Popen([PYTHON, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         test = psutil.Process(process.pid)
         try:

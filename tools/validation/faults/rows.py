@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import disks, scenarios
-from tests.faults.scenarios import Whole
+from tools.validation.faults import disks, scenarios
+from tools.validation.faults.scenarios import Whole
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.faults.scenarios import LONG, Whole, ranks_of, result, running, same
-from tests.launching import Launch, wait_until
+from tools.validation.faults.scenarios import LONG, Whole, ranks_of, result, running, same
+from tools.validation.launching import Launch, wait_until
 
 ANYWHERE = 0.2  # the share of the kills that may hit the start itself too: imports, rendezvous, loading
 START = 8.0  # seconds that such a kill may come after the ranks have started

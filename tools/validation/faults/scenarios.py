@@ -1,8 +1,8 @@
 """Faults in real trainings, one function each: what happens, what the user reads, and that nothing is lost.
 
 Every scenario starts a short training of the example (pipeline over two ranks) under torchrun, in which one thing
-breaks, and raises AssertionError unless all went as docs/faults.md promises. `tools/validation/fault_matrix.py` runs all of them
-and prints a row each; test_scenarios.py runs some of them in CI.
+breaks, and raises AssertionError unless all went as docs/faults.md promises. `tools/validation/fault_matrix.py` runs
+all of them and prints a row each; test_scenarios.py runs some of them in CI.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from gspo_megatron.metrics.tracker import read_metrics
-from tests.launching import ROOT, TORCHRUN, Launch, alive, gone, launched, wait_until
+from tools.validation.launching import ROOT, TORCHRUN, Launch, alive, gone, launched, wait_until
 
 STEPS = 5
 # The entropy bonus makes every gradient differ from 0, so that a lost or repeated step shows in the weights.
@@ -32,7 +32,7 @@ RECIPE = [
     "--algorithm.num-minibatches", "2", "--algorithm.entropy-coef", "0.01", "--checkpoint.interval", "1",
     "--checkpoint.no-keep-best", "--output-dir", "runs", "--device", "cpu",
 ]  # fmt: skip
-WORKER = str(ROOT / "tests/faults/injected.py")
+WORKER = str(ROOT / "tools/validation/faults/injected.py")
 LONG = 150.0  # seconds that a whole training may take on a busy machine
 
 

@@ -1,0 +1,60 @@
+"""What the model is built from: a Hugging Face config, and the vocabulary that its tokenizer asks for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gspo_megatron.config import ModelConfig
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.model import MAKE_VOCAB_SIZE_DIVISIBLE_BY
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.families import architecture
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Hugging Face config with the vocabulary that the model is built with."""
+
+    hf: dict
+    vocab_size: int
+
+    @classmethod
+    def load(cls, path: Path, tokenizer_size: int) -> "ModelShape":
+        """A model to be trained from random weights: its vocabulary is the tokenizer's, padded."""
+        hf = json.loads(Path(path).read_text())
+        padded = -(-tokenizer_size // MAKE_VOCAB_SIZE_DIVISIBLE_BY) * MAKE_VOCAB_SIZE_DIVISIBLE_BY
+        return cls(hf | {"vocab_size": padded}, padded)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "ModelShape":
+        """A model whose weights are in a Hugging Face folder: its vocabulary is the embedding's, without padding,
+        because rows that the weights do not have would take a share of the softmax."""
+        hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return cls(hf, hf["vocab_size"])
+
+    @classmethod
+    def of(cls, model: ModelConfig, tokenizer_size: int) -> "ModelShape":
+        """The model of a recipe.
+
+        Raises:
+            ConfigError: the tokenizer of the folder to start from has ids that its embedding lacks.
+        """
+        if model.load_hf is None:
+            return cls.load(model.hf_config, tokenizer_size)
+        shape = cls.of_folder(model.load_hf)
+        require(
+            tokenizer_size <= shape.vocab_size,
+            "model.load_hf",
+            str(model.load_hf),
+            f"its tokenizer has {tokenizer_size} entries, its embedding {shape.vocab_size}",
+            "Give the model's own tokenizer.",
+        )
+        return shape
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture(self.hf | {"vocab_size": self.vocab_size})
+
+    def num_parameters(self) -> int:
+        """Of the whole model, counted from the config."""
+        return self.architecture.num_parameters
