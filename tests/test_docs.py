@@ -20,7 +20,7 @@ from markdown_it.token import Token
 
 from gspo_megatron.cli.main import COMMANDS
 from gspo_megatron.recipe.load import load_recipe
-from tests.launching import ROOT
+from tools.validation.launching import ROOT
 
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*GUIDES, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs/studies").rglob("*.md"))]
@@ -176,6 +176,13 @@ def test_readme_is_short_and_the_index_is_whole():
     index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     names = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
     assert [name for name in names if f"]({name})" not in index and name != "README.md"] == []
+
+
+def test_architecture_names_every_file_of_the_package():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "gspo_megatron").rglob("*.py") if "__" not in path.name}
+    told = {file for file in files if f"]({'../' + file})" in text}
+    assert sorted(file for file in files - told if not re.search(r"/config/|/families/", file)) == []
 
 
 def test_the_configuration_page_is_current():
