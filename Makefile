@@ -1,6 +1,6 @@
 # make install   .venv with exactly the versions of requirements/cpu.txt and this package (editable)
 # make train     install, then train the example; ARGS="--steps 20" overrides its recipe
-# make test      install, then the tests; ARGS="tests/test_check.py" picks some
+# make test      install, then the tests; ARGS="tests/recipe" picks some
 # make lint      install, then ruff, types (mypy), and the tests of layers and of links in the documents
 # make checks    lint and test
 # make help      these lines

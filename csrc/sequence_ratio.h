@@ -19,7 +19,7 @@
 
 namespace gspo {
 
-// Columns of the table of partial sums; the same order as SequenceTable.COLUMNS in gspo_megatron/types.py.
+// Columns of the table of partial sums; the same order as SequenceTable.COLUMNS in gspo_megatron/batch.py.
 enum Column : int {
   kNumTokens = 0,
   kSumLogRatio = 1,

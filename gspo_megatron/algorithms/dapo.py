@@ -3,7 +3,7 @@
 J = (1/M) sum_i sum_t m_it min(r_it A_i, clip(r_it, 1 - low, 1 + high) A_i), M the trained tokens of the whole step
 
 (equation 8). Clip-higher leaves rare tokens room to grow: 0.2 / 0.28 (section 3.1). Groups with one reward for all have
-no gradient and are sampled anew (section 3.2; rollout/collect.py). The mean over tokens lets long responses weigh
+no gradient and are sampled anew (section 3.2; trainer/collect.py). The mean over tokens lets long responses weigh
 by their length (section 3.3). Responses near the limit lose reward by `overlong_penalty` (section 3.4, equation 13).
 """
 

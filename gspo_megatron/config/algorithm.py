@@ -37,10 +37,11 @@ GROUP_NORMALISED = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo")
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Policy optimization. None means the algorithm's own value, see ALGORITHMS above."""
+    """Policy optimization. None means the algorithm's own value (ALGORITHMS in config/algorithm.py)."""
 
     __pydantic_config__ = STRICT
     name: Literal["gspo", "gspo_token", "grpo", "dr_grpo", "dapo", "ppo", "dpo"] = "gspo"
+    """Which loss, and which advantages; docs/algorithms.md has the formulas."""
     clip_ratio_low: float | None = None
     """eps_low: the ratio is clipped below 1 - eps_low. gspo: 3e-4, of the sequence ratio; grpo and its kin: 0.2."""
     clip_ratio_high: float | None = None
@@ -66,6 +67,7 @@ class AlgorithmConfig:
     """Tokens below max_response_length in which the reward falls by up to overlong_penalty. 0: off. None: 0, but for
     dapo a fifth of max_response_length, as in its paper."""
     overlong_penalty: float = 1.0
+    """What a response of max_response_length loses of its reward where overlong_buffer is on."""
     shuffle_advantages: bool = False
     """Control run: advantages are permuted within each group, so nothing can be learned from them."""
     kl: KlConfig = field(default_factory=KlConfig)

@@ -11,10 +11,13 @@ class CriticConfig:
 
     __pydantic_config__ = STRICT
     lr: float = 1e-4
+    """The critic's learning rate, constant after its warm-up."""
     warmup_steps: int = 8
+    """Optimizer steps in which it rises from 0."""
     gamma: float = 1.0
     """Discount by token."""
     gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation: 1 is the return less the value, 0 one step ahead."""
     clip_value: float = 0.2
     """A value that has moved further than this from the one at collection gets no gradient in that direction."""
     whiten_advantages: bool = True

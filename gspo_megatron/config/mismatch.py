@@ -14,6 +14,7 @@ class MismatchConfig:
     correction: Literal["none", "token_truncated", "token_masked", "sequence_truncated", "sequence_masked"] = "none"
     """By token or by sequence (its mean log-ratio); truncated at the threshold, or 0 outside 1/threshold..threshold."""
     threshold: float = 2.0
+    """Above 1. A weight is cut at it, or is 0 beyond it."""
 
     def __post_init__(self) -> None:
         require(

@@ -44,7 +44,9 @@ class ModelConfig:
     moe_router_bias_update_rate: float = 0.0
     """Must stay 0: Megatron would otherwise move expert_bias outside the gradient."""
     hidden_dropout: float = 0.0
+    """Must stay 0: dropout makes the ratio differ from 1 at equal weights."""
     attention_dropout: float = 0.0
+    """Must stay 0, likewise."""
 
     def __post_init__(self) -> None:
         for name, neutral, why in (

@@ -11,12 +11,17 @@ class OptimizerConfig:
 
     __pydantic_config__ = STRICT
     lr: float = 1e-4
+    """Learning rate, constant after the warm-up."""
     warmup_steps: int = 8
     """Optimizer steps (minibatches), not rollout steps. Fresh Adam moves many routes at once without it."""
     weight_decay: float = 0.0
+    """Decoupled, as in AdamW."""
     adam_beta1: float = 0.9
+    """Decay of the mean of gradients."""
     adam_beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
     adam_eps: float = 1e-8
+    """Added to the root of the latter."""
     clip_grad: float = 1.0
     """Largest gradient norm."""
 

@@ -10,16 +10,19 @@ from gspo_megatron.config.constraints import STRICT, require
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the world is cut (Megatron-Core's names). None: chosen from the world size, see `resolve_layout`."""
+    """How the world is cut (Megatron-Core's names). None: chosen from the world size (recipe/check.py)."""
 
     __pydantic_config__ = STRICT
     tensor_model_parallel_size: int | None = None
     """Tensor parallelism; sequence parallelism is always on with it (Megatron demands it for MoE)."""
     pipeline_model_parallel_size: int | None = None
+    """Pipeline stages; the layers are divided among them."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Virtual stages a rank (interleaved schedule); None: off."""
     expert_model_parallel_size: int | None = None
+    """Ranks over which the experts of a layer are divided; they are taken from tensor, context and data parallelism."""
     expert_tensor_parallel_size: int = 1
+    """Ranks that share each expert's matrices."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks (ZeRO-1); over context-parallel ones too."""
     context_parallel_size: int | None = None

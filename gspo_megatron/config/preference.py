@@ -19,7 +19,9 @@ class PreferenceConfig:
     batch_size: int = 64
     """Pairs an optimizer step, over all data-parallel ranks."""
     beta: float = 0.1
+    """How strongly the policy is held to the reference: it multiplies the margin of log-ratios."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO (arXiv 2305.18290). ipo: a squared distance from a margin of 1 / (2 beta) (arXiv 2310.12036)."""
 
     def __post_init__(self) -> None:
         positive("algorithm.preference", self, "batch_size", "beta")

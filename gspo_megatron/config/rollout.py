@@ -15,6 +15,7 @@ class RolloutConfig:
     group_size: int = 8
     """G: responses a prompt."""
     max_response_length: int = 32
+    """Tokens, the end-of-text token included; a longer response is cut."""
     temperature: float = 1.0
     """Also divides the logits in old and new log-probs."""
     top_k: int = 0

@@ -30,6 +30,7 @@ class TrainConfig:
     name: str = "moe_gspo"
     """The run folder is output_dir/name. Where that exists: see resume."""
     output_dir: Path = Path("runs")
+    """Where run folders are made."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on with the newest run of this name, if it is unfinished, has a checkpoint and the same recipe (only
     steps, intervals, layout and device may differ); otherwise, and with never, a new folder with a number added."""

@@ -11,13 +11,17 @@ class WarmStartConfig:
 
     __pydantic_config__ = STRICT
     steps: int = 200
+    """Most optimizer steps."""
     num_examples: int = 2048
     """Distinct labelled examples, gone over again and again. RL prompts are fresh instead."""
     batch_size: int = 128
+    """Examples an optimizer step, over all data-parallel ranks."""
     lr: float = 1e-3
+    """Highest learning rate, after the warm-up."""
     min_lr: float = 1e-5
     """End of the cosine decay."""
     warmup_steps: int = 10
+    """Optimizer steps in which the learning rate rises from 0."""
     eval_interval: int = 50
     """Steps between evaluations on held-out prompts."""
     stop_accuracy: float = 1.0

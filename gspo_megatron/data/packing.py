@@ -3,7 +3,7 @@
 A sequence stays whole because its ratio is a mean over all its tokens and is needed before its first backward. Balance
 counts tokens, not attention's squares: responses of one rollout are of similar length, and the linear layers dominate.
 Every sequence can be filled up at its end to a multiple of some length: of 2 CP tokens, so that context-parallel ranks
-get equal chunks of it (backend/attention.py cuts them; each rank keeps the whole microbatch), or of the longest length,
+get equal chunks of it (context_parallel.py cuts them; each rank keeps the whole microbatch), or of the longest length,
 which makes an ordinary padded batch.
 
 Left out: moving sequences between ranks (every rank knows all sequences and keeps its own).

@@ -38,6 +38,7 @@ from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from gspo_megatron.models import table
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.families import architecture
 from gspo_megatron.recipe.hf_config import read_json
 from gspo_megatron.utils.file_writing import reported
 
@@ -202,7 +203,7 @@ def _check_absent(target: Path) -> None:
 def _shape(folder: Path, field: str) -> ModelShape:
     hf = read_json(folder / "config.json", field)
     shape = ModelShape(hf, hf.get("vocab_size"))
-    model_builder.architecture(hf, f"{field} = {str(folder / 'config.json')!r}")
+    architecture(hf, f"{field} = {str(folder / 'config.json')!r}")
     return shape
 
 

@@ -1,6 +1,6 @@
 """A family's table made out for one model: what each of Megatron's full tensors is made of.
 
-Left out: which of them a rank holds (backend/parameters.py), and multi-token prediction.
+Left out: which of them a rank holds (backend/model/parameters.py), and multi-token prediction.
 """
 
 import re

@@ -3,7 +3,7 @@
 A pipeline stage routes in its own layers, a tensor-parallel rank its own slice of the tokens (sequence parallelism), a
 context-parallel rank its own chunks: every rank keeps what it routed itself, and none of it ever crosses a rank.
 
-Everything hangs on the microbatch's RouteTrace, which travels with the microbatch (backend/attention.py's plan) and not
+Everything hangs on the microbatch's RouteTrace, which travels with the microbatch (layers/attention.py's plan) and not
 in the routers: a pipeline has several microbatches in flight, and recomputation runs a layer of an earlier one again.
 """
 

@@ -4,7 +4,7 @@ import torch
 
 
 def full_from_hugging_face(hf_model) -> dict[str, torch.Tensor]:
-    """Full parameters by global Megatron name (backend/parameters.py) of a Qwen3MoeForCausalLM."""
+    """Full parameters by global Megatron name (backend/model/parameters.py) of a Qwen3MoeForCausalLM."""
     config = hf_model.config
     state = hf_model.state_dict()
     full = {

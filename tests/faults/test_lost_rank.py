@@ -1,6 +1,7 @@
 """A rank is killed, or Ctrl-C is pressed, in the middle of a real training: every process is gone within ten seconds.
 
-How single ranks end is tested in test_process.py; here it is the example itself, with ranks inside Megatron's schedule.
+How single ranks end is tested in test_lifecycle.py; here it is the example itself, with ranks inside Megatron's
+schedule.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Load, entropy and change from made-up counts. That the counts are right is tested in backend/test_routing.py."""
+"""Load, entropy and change from made-up counts. That the counts are right is tested in engine/test_routing.py."""
 
 import math
 

@@ -1,6 +1,6 @@
 """A run that was ended and started again is the run that was never ended: weights to the bit, each step once.
 
-Left out: other layouts than these two (tests/backend/test_checkpoint.py loads under others).
+Left out: other layouts than these two (backend/checkpoint/test_sharded.py loads under others).
 """
 
 import dataclasses

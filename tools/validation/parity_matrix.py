@@ -3,7 +3,7 @@
     python -m tools.validation.parity_matrix [--only 'TP2.*gspo '] [--ranks 4] [--dtype fp64] [--markdown
     docs/parity.md]
 
-One optimizer step of a small MoE on one awkward batch (gspo_megatron/parity/fixture.py), by the plain formula in fp64
+One optimizer step of a small MoE on one awkward batch (parity/fixture.py), by the plain formula in fp64
 in one process and by Megatron on 1, 2 and 4 Gloo ranks of this machine. Columns:
 
     loss       |loss - truth| / mean |A|

@@ -4,7 +4,7 @@ Ranks are forks of a server that has imported torch, Megatron and this package, 
 The server has one thread, runs no work of its own and ends with the test process, however that ends.
 
 Left out: CUDA (ranks see no GPU, so that a test means the same thing everywhere), several machines, and hash seeds that
-differ by rank. How real launches start and end is tested in test_launch.py and test_process.py, which go through
+differ by rank. How real launches start and end is tested in test_launch.py and test_lifecycle.py, which go through
 torchrun.
 """
 

@@ -5,7 +5,7 @@ gives memory to a page when it is written): they tell shapes and places, and the
 (shards.py). The checkpoint is an ordinary one: it loads under any layout. Where there are several ranks, each plans for
 the whole model and writes its share.
 
-Left out: a model that is cut over the ranks (backend/checkpoint.py), and the optimizer.
+Left out: a model that is cut over the ranks (sharded.py), and the optimizer.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -33,7 +33,7 @@ from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.utils.file_writing import reported
 
-OF_A_RUN = ("adam.", "critic.", "reference.")  # what checkpoint.py writes beside the policy's weights
+OF_A_RUN = ("adam.", "critic.", "reference.")  # what sharded.py writes beside the policy's weights
 EMBEDDING = "embedding.word_embeddings.weight"
 FILE_BYTES = 2**28
 Blocks = Callable[[FullParameter], list[torch.Tensor]]

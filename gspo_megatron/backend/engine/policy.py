@@ -117,7 +117,7 @@ class Policy:
         Args:
             batches: this replica's microbatches; every replica gives the same number. A batch without old_logprobs
                 gets the log-probs of this very forward, so its ratio is 1.
-            loss: algorithms/contract.py.
+            loss: algorithms/interface.py.
             counts: denominators of the whole step (microbatches.global_counts).
             step, minibatch: the loop's numbers, which every rank must have alike; they come back in the result.
 

@@ -1,4 +1,4 @@
-"""Where advantages come from: each rollout batch's own groups, or a critic. train.py asks whichever the recipe names.
+"""Where advantages come from: each rollout batch's own groups, or a critic. rl.py asks whichever the recipe names.
 
 Both see the packed minibatches after old and reference log-probs are there, so that a KL penalty can be part of the
 reward. GroupAdvantages is here; CriticAdvantages, which also learns, is in advantages/critic.py.
