@@ -209,7 +209,7 @@ def _ensure_room(folder: Path, mine: int, device: torch.device) -> None:
         if free < needed:
             error = CheckpointError(
                 f"{folder}: a checkpoint takes {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free. Make "
-                "room, or keep fewer (sharded.keep_last, keep_every), then start the same command: it goes on from "
+                "room, or keep fewer (checkpoint.keep_last, keep_every), then start the same command: it goes on from "
                 "the newest checkpoint."
             )
     raise_together(error)
