@@ -38,6 +38,7 @@ from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from gspo_megatron.models import table
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.families import architecture
 from gspo_megatron.recipe.hf_config import read_json
 from gspo_megatron.utils.file_writing import reported
 
@@ -188,6 +189,7 @@ def _shared_writer(
         for is_turn in (rank == 0, rank > 0):
             with together():
                 writer = SafetensorsWriter(target, specs, max_shard_size, tensors, rank == 0) if is_turn else writer
+        assert writer is not None  # each rank had its turn
         yield writer
     finally:
         if writer is not None:
@@ -201,9 +203,8 @@ def _check_absent(target: Path) -> None:
 
 def _shape(folder: Path, field: str) -> ModelShape:
     hf = read_json(folder / "config.json", field)
-    shape = ModelShape(hf, hf.get("vocab_size"))
-    model_builder.architecture(hf, f"{field} = {str(folder / 'config.json')!r}")
-    return shape
+    architecture(hf, f"{field} = {str(folder / 'config.json')!r}")  # refuses what is not built here
+    return ModelShape(hf, hf["vocab_size"])
 
 
 def _check_stored(source: Path, stored: dict[str, Shape], wanted: dict[str, Shape]) -> int:
