@@ -51,6 +51,13 @@ class LossOptions:
     preference_loss: str = "sigmoid"  # DPO's; or ipo
 
 
+def given(tensor: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return what a loss cannot do without. Raises ValueError where the microbatch does not have it."""
+    if tensor is None:
+        raise ValueError(f"the microbatch has no {name}, which this loss needs")
+    return tensor
+
+
 def alone(table: torch.Tensor, maximum: int | None = None) -> torch.Tensor:
     """The reduction where there is no context parallelism: nothing to add."""
     return table

@@ -6,12 +6,14 @@ Checked before anything is read: every tensor of the folder is used once, none i
 Left out: multi-token-prediction layers (refused or dropped), a vocabulary that is padded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.parameters import FullParameter
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
@@ -25,7 +27,9 @@ ROWS_AT_ONCE = 4096
 
 
 @torch.no_grad()
-def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: Architecture, drop_mtp: bool = False):
+def load(
+    models: Sequence[PackedModel], topology: Topology, folder: Path, arch: Architecture, drop_mtp: bool = False
+) -> None:
     """Fill the unwrapped chunks of every rank. A collective over all ranks, and so is its error.
 
     Numbers are cast to the parameters' type; router biases stay fp32.
@@ -52,7 +56,7 @@ def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: 
         raise ConversionError(f"{folder}: {tables.some(forgotten)} of the table is no parameter of any rank's model.")
 
 
-def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParameter]:
+def stored(models: Sequence[PackedModel], topology: Topology) -> list[FullParameter]:
     """Everything of this rank that a Hugging Face folder holds: parameters and router biases."""
     return [
         p for model in models for find in (parameters.named, parameters.router_biases) for p in find(model, topology)
@@ -62,6 +66,7 @@ def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParame
 def fill(parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture) -> None:
     """Read one local parameter's slices, merge and copy them."""
     pieces = pieces_of(parameter, entry, files, arch)
+    assert entry is not None  # else refused by pieces_of
     parameter.local.copy_(entry.operator.merge(pieces))
 
 

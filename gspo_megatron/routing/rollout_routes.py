@@ -45,10 +45,6 @@ class RolloutRecorder:
         self._rows, self._positions = rows, positions.unsqueeze(1)
         return self
 
-    def is_new(self, layer: int) -> bool:
-        """Nothing but the choice is noted."""
-        return False
-
     def choose(self, layer: int, own: torch.Tensor) -> None:
         """Note a router's choice [tokens, k]; it stands."""
         if layer not in self.experts:

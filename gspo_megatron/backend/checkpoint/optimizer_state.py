@@ -41,6 +41,7 @@ class ParameterState:
         for name in self._names:
             local = self._local(name)
             if self.piece is None:
+                assert local is not None  # all of it is here
                 found[name] = local
                 continue
             whole = torch.zeros(self.model.numel(), dtype=torch.float32, device=self.model.device)
@@ -52,7 +53,11 @@ class ParameterState:
 
     def room(self) -> dict[str, torch.Tensor]:
         """Tensors as `read` gives them, with nothing in them yet."""
-        dtype = torch.float32 if self.piece is not None else self.main.dtype
+        if self.piece is not None:
+            dtype = torch.float32
+        else:
+            assert self.main is not None  # all of it is here
+            dtype = self.main.dtype
         return {name: torch.empty(self.model.shape, dtype=dtype, device=self.model.device) for name in self._names}
 
     def write(self, values: dict[str, torch.Tensor], steps: int) -> None:
@@ -119,7 +124,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _whole(part: MegatronOptimizer) -> Iterator[ParameterState]:
-    copies = {}
+    copies: dict[int, torch.nn.Parameter] = {}  # by the id of their fp32 copy
     for low, high in zip(
         getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []), strict=True
     ):

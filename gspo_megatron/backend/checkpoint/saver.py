@@ -188,7 +188,8 @@ def _in_host_memory(request: AsyncRequest) -> list[tuple]:
 def _written(request: AsyncRequest, number: int, file: tuple) -> list:
     """Megatron's record of what it wrote to one file."""
     transforms = request.async_fn.args[0]
-    results, count = queue.Queue(), queue.Queue()
+    results: queue.Queue[tuple[int, Any]] = queue.Queue()
+    count: queue.Queue[int] = queue.Queue()
     count.put(number)
     write_file(transforms, number, file, results, count, use_fsync=True)
     _, found = results.get_nowait()

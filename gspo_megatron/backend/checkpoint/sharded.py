@@ -46,12 +46,13 @@ def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReferen
     for prefix, network in networks.items():
         _load_weights(network, state, prefix)
         if network.optimizer:
+            optimizer, schedule = network.training
             steps, scheduled = counters[prefix]
-            for number, place in enumerate(optimizer_state.each(network.optimizer)):
+            for number, place in enumerate(optimizer_state.each(optimizer)):
                 place.write(state[f"{prefix}optimizer"][str(number)], steps)
-            optimizer_state.set_steps(network.optimizer, steps)
-            network.schedule.num_steps = 0
-            network.schedule.step(increment=scheduled)
+            optimizer_state.set_steps(optimizer, steps)
+            schedule.num_steps = 0
+            schedule.step(increment=scheduled)
     if reference:
         reference.load([state["reference"][str(i)] for i in range(len(reference.weights))])
 
@@ -139,4 +140,5 @@ def _load_weights(network: Network, state: dict, prefix: str) -> None:
 
 def counters_of(network: Network) -> tuple[int, int]:
     """(Adam's steps, the learning-rate schedule's)."""
-    return optimizer_state.steps_made(network.optimizer), int(network.schedule.num_steps)
+    optimizer, schedule = network.training
+    return optimizer_state.steps_made(optimizer), int(schedule.num_steps)

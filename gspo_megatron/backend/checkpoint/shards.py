@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def frame(dtype: torch.dtype, shape: Shape) -> Frame:
     catcher = _Catcher(tensor)
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(tensor, catcher)
+        torch.save(tensor, cast(IO[bytes], catcher))  # it asks a stream for write and flush alone
     finally:
         torch.serialization.set_crc32_options(kept)
     before, after = (b"".join(part) for part in catcher.parts)
@@ -161,9 +162,9 @@ class ShardReader:
             CheckpointError: a part is missing, of another type, or its file is lost or damaged.
         """
         chunks = self._chunks.get(key, {})
-        size, place = chunks.get(offset, (None, None))
-        if size == shape:
-            return self._shard(key, place, size, dtype)
+        exact = chunks.get(offset)
+        if exact is not None and exact[0] == shape:
+            return self._shard(key, exact[1], shape, dtype)
         found, filled = torch.empty(shape, dtype=dtype), 0
         for at, (size, place) in chunks.items():
             first = [max(a, b) for a, b in zip(at, offset, strict=True)]

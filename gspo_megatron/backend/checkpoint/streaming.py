@@ -156,7 +156,7 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
                 writer.set_up_storage_writer(True)
                 writer.finish(metadata, everyone)
 
-    def _write(self, items: list[WriteItem], planner: object, folder: Path) -> list[WriteResult]:
+    def _write(self, items: list[WriteItem], planner: strategies.MCoreSavePlanner, folder: Path) -> list[WriteResult]:
         """This rank's parameters; the first rank also writes what is no tensor."""
         shards, results = ShardWriter(folder, self._file_bytes, dist.get_rank()), []
         by_parameter, others = self._items(items, planner)
@@ -176,7 +176,9 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
             shards.abandon()
         return results
 
-    def _items(self, items: list[WriteItem], planner: object) -> tuple[list[list[WriteItem]], list[WriteItem]]:
+    def _items(
+        self, items: list[WriteItem], planner: strategies.MCoreSavePlanner
+    ) -> tuple[list[list[WriteItem]], list[WriteItem]]:
         """The items of each parameter, whose memory they are views of, and those that are no tensors."""
         home = {p.local.untyped_storage().data_ptr(): place for place, p in enumerate(self._given)}
         found: list[list[WriteItem]] = [[] for _ in self._given]

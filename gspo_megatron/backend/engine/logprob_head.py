@@ -9,6 +9,7 @@ import torch
 from gspo_megatron.algorithms.interface import GlobalCounts, LossInputs, alone
 from gspo_megatron.backend.engine.network import Microbatch
 from gspo_megatron.backend.engine.targets import Targets
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
 from gspo_megatron.ops.collectives import reduce_tables
@@ -28,7 +29,7 @@ class TargetLogProbs:
 class LogProbHead:
     """The end of the last pipeline stage: logits, or hidden states in chunks, to log-probs at a temperature."""
 
-    def __init__(self, model: torch.nn.Module, topology: Topology, temperature: float, chunk_tokens: int):
+    def __init__(self, model: PackedModel, topology: Topology, temperature: float, chunk_tokens: int):
         """
         Args:
             model: the last model chunk of this rank, unwrapped.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from gspo_megatron.backend.engine import optimizer as optimizers
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.pipeline_broadcast import from_last_stage
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
@@ -54,13 +56,20 @@ class StepResult:
 class Network:
     """Chunks (one a virtual stage), optimizer and learning-rate schedule."""
 
-    def __init__(self, chunks: list, topology: Topology):
+    def __init__(self, chunks: list[DistributedDataParallel], topology: Topology):
         self.chunks, self.topology = chunks, topology
         self.optimizer: MegatronOptimizer | None = None
         self.schedule: OptimizerParamScheduler | None = None
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def training(self) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """Optimizer and schedule. Raises RuntimeError where neither has been made."""
+        if self.optimizer is None or self.schedule is None:
+            raise RuntimeError("the network has no optimizer: call start_optimizer() first")
+        return self.optimizer, self.schedule
+
+    @property
+    def models(self) -> list[PackedModel]:
         """The chunks without their wrappers."""
         return [model_builder.unwrap(chunk) for chunk in self.chunks]
 
@@ -126,9 +135,10 @@ class Network:
             after_backward: called once all microbatches have been through the pipeline, before the optimizer begins.
             before_forward: see run.
         """
+        optimizer, schedule = self.training
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         scale = len(batches) * self.topology.dp_size
 
         def scaled(micro: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -137,14 +147,14 @@ class Network:
         self.run(batches, scaled, forward_only=False, before_forward=before_forward)
         after_backward()
         progress.detail("optimizer")
-        rate = optimizers.learning_rate(self.optimizer)
+        rate = optimizers.learning_rate(optimizer)
         # Asked before the step: Megatron would step first and tell afterwards.
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
         if grad_norm == 0.0 or not math.isfinite(grad_norm):
             return StepResult(grad_norm, rate, False)
-        self.optimizer.step()
-        self.schedule.step(increment=1)
+        optimizer.step()
+        schedule.step(increment=1)
         return StepResult(grad_norm, rate, True)
 
     def from_last_stage(self, values: torch.Tensor | None, size: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ checkpoints, the critic (critic.py).
 from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from gspo_megatron.algorithms.interface import GlobalCounts, Loss, LossOutputs
 from gspo_megatron.backend.engine import optimizer as optimizers
@@ -16,13 +17,14 @@ from gspo_megatron.backend.engine.nonfinite_guard import NonfiniteGuard, describ
 from gspo_megatron.backend.engine.routing_watch import RoutingWatch
 from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import pipeline_broadcast
 from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, UpdateResult
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 
 
@@ -31,7 +33,7 @@ class Policy:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ResolvedConfig,
         shape: ModelShape,
         topology: Topology,
         runtime: Runtime,
@@ -49,12 +51,12 @@ class Policy:
         self.guard = NonfiniteGuard(config.faults.max_skipped_updates, "policy")
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def models(self) -> list[PackedModel]:
         """The chunks without their wrappers."""
         return self.network.models
 
     @property
-    def optimizer(self):
+    def optimizer(self) -> MegatronOptimizer | None:
         """Megatron's, None until start_optimizer."""
         return self.network.optimizer
 

@@ -8,6 +8,8 @@ changes; here a router asks the trace of the microbatch that is passing through,
 Left out: Transformer Engine's fused router (moe_router_fusion), which asks nobody.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -38,7 +40,7 @@ class RouterTap(RouterReplay):
         trace = self.trace
         if trace is None:
             return values, own
-        if trace.is_new(self.layer):
+        if isinstance(trace, RouteTrace) and trace.is_new(self.layer):
             trace.entropy[self.layer] = self._entropy(scores.detach(), trace.tokens.counted)
         told = trace.choose(self.layer, own)
         return (values, own) if told is None else (scores.gather(1, told), told)
@@ -63,7 +65,7 @@ class RouterTap(RouterReplay):
 class RouterTaps:
     """The taps of all MoE layers of this rank."""
 
-    def __init__(self, chunks: list[torch.nn.Module], topology: Topology):
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
         self._topology = topology
         self.layers: list[int] = []  # numbers, from 1 over all stages

@@ -5,12 +5,11 @@ Left out: the reference's and critic's, whose routing is always free. Generation
 (rollout/megatron_engine.py).
 """
 
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Sequence
 
 from gspo_megatron.backend.engine.network import Microbatch
 from gspo_megatron.backend.engine.router_hooks import RouterTaps
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
@@ -27,7 +26,7 @@ MOST_DIFFERENT = 0.05
 class RoutingWatch:
     """Of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
 
-    def __init__(self, config: RoutingConfig, chunks: list[torch.nn.Module], topology: Topology):
+    def __init__(self, config: RoutingConfig, chunks: Sequence[PackedModel], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
         model = chunks[0].config
         self.config, self._is_on = config, bool(model.num_moe_experts) and config.statistics
@@ -90,6 +89,8 @@ class RoutingWatch:
             trace_all()
 
     def _rollout_routes(self, batch: PackedBatch, tokens: RoutedTokens) -> Routes:
+        if batch.rollout_routes is None:
+            raise TrainingError("routing replay: a microbatch has no routes of its rollout to replay.")
         experts = zip(batch.rollout_layers, batch.rollout_routes, strict=True)
         return Routes(tokens, {layer: chosen[tokens.place] for layer, chosen in experts})
 

@@ -1,10 +1,12 @@
 """Hugging Face config -> Megatron-Core GPTModel chunks of this rank.
 
-Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local one
-with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
+Families: those of models/families. In bf16 on CUDA with Transformer Engine its layer spec; everywhere else the local
+one with attention and RMSNorm of our own. The Transformer Engine path has not been run by us yet (it needs a GPU).
 
 Left out: loading weights (hf/load.py), multi-token prediction.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +44,9 @@ class PackedModel(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        plan = kwargs.get("packed_seq_params")
         if self.angle_table is not None:
-            plan.angles = self.angle_table.at(position_ids.view(-1))
-        elif self.rotary_by_token or isinstance(plan, CachePlan):
+            kwargs["packed_seq_params"].angles = self.angle_table.at(position_ids.view(-1))
+        elif self.rotary_by_token or isinstance(kwargs.get("packed_seq_params"), CachePlan):
             if self._angles is None:
                 self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
             out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
@@ -253,6 +254,7 @@ def _allow_expert_bias(gpt: PackedModel) -> None:
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:
     """The model inside DDP and Float16Module."""
-    while not isinstance(chunk, PackedModel):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk  # Megatron's wrappers say nothing of their types
+    while not isinstance(inner, PackedModel):
+        inner = inner.module
+    return inner
