@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from gspo_megatron.backend.layers.latent_attention import Angles
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedPlan(PackedSeqParams):
     """Block-diagonal causal attention over S sequences packed into T tokens."""
 
-    num_sequences: int = 0
-    max_len: int = 0
-    padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
+    num_sequences: int
+    max_len: int
+    padded_index: torch.Tensor  # [T] int64, sequence * max_len + position
     split: ContextSplit | None = None  # None: this rank feeds all tokens
     trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
     angles: "Angles | None" = None  # by token, for latent attention (latent_attention.py)
@@ -80,7 +80,8 @@ class PackedPlan(PackedSeqParams):
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
         """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
-            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), softmax)
+            keys, values = self._pad(self.split.gather(key)), self._pad(self.split.gather(value))
+            return self.split.attend(query, keys, values, softmax)
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
         out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
         return self.flat(out.transpose(1, 2))
@@ -116,7 +117,8 @@ class KeyValueCache:
 
     def of_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
+            keys, values = (x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
+            self.layers[layer] = (keys, values)
         return self.layers[layer]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -125,13 +127,13 @@ class KeyValueCache:
         self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CachePlan(PackedSeqParams):
     """Generation: the first `num_tokens` tokens of the batch are real, the rest is padding for sequence parallelism."""
 
-    cache: KeyValueCache | None = None
-    num_tokens: int = 0
-    positions: torch.Tensor | None = None  # [num_tokens] int64
+    cache: KeyValueCache
+    num_tokens: int
+    positions: torch.Tensor  # [num_tokens] int64
     rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
@@ -142,6 +144,7 @@ class CachePlan(PackedSeqParams):
         n = self.num_tokens
         cached_key, cached_value = self.cache.of_layer(layer, key, value)
         if self.prompt is not None:
+            assert self.rows is not None  # comes with the prompts
             positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
             cached_key[self.rows, positions] = key[:n].unsqueeze(1)
             cached_value[self.rows, positions] = value[:n].unsqueeze(1)

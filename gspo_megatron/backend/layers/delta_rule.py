@@ -32,7 +32,7 @@ def causal_convolution(
     joined = torch.cat([before, x], 1)
     length, wide = x.size(1), torch.promote_types(x.dtype, torch.float32)
     taps = (joined[:, tap : tap + length].to(wide) * weight[:, tap].to(wide) for tap in range(weight.size(1)))
-    return F.silu(sum(taps)).to(x.dtype), joined
+    return F.silu(sum(taps, torch.zeros((), dtype=wide))).to(x.dtype), joined
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from gspo_megatron.backend.layers.norms import RMSNorm
 from gspo_megatron.backend.layers.rotary import inverse_frequencies
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.rope_scaling import Yarn
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says
 
@@ -48,8 +49,8 @@ class AngleTable:
     """Angles by position, for the rotated part of a latent-attention head."""
 
     def __init__(self, architecture: Architecture, device: torch.device):
-        frequencies, yarn = inverse_frequencies(architecture), architecture.rope_scaling
-        factor = yarn.attention_factor if yarn else 1.0
+        frequencies, scaling = inverse_frequencies(architecture), architecture.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, Yarn) else 1.0  # these families have no other
         positions = torch.arange(architecture.max_position_embeddings, device=device, dtype=torch.float32)
         angles = torch.outer(positions, frequencies.to(device))  # [max_len, d / 2]
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor

@@ -179,7 +179,6 @@ def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     mine = dist.get_process_group_ranks(group)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    created = {tuple(ranks): None for ranks in everyone}
-    for ranks in sorted(created):
-        created[ranks] = dist.new_group(list(ranks), timeout=TIMEOUT)
+    order = sorted({tuple(ranks) for ranks in everyone})
+    created = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in order}
     return created[tuple(mine)]
