@@ -44,10 +44,14 @@ class SafetensorsFolder:
             return self._home.keys() - {name + part for name in blocked for part in (BLOCKS, SCALES)} | blocked
         return set(self._home)
 
-    def _is_fp8(self, name: str) -> bool:
-        """Raises ConversionError where its scales are missing or of another shape."""
+    def _scales_of_fp8(self, name: str) -> BlockScales | None:
+        """How a tensor is scaled, None where it is not FP8.
+
+        Raises:
+            ConversionError: its scales are missing or of another shape.
+        """
         if not isinstance(self._quantised, BlockScales) or self._slice(name).get_dtype() != FP8:
-            return False
+            return None
         file = self.folder / self._home[name]
         if name + SCALE not in self._home:
             raise ConversionError(f"{file}: {name} is {FP8} and has no {name + SCALE}. Download the folder again.")
@@ -57,7 +61,7 @@ class SafetensorsFolder:
                 f"{file}: {name + SCALE} has shape {list(found)}, and blocks of {self._quantised.rows} x "
                 f"{self._quantised.columns} make it {list(wanted)}. Correct weight_block_size in config.json."
             )
-        return True
+        return self._quantised
 
     def _is_mxfp4(self, name: str) -> bool:
         """Raises ConversionError where its scales are missing, or one of the two is of another shape or type."""
@@ -110,7 +114,7 @@ class SafetensorsFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises ConversionError for a type that holds no plain floating-point numbers."""
-        if self._is_mxfp4(name) or self._is_fp8(name):
+        if self._is_mxfp4(name) or self._scales_of_fp8(name) is not None:
             return torch.bfloat16
         kind = self._slice(name).get_dtype()
         if kind not in TYPES:
@@ -145,10 +149,11 @@ class SafetensorsFolder:
             first = columns.start - blocks.start * Mxfp4.NUMBERS
             return Mxfp4.dequantise(*stored)[:, first : first + columns.stop - columns.start].t()
         stored = self._slice(name)
-        if self._is_fp8(name):
-            scales = self._slice(name + SCALE)[self._quantised.blocks(*where)]
-            return self._quantised.dequantise(stored[where], scales, where[0].start, where[1].start)
-        return stored[where]
+        scaling = self._scales_of_fp8(name)
+        if scaling is None:
+            return stored[where]
+        scales = self._slice(name + SCALE)[scaling.blocks(*where)]
+        return scaling.dequantise(stored[where], scales, where[0].start, where[1].start)
 
     def whole(self, name: str) -> torch.Tensor:
         return self.read(Piece(name))

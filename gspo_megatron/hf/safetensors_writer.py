@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -90,7 +91,8 @@ class SafetensorsWriter:
             self._write_index()
 
     def _start(self, file: str, specs: list[TensorSpec]) -> None:
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for spec in specs:
             offsets = [end, end + spec.size]
             header[spec.name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}

@@ -8,8 +8,9 @@ Left out, and refused: rotary scaling but for linear, llama3 and yarn; sliding w
 biases of query, key and value); activations other than SiLU and GPT-OSS's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.rope_scaling import Linear, Llama3, Yarn
@@ -119,7 +120,7 @@ class Architecture:
     def num_parameters(self) -> int:
         """Of the whole model, without router_bias (it is not trained)."""
         hidden = self.hidden_size
-        attention = self._attention_parameters if self.latent is None else self._latent_parameters
+        attention = self._attention_parameters if self.latent is None else self._latent_parameters(self.latent)
         moe = self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
         moe += 3 * hidden * self.shared_intermediate_size + (hidden if self.shared_gate else 0)
         moe += self.num_experts * (2 * self.moe_intermediate_size + hidden + 1) if self.linear_bias else 0
@@ -131,9 +132,8 @@ class Architecture:
         layers += sparse * moe + (self.num_hidden_layers - sparse) * dense
         return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
 
-    @property
-    def _latent_parameters(self) -> int:
-        latent, hidden, heads = self.latent, self.hidden_size, self.num_attention_heads
+    def _latent_parameters(self, latent: LatentAttention) -> int:
+        hidden, heads = self.hidden_size, self.num_attention_heads
         query = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
         rank = latent.q_lora_rank
         queries = hidden * query if rank is None else hidden * rank + rank + rank * query
@@ -168,14 +168,18 @@ class ConfigReader:
         names = RENAMED.get(name, (name,))
         found = next((n for n in names if self.hf.get(n) is not None), name)
         value = self.hf.get(found)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        self.require(ok, f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            self.fail(f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
         return value
 
     def require(self, ok: bool, constraint: str, remedy: str) -> None:
         """Raise ConfigError unless ok."""
         if not ok:
-            raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
+            self.fail(constraint, remedy)
+
+    def fail(self, constraint: str, remedy: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
 
     def refuse(self, *names: str) -> None:
         """Fields that must be absent, false or 0: what they turn on is not built."""
@@ -196,10 +200,12 @@ class ConfigReader:
         self.require(
             kind in kinds, f"rope_type {kind!r} is not supported", f"Use a model with one of: {', '.join(kinds)}."
         )
+        readers: dict[str, Callable[[dict], Linear | Llama3 | Yarn]]
+        readers = {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}
         try:
-            return {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}[kind](rope)
+            return readers[kind](rope)
         except KeyError as error:
-            self.require(False, f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
+            self.fail(f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
 
     def _linear(self, rope: dict) -> Linear:
         return Linear(float(rope["factor"]))

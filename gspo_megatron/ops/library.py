@@ -50,6 +50,7 @@ def load_collectives() -> tuple[ModuleType | None, str]:
     if not path.exists():
         return None, f"the C++ collectives were not built for this Python and torch {torch.__version__}. {REMEDY}"
     spec = importlib.util.spec_from_file_location("gspo_megatron.ops._collectives", path)
+    assert spec is not None and spec.loader is not None  # EXT_SUFFIX is one that Python loads
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

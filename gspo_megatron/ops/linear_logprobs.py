@@ -195,16 +195,16 @@ def _products(
     grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     for block in logits.blocks:
-        part = torch.zeros_like(weight[block], dtype=logits.dtype) if need_weight else None
+        part = None if grad_weight is None else torch.zeros_like(weight[block], dtype=logits.dtype)
         for rows in logits.chunks:
             tile = gradients.tile(rows, block)  # [n, m]
-            if need_hidden:
+            if grad_hidden is not None:
                 _add_product(grad_hidden[rows], tile, weight[block])
-            if need_weight:
+            if part is not None:
                 _add_product(part, tile.t(), hidden[rows])
-        if need_weight:
+        if grad_weight is not None and part is not None:
             grad_weight[block] = part
-    return grad_hidden.to(hidden.dtype) if need_hidden else None, grad_weight
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

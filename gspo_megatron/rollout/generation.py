@@ -5,11 +5,13 @@ wants the groups of all context-parallel ranks together, because those share eac
 there.
 """
 
+from typing import cast
+
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.batch import Prompt, RolloutGroup
+from gspo_megatron.batch import Completion, Prompt, RolloutGroup
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 
@@ -31,9 +33,13 @@ def generate(
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
     completions = engine.generate(prompts[mine], group_size, params, uniform)
     return [
-        RolloutGroup(prompt, answers, texts=[tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in answers])
+        RolloutGroup(prompt, answers, texts=[_text(tokenizer, completion) for completion in answers])
         for prompt, answers in zip(prompts[mine], completions, strict=True)
     ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    return cast(str, tokenizer.decode(completion.token_ids, skip_special_tokens=True))  # a list only for a batch
 
 
 def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:

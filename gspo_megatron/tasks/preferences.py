@@ -55,6 +55,7 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
         "dpo learns from preference pairs",
         "Give a JSONL file; examples/make_preferences.py writes one from a recipe's tasks.",
     )
+    assert config.path is not None  # as just required
     pairs = read_pairs(config.path, name)
     if config.eval_path is None:
         cut = len(pairs) - max(1, len(pairs) // HELD_OUT_SHARE)
@@ -138,7 +139,7 @@ def _pair(line: bytes, setting: str, where: str) -> PreferencePair:
         f"chosen and rejected are both {_short(record['chosen'])}",
         "Remove the line: it prefers nothing.",
     )
-    return PreferencePair(*(record[name] for name in FIELDS), where=where)
+    return PreferencePair(record["prompt"], record["chosen"], record["rejected"], where)
 
 
 def _is_unicode(text: str) -> bool:
