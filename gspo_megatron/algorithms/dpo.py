@@ -23,7 +23,7 @@ PREFERENCE_LOSSES = {
 
 
 def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
+    """Compute L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
 
     The table's log-ratio columns are those of the policy to the reference, so h_p can be read from it.
 

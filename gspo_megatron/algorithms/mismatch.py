@@ -35,7 +35,7 @@ CORRECTIONS: dict[str, tuple[bool, Bound] | None] = {  # name -> (by token, weig
 
 
 def corrected(inputs: LossInputs, options: LossOptions) -> LossInputs:
-    """`inputs` with advantages multiplied by the weights; [T] instead of [S] where the weights differ by token."""
+    """Multiply the advantages of `inputs` by the weights; [T] instead of [S] where the weights differ by token."""
     correction = CORRECTIONS[options.mismatch]
     if correction is None:
         return inputs

@@ -235,7 +235,7 @@ def _is_padded(rows: int, vocabulary: int) -> bool:
 def whole_model(
     shape: ModelShape, dtype: torch.dtype, is_alone: bool = False
 ) -> Iterator[tuple[PackedModel, Topology]]:
-    """The whole model on every rank of the launcher, allocated and not filled.
+    """Build the whole model on every rank of the launcher, allocated and not filled.
 
     Args:
         is_alone: in this process and no other, whatever the launcher says.

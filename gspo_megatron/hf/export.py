@@ -135,7 +135,7 @@ def check_complete(table: dict, held: dict, arch: Architecture) -> None:
 
 
 def specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
-    """Hugging Face's tensors in the table's order, of the announced type or their own."""
+    """List Hugging Face's tensors in the table's order, of the announced type or their own."""
     found: dict[str, TensorSpec] = {}
     for name, entry in table.items():
         own = held[name].dtype
@@ -172,7 +172,7 @@ def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: Held) -> to
 def write_companions(
     add: Callable[[str, bytes], object], hf: dict, dtype: torch.dtype, companions: Sequence[Path]
 ) -> None:
-    """config.json for these weights, and the other small files that the companions have: add(name, content)."""
+    """Add config.json for these weights, and the companions' other small files: add(name, content)."""
     config = {name: value for name, value in hf.items() if name not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if config.get("num_nextn_predict_layers"):

@@ -57,7 +57,7 @@ def load(
 
 
 def stored(models: Sequence[PackedModel], topology: Topology) -> list[FullParameter]:
-    """Everything of this rank that a Hugging Face folder holds: parameters and router biases."""
+    """List what a Hugging Face folder holds of this rank: parameters and router biases."""
     return [
         p for model in models for find in (parameters.named, parameters.router_biases) for p in find(model, topology)
     ]
@@ -73,7 +73,7 @@ def fill(parameter: FullParameter, entry: tables.Entry | None, files: Safetensor
 def pieces_of(
     parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture
 ) -> list[torch.Tensor]:
-    """One local parameter's slices, in the order in which they are merged."""
+    """Read one local parameter's slices, in the order in which they are merged."""
     if entry is None:
         raise ConversionError(f"{parameter.name}: the table of {arch.family} does not say what it is made of.")
     for piece, shape in zip(entry.pieces, entry.operator.shapes(parameter.full_shape), strict=True):
@@ -95,14 +95,14 @@ def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, 
 
 
 def whole_shape(piece: Piece, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    """Shape of the tensor that a piece of this shape is taken of."""
+    """Return the shape of the tensor that a piece of this shape is taken of."""
     whole = (shape[0] * piece.parts // piece.count, *shape[1:])
     whole = whole[::-1] if piece.transposed else whole
     return whole if piece.expert is None else (arch.num_experts, *whole)
 
 
 def check_tied_head(files: SafetensorsFolder, arch: Architecture) -> None:
-    """A tied model's folder may hold the LM head as well: then it must be the embedding, bit for bit."""
+    """Compare the LM head, which a tied model's folder may hold as well, with the embedding, bit for bit."""
     if not arch.tied or "lm_head.weight" not in files.names:
         return
     head, embedding = Piece("lm_head.weight"), Piece("model.embed_tokens.weight")

@@ -36,7 +36,7 @@ class SafetensorsFolder:
 
     @property
     def names(self) -> set[str]:
-        """Of quantised tensors the name alone, without scales and blocks."""
+        """Return the tensors' names; a quantised one has its own alone, without those of scales and blocks."""
         if isinstance(self._quantised, BlockScales):
             return {n for n in self._home if not (n.endswith(SCALE) and n.removesuffix(SCALE) in self._home)}
         if isinstance(self._quantised, Mxfp4):
@@ -113,7 +113,7 @@ class SafetensorsFolder:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ConversionError for a type that holds no plain floating-point numbers."""
+        """Return the type as read. Raises ConversionError for one that holds no plain floating-point numbers."""
         if self._is_mxfp4(name) or self._scales_of_fp8(name) is not None:
             return torch.bfloat16
         kind = self._slice(name).get_dtype()
@@ -125,7 +125,7 @@ class SafetensorsFolder:
         return TYPES[kind]
 
     def read(self, piece: Piece, cut_dim: int | None = None, rank: int = 0, cuts: int = 1) -> torch.Tensor:
-        """One of `cuts` equal slices of a piece along cut_dim; nothing else is read from the disk."""
+        """Read one of `cuts` equal slices of a piece along cut_dim, and nothing else from the disk."""
         shape = self.shape(piece.tensor)[piece.expert is not None :]
         shape = shape[::-1] if piece.transposed else shape
         bounds = [(0, size) for size in shape]

@@ -39,7 +39,7 @@ COUNT = {"llama": "num_local_experts", "qwen3": "num_experts"}
 
 
 def sparse_config(hf: dict, num_experts: int, experts_per_token: int) -> dict:
-    """The MoE's config.json.
+    """Make the MoE's config.json.
 
     Args:
         hf: the dense model's.

@@ -30,11 +30,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor, the same numbers."""
+    """One tensor has the same numbers on both sides."""
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """How the pieces share the rows of a Hugging Face tensor that has all of them."""
+        """Return the pieces' shares of the rows of a Hugging Face tensor that has all of them."""
         return (1,)
 
     def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
@@ -44,15 +44,15 @@ class Rename:
         return [tensor]
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Shapes of the pieces, from the merged shape."""
+        """Return shapes of the pieces, from the merged shape."""
         return [shape]
 
     def blocks(self, pieces: "list[torch.Tensor]") -> "list[torch.Tensor]":
-        """Tensors that make up the merged one along the rows, with as little copying as there can be."""
+        """Return tensors that make up the merged one along the rows, with as little copying as there can be."""
         return [self.merge(pieces)]
 
     def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
-        """The pieces, from such blocks of any size."""
+        """Make the pieces from such blocks of any size."""
         import torch
 
         return self.split(blocks[0] if len(blocks) == 1 else torch.cat(blocks))
@@ -268,15 +268,15 @@ def merge_gate_up(ours: str, gate: str, up: str, when: str | None = None) -> Row
 
 
 def stacked(ours: str, theirs: str, transposed: bool = False) -> Row:
-    """All experts of a layer in one tensor [experts, rows, columns], or [experts, columns, rows]."""
+    """Say that one tensor has all experts of a layer: [experts, rows, columns] or [experts, columns, rows]."""
     return Row(ours, (theirs,), stacked=True, transposed=transposed)
 
 
 def stacked_gate_up(ours: str, theirs: str) -> Row:
-    """All experts of a layer in one tensor [experts, gate rows then up rows, columns]."""
+    """Say that one tensor has all experts of a layer: [experts, gate rows then up rows, columns]."""
     return Row(ours, (theirs,), MergeGateUp, stacked=True)
 
 
 def stacked_interleaved(ours: str, theirs: str, transposed: bool = False) -> Row:
-    """All experts of a layer in one tensor, the rows of gate and up in turns."""
+    """Say that one tensor has all experts of a layer, the rows of gate and up in turns."""
     return Row(ours, (theirs,), Interleave, stacked=True, transposed=transposed)

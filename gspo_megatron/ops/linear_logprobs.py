@@ -35,7 +35,7 @@ def linear_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(hidden weight^T / temperature)[target] and the entropy of that distribution, in nats.
+    """Compute log softmax(hidden weight^T / temperature)[target] and the entropy of that distribution, in nats.
 
     Under tensor parallelism the gradient of `hidden` is this rank's part of a sum over the group. Megatron's region
     before the call adds the parts up: gather_from_sequence_parallel_region where hidden states are sharded by tokens,

@@ -43,7 +43,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 
 
 def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:
-    """The scored groups of all context-parallel ranks, in the order of the prompts. A collective over them.
+    """Bring the scored groups of all context-parallel ranks together, in the prompts' order. A collective over them.
 
     They travel as objects: a step's token ids and log-probs are kilobytes to a few megabytes, once a step, against the
     seconds that sampling them took; packing them into tensors would save nothing that can be measured.

@@ -24,7 +24,7 @@ class ScorerError(Exception):
 
 
 class ScoringProcess:
-    """Started at the first score (or `start`), started anew after a scorer has spoilt it."""
+    """The process is started at the first score (or `start`), and anew after a scorer has spoilt it."""
 
     def __init__(self, config: FaultsConfig):
         self.seconds, self.memory = config.reward_timeout, int(config.reward_memory_gb * 2**30)
@@ -54,7 +54,7 @@ class ScoringProcess:
         return self._child
 
     def score(self, spec: dict, text: str, entry: dict) -> float:
-        """What the task's scorer gives for a response; may be any number, a NaN too.
+        """Return what the task's scorer gives for a response; it may be any number, a NaN too.
 
         Args:
             spec: keyword arguments of reasoning_gym's create_dataset.

@@ -33,14 +33,14 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """What is trained on, and what never is."""
+    """Some pairs are trained on, and the held-out ones never are."""
 
     train: list[PreferencePair]
     held_out: list[PreferencePair]
 
 
 def load_pairs(config: PreferenceConfig) -> PreferenceData:
-    """Training and held-out pairs of a recipe.
+    """Load the training and held-out pairs of a recipe.
 
     Without eval_path the last tenth of `path` is held out, at least one pair.
 
@@ -76,7 +76,7 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
 
 
 def read_pairs(path: Path, setting: str) -> list[PreferencePair]:
-    """Every pair of a file, in its order.
+    """Read every pair of a file, in its order.
 
     Args:
         setting: the recipe's name for the path, for messages.

@@ -70,7 +70,7 @@ def load_weights(network: Network, folder: Path) -> None:
 
 
 def read_progress(folder: Path, part: str = "progress") -> dict:
-    """What Saver.begin() was told of the run's place. Raises CheckpointError where there is no complete checkpoint."""
+    """Read what Saver.begin() was told of the run's place. Raises CheckpointError without a complete checkpoint."""
     try:
         return json.loads((folder / "progress.json").read_text())[part]
     except (OSError, ValueError, KeyError):
@@ -89,8 +89,8 @@ def sharded(
     reference: FrozenReference | None,
     tensors: Callable[[ParameterState], dict[str, torch.Tensor]],
 ) -> dict:
-    """This rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state, filled to be
-    saved or with room to load into."""
+    """Return this rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state,
+    filled to be saved or with room to load into."""
     state: dict = {}
     places: dict[int, object] = {}  # id of a parameter -> its sharded tensor
     for prefix, network in networks.items():
@@ -115,7 +115,7 @@ def sharded(
 
 
 def bytes_written(state: dict) -> int:
-    """Of tensors that this rank writes of what sharded() gave: one of a tensor's replicas does."""
+    """Count the bytes that this rank writes of what sharded() gave: one of a tensor's replicas does."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
     return sum(one.data.nbytes for one in nested_values(tensors) if is_main_replica(one.replica_id))
 
@@ -139,6 +139,6 @@ def _load_weights(network: Network, state: dict, prefix: str) -> None:
 
 
 def counters_of(network: Network) -> tuple[int, int]:
-    """(Adam's steps, the learning-rate schedule's)."""
+    """Return (Adam's steps, the learning-rate schedule's)."""
     optimizer, schedule = network.training
     return optimizer_state.steps_made(optimizer), int(schedule.num_steps)

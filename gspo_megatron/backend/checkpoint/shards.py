@@ -47,7 +47,7 @@ class Frame:
 
 @lru_cache(maxsize=256)
 def frame(dtype: torch.dtype, shape: Shape) -> Frame:
-    """Made by torch.save itself. The tensor's memory is allocated and never touched."""
+    """Let torch.save itself make it. The tensor's memory is allocated and never touched."""
     tensor, kept = torch.empty(shape, dtype=dtype), torch.serialization.get_crc32_options()
     catcher = _Catcher(tensor)
     torch.serialization.set_crc32_options(False)
@@ -108,12 +108,12 @@ class ShardWriter:
         self._name, self._end, self._count = "", file_bytes, 0  # of the last file; the first one is to be opened
 
     def write(self, index: MetadataIndex, shape: Shape, blocks: Sequence[torch.Tensor]) -> WriteResult:
-        """A shard of this shape, whose numbers are those of the blocks, end to end; nobody changes them any more."""
+        """Write a shard of this shape with the blocks' numbers, end to end; nobody changes them any more."""
         around = frame(blocks[0].dtype, shape)
         return self._append(index, [around.before, *blocks, around.after])
 
     def write_item(self, index: MetadataIndex, item: io.BytesIO) -> WriteResult:
-        """What is no tensor."""
+        """Write what is no tensor."""
         return self._append(index, [item.getvalue()])
 
     def _append(self, index: MetadataIndex, parts: Sequence[bytes | torch.Tensor]) -> WriteResult:
@@ -156,7 +156,7 @@ class ShardReader:
                 self._chunks[key] = {at: (size, places[key, at]) for at, size in found.items() if (key, at) in places}
 
     def read(self, key: str, offset: Shape, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """A region of a tensor: a view of the file where one shard is just that, else a copy.
+        """Read a region of a tensor: a view of the file where one shard is just that, else a copy.
 
         Raises:
             CheckpointError: a part is missing, of another type, or its file is lost or damaged.

@@ -49,8 +49,8 @@ class ValueStatistics:
         return ValueStatistics(*(a + b for a, b in pairs))
 
     def metrics(self) -> dict[str, float]:
-        """value/*. Explained variance is 1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 as good as a constant;
-        nothing where all returns are equal."""
+        """Return value/*. Explained variance is 1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 as good as a
+        constant; it is left out where all returns are equal."""
         n = max(self.tokens, 1.0)
         found = {
             "value/loss": self.loss / self.updates,
@@ -90,13 +90,13 @@ class Critic:
 
     @property
     def optimizer(self) -> MegatronOptimizer | None:
-        """Megatron's, None until start_optimizer."""
+        """Megatron's optimizer; it is None until start_optimizer."""
         return self.network.optimizer
 
     @torch.no_grad()
     def start_from(self, policy: Policy) -> None:
-        """The policy's weights as they are now, but for the head. Both have the same layout. Before start_optimizer,
-        which copies weights to fp32."""
+        """Take the policy's weights as they are now, but for the head. Both have the same layout. This comes before
+        start_optimizer, which copies weights to fp32."""
         for mine, theirs in zip(self.models, policy.models, strict=True):
             weights = dict(theirs.named_parameters())
             for name, parameter in mine.named_parameters():
@@ -106,7 +106,7 @@ class Critic:
                 own.local.copy_(other.local)
 
     def start_optimizer(self) -> None:
-        """A fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""
+        """Make a fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""
         critic, network = self.config.algorithm.critic, self.network
         own = dataclasses.replace(self.config.optimizer, lr=critic.lr, warmup_steps=critic.warmup_steps)
         network.optimizer = optimizers.build(own, network.chunks, self.topology, self.config.parallel)
@@ -127,7 +127,7 @@ class Critic:
         self.network.run(batches, keep, forward_only=True)
 
     def update(self, batches: Sequence[PackedBatch], counts: GlobalCounts) -> ValueStatistics | None:
-        """One optimizer step on the returns of this replica's microbatches. A collective over all ranks.
+        """Make one optimizer step on the returns of this replica's microbatches. A collective over all ranks.
 
         Args:
             batches: with values and returns [T] on the last stage; every replica gives the same number.

@@ -49,7 +49,7 @@ class LogProbHead:
             self.model.returns_hidden = False
 
     def __call__(self, micro: Microbatch, output: torch.Tensor) -> TargetLogProbs:
-        """output: [rows, V / TP] logits, or [rows, H] hidden states."""
+        """Make log-probs of `output`: [rows, V / TP] logits, or [rows, H] hidden states."""
         targets = Targets.of(micro.batch, micro.plan)
         tokens = micro.batch.tokens[targets.index]
         if self.chunk_tokens:
@@ -65,14 +65,14 @@ class LogProbHead:
 
 
 def context_reducer(topology: Topology) -> Callable[..., torch.Tensor]:
-    """LossInputs.reduce of this rank's context-parallel group."""
+    """Return LossInputs.reduce for this rank's context-parallel group."""
     if topology.cp_size == 1:
         return alone
     return lambda table, maximum=None: reduce_tables(table, topology.cp_group, maximum).wait()
 
 
 def loss_inputs(batch: PackedBatch, new: TargetLogProbs, counts: GlobalCounts, topology: Topology) -> LossInputs:
-    """What algorithms/ computes the loss of one microbatch from."""
+    """Collect what algorithms/ computes the loss of one microbatch from."""
     mask, lengths = batch.loss_mask, None
     if new.own is not None:
         ids = torch.repeat_interleave(torch.diff(batch.cu_seqlens[: batch.num_sequences + 1]).long())

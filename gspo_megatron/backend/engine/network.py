@@ -63,7 +63,7 @@ class Network:
 
     @property
     def training(self) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-        """Optimizer and schedule. Raises RuntimeError where neither has been made."""
+        """Optimizer and schedule, where they are needed. Raises RuntimeError if they have not been made."""
         if self.optimizer is None or self.schedule is None:
             raise RuntimeError("the network has no optimizer: call start_optimizer() first")
         return self.optimizer, self.schedule
@@ -74,7 +74,7 @@ class Network:
         return [model_builder.unwrap(chunk) for chunk in self.chunks]
 
     def plan(self, batch: PackedBatch) -> PackedPlan:
-        """How attention and context parallelism see the batch."""
+        """Plan how attention and context parallelism see the batch."""
         thd = "sbhd" if self.models[0].rotary_by_token else "thd"
         return PackedPlan.from_cu_seqlens(
             batch.cu_seqlens, thd, self.topology.cp_group if self.topology.cp_size > 1 else None
@@ -87,7 +87,7 @@ class Network:
         forward_only: bool,
         before_forward: BeforeForward = nothing,
     ) -> None:
-        """One pass of Megatron's schedule; on_output(microbatch, output) is called on the last stage.
+        """Make one pass of Megatron's schedule; on_output(microbatch, output) is called on the last stage.
 
         The output has one row a token that this rank feeds: all tokens, or `plan.rows` under context parallelism.
         before_forward is given all microbatches before the first of them runs.
@@ -125,7 +125,7 @@ class Network:
         after_backward: Callable[[], None] = lambda: None,
         before_forward: BeforeForward = nothing,
     ) -> StepResult:
-        """Gradients of all microbatches and one optimizer step. A collective over all ranks.
+        """Compute gradients of all microbatches and make one optimizer step. A collective over all ranks.
 
         A gradient of exactly zero, or one that is not finite, changes nothing: no weight, no moment, no learning rate.
 
@@ -158,5 +158,5 @@ class Network:
         return StepResult(grad_norm, rate, True)
 
     def from_last_stage(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
-        """[size] fp64 of the last stage, on every stage. Only where no schedule is running."""
+        """Bring [size] fp64 of the last stage to every stage. Only where no schedule is running."""
         return from_last_stage(self.topology, values, size, next(self.models[0].parameters()).device).wait()

@@ -10,7 +10,7 @@ from gspo_megatron.config import Layout, OptimizerConfig, WarmStartConfig
 
 
 def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Layout) -> MegatronOptimizer:
-    """Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
+    """Make Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
     model_config = chunks[0].config
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -33,12 +33,12 @@ def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Lay
 
 
 def rl_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up over warmup_steps, then constant."""
+    """Make a schedule that warms up linearly over warmup_steps and is then constant."""
     return _schedule(optimizer, config.lr, config.lr, config.warmup_steps, steps, config.weight_decay, "constant")
 
 
 def warm_start_schedule(optimizer: MegatronOptimizer, config: WarmStartConfig) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Make a schedule that warms up linearly and then follows a cosine down to min_lr."""
     return _schedule(optimizer, config.lr, config.min_lr, config.warmup_steps, config.steps, 0.0, "cosine")
 
 
@@ -68,5 +68,5 @@ def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the optimizer is set to: of the step just made, until the schedule moves on."""
+    """Return the rate that the optimizer is set to: of the step just made, until the schedule moves on."""
     return float(next(group["lr"] for group in optimizer.param_groups))

@@ -57,11 +57,11 @@ class Policy:
 
     @property
     def optimizer(self) -> MegatronOptimizer | None:
-        """Megatron's, None until start_optimizer."""
+        """Megatron's optimizer; it is None until start_optimizer."""
         return self.network.optimizer
 
     def start_optimizer(self, warm_start: bool = False) -> None:
-        """A fresh Adam with the warm start's or RL's learning-rate schedule."""
+        """Make a fresh Adam with the warm start's or RL's learning-rate schedule."""
         config, network = self.config, self.network
         network.optimizer = network.schedule = None  # the old state must be gone before the new is made
         network.optimizer = optimizers.build(config.optimizer, network.chunks, self.topology, config.parallel)
@@ -88,7 +88,7 @@ class Policy:
             batch.ref_logprobs = logprobs
 
     def log_probs_along_old_routes(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
-        """log_probs with every token sent to the experts of its batch's old_routes."""
+        """Compute log_probs with every token sent to the experts of its batch's old_routes."""
         found = self.log_probs(batches, self.routing.before_fixed)
         self.routing.after_fixed()
         return found
@@ -97,7 +97,7 @@ class Policy:
     def log_probs(
         self, batches: Sequence[PackedBatch], before_forward: BeforeForward = nothing
     ) -> list[torch.Tensor | None]:
-        """[T] fp32 (fp64 of an fp64 model) of every batch, None on all stages but the last."""
+        """Compute [T] fp32 (fp64 of an fp64 model) of every batch; None on all stages but the last."""
         found: list[torch.Tensor | None] = [None] * len(batches)
 
         def keep(micro: Microbatch, output: torch.Tensor, non_loss_data: bool = False) -> None:
@@ -111,7 +111,7 @@ class Policy:
     def update(
         self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts, step: int = 0, minibatch: int = 0
     ) -> UpdateResult:
-        """One optimizer step over the microbatches of this replica. A collective over all ranks.
+        """Make one optimizer step over the microbatches of this replica. A collective over all ranks.
 
         Where a log-prob, an advantage or the gradient is not finite, on any rank, nothing changes on all of them, and
         the result says so.
@@ -162,7 +162,7 @@ class Policy:
         return self.network.from_last_stage(values, size)
 
     def sums_by_sequence(self, batches: Sequence[PackedBatch], by_token: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """sum_t m_t x_t of every sequence, [sequences of all batches] fp64 on every stage; no gradient. A collective.
+        """Sum m_t x_t over each sequence: [sequences of all batches] fp64 on every stage; no gradient. A collective.
 
         Args:
             by_token: x [T] of a batch by its number, asked on the last stage alone: only there are log-probs. Under

@@ -24,7 +24,7 @@ MOST_DIFFERENT = 0.05
 
 
 class RoutingWatch:
-    """Of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
+    """Watches the routing of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
 
     def __init__(self, config: RoutingConfig, chunks: Sequence[PackedModel], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
@@ -43,7 +43,7 @@ class RoutingWatch:
         return self._is_on and self.config.replay == "R3"
 
     def before_old(self, work: list[Microbatch]) -> None:
-        """Network.run's `before_forward` for a pass of the old policy. With R3 a collective over all ranks."""
+        """Trace a pass of the old policy, as Network.run's `before_forward`. With R3 a collective over all ranks."""
         self._trace(work, self._rollout_routes if self.config.replay == "R3" else None, counts=False)
 
     def after_old(self) -> None:
@@ -54,11 +54,11 @@ class RoutingWatch:
             batch.old_routes = trace.routes()
 
     def before_update(self, work: list[Microbatch]) -> None:
-        """`before_forward` for an update. With replay a collective over all ranks."""
+        """Trace an update, as `before_forward`. With replay a collective over all ranks."""
         self._trace(work, _old_routes if self.config.replay != "none" else None)
 
     def before_fixed(self, work: list[Microbatch]) -> None:
-        """`before_forward` for a pass of the new policy along old routes, whatever the recipe says. A collective."""
+        """Trace a pass of the new policy along old routes, whatever the recipe says. A collective."""
         self._trace(work, _old_routes, counts=False)
 
     def after_fixed(self) -> None:

@@ -44,7 +44,7 @@ class PackedPlan(PackedSeqParams):
     def from_cu_seqlens(
         cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group: dist.ProcessGroup | None = None
     ) -> "PackedPlan":
-        """Plan for cu_seqlens [S+1] int32.
+        """Make the plan for cu_seqlens [S+1] int32.
 
         Args:
             cu_seqlens: bounds of the sequences with their padding; multiples of 2 CP under context parallelism.
@@ -74,11 +74,11 @@ class PackedPlan(PackedSeqParams):
 
     @property
     def rows(self) -> torch.Tensor | None:
-        """[T/CP] int64: places of the tokens that this rank feeds through the model; None: all of them."""
+        """Return places [T/CP] int64 of the tokens that this rank feeds through the model; None: all of them."""
         return None if self.split is None else self.split.rows
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
-        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
+        """Attend: query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
             keys, values = self._pad(self.split.gather(key)), self._pad(self.split.gather(value))
             return self.split.attend(query, keys, values, softmax)
@@ -91,18 +91,18 @@ class PackedPlan(PackedSeqParams):
         return self.grid(x).transpose(1, 2)
 
     def grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, ...] -> [S, L, ...], each sequence filled up with zeros at its end."""
+        """Make one row a sequence, filled up with zeros at its end: [T, ...] -> [S, L, ...]."""
         padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
         padded = padded.index_copy(0, self.padded_index, x)
         return padded.view(self.num_sequences, self.max_len, *x.shape[1:])
 
     def flat(self, grid: torch.Tensor) -> torch.Tensor:
-        """The inverse of `grid`."""
+        """Undo `grid`."""
         return grid.flatten(0, 1)[self.padded_index]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[S] int64."""
+        """Return the tokens of each sequence, [S] int64."""
         return torch.diff(self.cu_seqlens_q).long()
 
 
@@ -140,7 +140,7 @@ class CachePlan(PackedSeqParams):
     angles: "Angles | None" = None
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
-        """query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
+        """Attend: query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
         n = self.num_tokens
         cached_key, cached_value = self.cache.of_layer(layer, key, value)
         if self.prompt is not None:
@@ -168,7 +168,7 @@ class CachePlan(PackedSeqParams):
 def softmax_of(
     config: TransformerConfig, layer: int, sinks: torch.Tensor | None, scale: float | None = None
 ) -> Softmax:
-    """Of a layer (Megatron's number, from 1), from Megatron's fields."""
+    """Make a layer's Softmax (Megatron's number, from 1) from Megatron's fields."""
     if scale is None:
         scale = config.softmax_scale if config.softmax_scale is not None else config.kv_channels**-0.5
     is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
@@ -203,7 +203,7 @@ class SdpaCoreAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
+        """Attend: query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
         form = softmax_of(self.config, self.layer_number, self.softmax_offset, self.softmax_scale)
         out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
         return out.reshape(out.size(0), 1, -1)

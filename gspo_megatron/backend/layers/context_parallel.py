@@ -35,7 +35,7 @@ class ContextSplit:
 
     @classmethod
     def zig_zag(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> "ContextSplit":
-        """cu_seqlens [S+1]: every sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
+        """Cut at cu_seqlens [S+1]: each sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
 
         Raises:
             ValueError: a length is no such multiple.
@@ -74,11 +74,11 @@ class ContextSplit:
         )
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values of this rank's tokens [T/CP, g, d] -> of all tokens in their packed order [T, g, d]."""
+        """Gather keys or values: of this rank's tokens [T/CP, g, d] -> of all tokens in packed order [T, g, d]."""
         return _AllGather.apply(x, self.group)[self.gathered]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-        """query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
+        """Attend: query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
 
         Early and late chunks go apart: an early one needs the keys of the first chunks only.
         """

@@ -33,7 +33,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
     convolution [rows, K - 1, C] and the memory [rows, heads, k, v]."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, *, packed_seq_params, **kwargs):
-        """hidden_states [T (/ TP), 1, H] -> the same, and no bias."""
+        """Compute the layer: hidden_states [T (/ TP), 1, H] -> the same, and no bias."""
         plan = packed_seq_params
         projected, _ = self.in_proj(hidden_states)
         rows = (self.conv_dim, self.v_dim, self.num_value_heads, self.num_value_heads)
@@ -114,7 +114,7 @@ def place(
 
 
 def spec(use_te: bool) -> ModuleSpec:
-    """For Megatron's self_attention slot. (Transformer Engine's layers: not run by us yet, it needs a GPU.)"""
+    """Return what fills Megatron's self_attention slot. (Transformer Engine's: not run by us yet, it needs a GPU.)"""
     if use_te:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider as Provider
 

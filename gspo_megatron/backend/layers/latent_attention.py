@@ -36,7 +36,7 @@ class Angles:
     sin: torch.Tensor
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, 1, heads, d], pairs of neighbours -> the same, first members before second ones.
+        """Rotate pairs of neighbours: [T, 1, heads, d] -> the same, first members before second ones.
 
         Queries and keys are both permuted so, which their products do not see.
         """
@@ -56,7 +56,7 @@ class AngleTable:
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
 
     def at(self, positions: torch.Tensor) -> Angles:
-        """positions: [T] int64."""
+        """Look up the angles of positions [T] int64."""
         return Angles(self._cos[positions], self._sin[positions])
 
 
@@ -80,7 +80,7 @@ class PackedLatentAttention(MLASelfAttention):
         *,
         inference_params=None,
     ):
-        """hidden_states [T (/ TP), 1, H] -> query, key [T, 1, n, nope + rope], value [T, 1, n, v], and the latents."""
+        """Project [T (/ TP), 1, H] -> query, key [T, 1, n, nope + rope], value [T, 1, n, v], and the latents."""
         config, angles = self.config, packed_seq_params.angles
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:

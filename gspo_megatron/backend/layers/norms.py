@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.Module):
         mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> the same."""
+        """Normalise: [..., hidden_size] -> the same."""
         if not self.zero_centred:
             return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would lose the weight's bits in bf16
@@ -66,7 +66,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         mark(self.weight, tensor_model_parallel=self.cuts > 1, partition_dim=0, partition_stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, 1, heads / TP, hidden_size] -> the same."""
+        """Normalise: [tokens, 1, heads / TP, hidden_size] -> the same."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum((-2, -1), keepdim=True)
         if self.cuts > 1:

@@ -20,7 +20,7 @@ class Softmax:
     sinks: torch.Tensor | None = None  # [n], logits (not scaled)
 
     def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [S, n, L, d], key [S, g, L, d], value [S, g, L, v], all from position 0 -> [S, n, L, v]."""
+        """Attend, all from position 0: query [S, n, L, d], key [S, g, L, d], value [S, g, L, v] -> [S, n, L, v]."""
         length = query.size(2)
         if self.window is not None and self.window < length:
             return self.at(torch.arange(length, device=query.device)[None], query, key, value)
@@ -31,7 +31,7 @@ class Softmax:
         return self._attend(query, key, value, is_causal=True)[:, :, 1:, :-1]
 
     def at(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Queries anywhere among the keys.
+        """Attend with queries anywhere among the keys.
 
         Args:
             positions: [S or 1, N] int64, of the queries.

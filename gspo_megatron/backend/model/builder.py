@@ -59,7 +59,7 @@ class PolicyModel(PackedModel):
     returns_hidden = False  # the last stage leaves the head to ops/linear_logprobs.py, see Policy
 
     def head_weight(self) -> torch.Tensor:
-        """[V / TP, H], this rank's rows of the LM head (of the embedding, where they are tied)."""
+        """Return [V / TP, H], this rank's rows of the LM head (of the embedding, where they are tied)."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
@@ -79,7 +79,7 @@ class PolicyModel(PackedModel):
 
 
 def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None):
-    """Megatron's decoder block spec, with our attention and norm in the local one."""
+    """Return Megatron's decoder block spec, with our attention and norm in the local one."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
@@ -163,7 +163,7 @@ def build(
     dtype: torch.dtype | None = None,
     model_class: type[PackedModel] = PolicyModel,
 ) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
+    """Build the model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
 
     Args:
         seed: of the initial weights, which are the same in every layout; None: they are left unset, to be loaded.
@@ -198,7 +198,7 @@ def bare(
     dtype: torch.dtype | None = None,
     model_class: type[PackedModel] = PolicyModel,
 ) -> list[PackedModel]:
-    """The model chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
+    """Build the chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
     # Transformer Engine's packed attention has no fp32 kernel.
     use_te = runtime.device.type == "cuda" and dtype is torch.bfloat16 and has_transformer_engine()
@@ -253,7 +253,7 @@ def _allow_expert_bias(gpt: PackedModel) -> None:
 
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:
-    """The model inside DDP and Float16Module."""
+    """Return the model inside DDP and Float16Module."""
     inner: Any = chunk  # Megatron's wrappers say nothing of their types
     while not isinstance(inner, PackedModel):
         inner = inner.module

@@ -70,14 +70,14 @@ class FullParameter:
         return tuple(shape)
 
     def slice_of(self, full: torch.Tensor) -> torch.Tensor:
-        """This rank's piece of a tensor of the full shape."""
+        """Return this rank's piece of a tensor of the full shape."""
         if self.cut_dim is None or self.cuts == 1:
             return full
         blocks = _blocks(full, self.cut_dim, self.shares)
         return torch.cat([b.chunk(self.cuts, dim=self.cut_dim)[self.cut_rank] for b in blocks], dim=self.cut_dim)
 
     def join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of slice_of, from the pieces of all cut ranks in order."""
+        """Undo slice_of, from the pieces of all cut ranks in order."""
         return _join(pieces, self.cut_dim, self.shares)
 
 
@@ -94,7 +94,7 @@ def _blocks(tensor: torch.Tensor, dim: int, shares: tuple[int, ...]) -> tuple[to
 
 
 def named(model: GPTModel, topology: Topology) -> Iterator[FullParameter]:
-    """Every parameter of an unwrapped chunk (policy or critic), in Megatron's order.
+    """Yield every parameter of an unwrapped chunk (policy or critic), in Megatron's order.
 
     A tied output layer on the last stage appears under the embedding's name: it is the same parameter.
     """
@@ -127,7 +127,7 @@ def _shares(module: str | None, config: TransformerConfig) -> tuple[int, ...]:
 
 
 def router_biases(model: GPTModel, topology: Topology) -> Iterator[FullParameter]:
-    """The corrections of sigmoid routers [experts] fp32: buffers that are frozen, but stored with the weights."""
+    """Yield the corrections of sigmoid routers [experts] fp32: buffers that are frozen, but stored with the weights."""
     for name, module in model.named_modules():
         if isinstance(module, TopKRouter) and module.expert_bias is not None:
             module._maintain_float32_expert_bias()  # a model in bf16 has made it bf16
@@ -208,7 +208,7 @@ def gather_full(
     topology: Topology,
     value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p.data,
 ) -> dict[str, torch.Tensor]:
-    """Full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
+    """Gather full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
 
     Args:
         chunks: unwrapped chunks of this rank.

@@ -17,7 +17,7 @@ from gspo_megatron.models.rope_scaling import Yarn
 def transformer_config(
     arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool, dtype: torch.dtype
 ) -> TransformerConfig:
-    """TransformerConfig of an architecture, cut as the topology says."""
+    """Make the TransformerConfig of an architecture, cut as the topology says."""
     interleaved = topology.vp_size > 1
     kind = TransformerConfig if arch.latent is None else MLATransformerConfig
     return kind(

@@ -25,8 +25,8 @@ class ValueHead(torch.nn.Module):
             mark(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden_size] -> [rows]; fp32 (fp64 in an fp64 model), which bf16 values would be too coarse for: with
-        three digits a value of 1 moves in steps of 0.008."""
+        """Compute values: [rows, hidden_size] -> [rows]; fp32 (fp64 in an fp64 model), because bf16 is too coarse for
+        them: with three digits a value of 1 moves in steps of 0.008."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         return F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).squeeze(1)
 
