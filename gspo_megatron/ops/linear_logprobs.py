@@ -61,7 +61,9 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, targets, temperature, tp_group, chunk_tokens)
 
 
-def _check(hidden, weight, targets, temperature, chunk_tokens) -> None:
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk_tokens: int
+) -> None:
     if hidden.dtype not in TYPES:
         raise TypeError(f"hidden is {hidden.dtype}; it must be bf16, fp32 or fp64: convert it with hidden.to(...)")
     if weight.dtype is not hidden.dtype:
@@ -159,7 +161,17 @@ class _LinearLogprobs(torch.autograd.Function):
 class _LogitGradients:
     """Makes tiles of the loss's gradient by the logits."""
 
-    def __init__(self, logits: _Logits, first: int, grad_logprobs, grad_entropy, targets, entropy, top, total):
+    def __init__(
+        self,
+        logits: _Logits,
+        first: int,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        targets: torch.Tensor,
+        entropy: torch.Tensor,
+        top: torch.Tensor,
+        total: torch.Tensor,
+    ):
         """Per-token tensors are [T], of the tokens of `logits`; grad_entropy may be None."""
         self.logits, self.first, self.targets = logits, first, targets
         self.by_logprobs = (grad_logprobs / logits.temperature).unsqueeze(-1)  # [T, 1], as the others

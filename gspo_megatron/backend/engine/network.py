@@ -95,7 +95,7 @@ class Network:
         work = [Microbatch(number, batch, self.plan(batch)) for number, batch in enumerate(batches)]
         before_forward(work)
 
-        def forward_step(iterator: Iterator, model: torch.nn.Module):
+        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             micro = next(iterator)
             progress.detail(f"microbatch {micro.number + 1} of {len(batches)}")
             plan, tokens, positions = micro.plan, micro.batch.tokens, micro.batch.position_ids

@@ -1,5 +1,7 @@
 """Megatron's Adam and learning-rate schedules."""
 
+from typing import Literal
+
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -42,7 +44,15 @@ def warm_start_schedule(optimizer: MegatronOptimizer, config: WarmStartConfig) -
     return _schedule(optimizer, config.lr, config.min_lr, config.warmup_steps, config.steps, 0.0, "cosine")
 
 
-def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -> OptimizerParamScheduler:
+def _schedule(
+    optimizer: MegatronOptimizer,
+    lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    steps: int,
+    weight_decay: float,
+    style: Literal["constant", "cosine"],
+) -> OptimizerParamScheduler:
     steps = max(steps, warmup_steps + 1)
     for group in optimizer.param_groups:
         # Megatron lets a group's own limits win over the schedule's.

@@ -77,7 +77,9 @@ class PackedPlan(PackedSeqParams):
         """Return places [T/CP] int64 of the tokens that this rank feeds through the model; None: all of them."""
         return None if self.split is None else self.split.rows
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    ) -> torch.Tensor:
         """Attend: query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
             keys, values = self._pad(self.split.gather(key)), self._pad(self.split.gather(value))
@@ -139,7 +141,9 @@ class CachePlan(PackedSeqParams):
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
     angles: "Angles | None" = None
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    ) -> torch.Tensor:
         """Attend: query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
         n = self.num_tokens
         cached_key, cached_value = self.cache.of_layer(layer, key, value)

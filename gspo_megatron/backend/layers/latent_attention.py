@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend.layers.norms import RMSNorm
 from gspo_megatron.backend.layers.rotary import inverse_frequencies
@@ -63,7 +64,7 @@ class AngleTable:
 class LatentNorm(RMSNorm):
     """RMSNorm of a latent."""
 
-    def __init__(self, config, hidden_size: int, eps: float, **kwargs):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs):
         super().__init__(config, hidden_size, LATENT_EPS)
 
 

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -78,7 +79,9 @@ class PolicyModel(PackedModel):
         return F.linear(hidden_states.squeeze(1).to(dtype), self.head_weight().to(dtype))  # [T, V / TP]
 
 
-def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None):
+def layer_spec(
+    config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Return Megatron's decoder block spec, with our attention and norm in the local one."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
@@ -121,7 +124,7 @@ def _te_names(arch: Architecture, is_moe: bool) -> dict[str, str]:
     return found if is_moe else found | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def _te_attention_with_cache():
+def _te_attention_with_cache() -> type:
     """Transformer Engine's attention in training, our cache in generation. Not run by us yet: it needs a GPU."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
