@@ -29,7 +29,7 @@ LOSSES = {
 
 
 def policy_loss(config: AlgorithmConfig, max_response_length: int = 1) -> Loss:
-    """The recipe's loss with its options filled in.
+    """Return the recipe's loss with its options filled in.
 
     Args:
         max_response_length: the constant of aggregation constant_length (Dr. GRPO's L).

@@ -7,7 +7,7 @@ EPS = 1e-6
 
 
 def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, normalize_by_std: bool = True) -> torch.Tensor:
-    """A_i = (r_i - mean of its group) / (sample std of its group + 1e-6).
+    """Compute A_i = (r_i - mean of its group) / (sample std of its group + 1e-6).
 
     Args:
         rewards: [N] fp32 or fp64.
@@ -45,7 +45,7 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, normalize_b
 
 
 def last_tokens(loss_mask: torch.Tensor, ids: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """[S] int64: where each sequence's last trained token is, -1 where it has none.
+    """Find each sequence's last trained token, [S] int64; -1 where it has none.
 
     Args:
         loss_mask: [T]. ids: [T] int64, the sequence of each token, S at padding.
@@ -63,7 +63,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, over a sequence's trained tokens.
+    """Compute A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, over trained tokens.
 
     Tokens with mask 0 between two trained ones (another's turn) are stepped over: "next" means the next trained token.
     V_t is the value before token t was chosen; after the last trained token it is 0.

@@ -14,12 +14,12 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 
 def dapo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J of this microbatch; advantages [S]. `options.aggregation` is token_mean."""
+    """Compute -J of this microbatch; advantages [S]. `options.aggregation` is token_mean."""
     return token_surrogate(inputs, options)
 
 
 def overlong_penalty(lengths: torch.Tensor, limit: int, buffer: int, factor: float) -> torch.Tensor:
-    """What is added to rewards: 0 up to limit - buffer tokens, then linearly down to -factor at the limit.
+    """Return what is added to rewards: 0 up to limit - buffer tokens, then linearly down to -factor at the limit.
 
     Args:
         lengths: [N] response tokens.

@@ -11,7 +11,7 @@ Left out: label smoothing, and a length-normalised h.
 import torch
 import torch.nn.functional as F
 
-from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs, given
 from gspo_megatron.algorithms.surrogate import LARGEST
 from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import sequence_partials
@@ -23,15 +23,16 @@ PREFERENCE_LOSSES = {
 
 
 def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
+    """Compute L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
 
     The table's log-ratio columns are those of the policy to the reference, so h_p can be read from it.
 
     Args:
         inputs: ref_logprobs [T]; advantages and old_logprobs are not used; counts.num_sequences is 2P.
     """
-    ours = inputs.sum_by_sequence(inputs.logprobs.double() - inputs.ref_logprobs.double())  # [S]
-    partials = sequence_partials(inputs.logprobs, inputs.ref_logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy)
+    reference = given(inputs.ref_logprobs, "ref_logprobs")
+    ours = inputs.sum_by_sequence(inputs.logprobs.double() - reference.double())  # [S]
+    partials = sequence_partials(inputs.logprobs, reference, inputs.loss_mask, inputs.bounds, inputs.entropy)
     table = inputs.reduce(partials, maximum=LARGEST)
     whole = ours + (table[:, 1] - ours).detach()  # every rank's sum, this rank's gradient
     chosen, rejected = whole.view(-1, 2).unbind(1)

@@ -12,5 +12,5 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 
 def dr_grpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J of this microbatch; advantages [S]. `options.aggregation` is constant_length."""
+    """Compute -J of this microbatch; advantages [S]. `options.aggregation` is constant_length."""
     return token_surrogate(inputs, options)

@@ -11,5 +11,5 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 
 def grpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J of this microbatch; advantages [S]. `options.aggregation` is sequence_mean: each sequence counts the same."""
+    """Compute -J of this microbatch; advantages [S]. `options.aggregation` is sequence_mean: sequences count alike."""
     return token_surrogate(inputs, options)

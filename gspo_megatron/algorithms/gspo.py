@@ -10,7 +10,7 @@ from gspo_megatron.ops.sequence_ratio import COLUMNS, gspo_surrogate, sequence_p
 
 
 def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J with J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp((1/|y_i|) sum_t m_it d_it).
+    """Compute -J with J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp((1/|y_i|) sum_t m_it d_it).
 
     Args:
         inputs: advantages [S].
@@ -20,7 +20,7 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 
 def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """What GSPO and GSPO-token share: the sums of every sequence, then the loss from them (ops/sequence_ratio.py)."""
+    """Do what GSPO and GSPO-token share: the sums of each sequence, then the loss from them (ops/sequence_ratio.py)."""
     partials = sequence_partials(
         inputs.logprobs,
         inputs.old_logprobs,

@@ -10,7 +10,7 @@ from gspo_megatron.algorithms.mismatch import corrected
 
 
 def gspo_token_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J with J = mean_i (1/|y_i|) sum_t m_it min(s_it A_it, clip(s_it) A_it), s_it = sg[s_i] pi(y_it) / sg[pi(y_it)].
+    """Compute -J, J = mean_i 1/|y_i| sum_t m_it min(s_it A_it, clip(s_it) A_it), s_it = sg[s_i] pi(y_it)/sg[pi(y_it)].
 
     Equal to gspo_loss in value, gradient and clip decisions when all tokens of a sequence share one advantage.
 

@@ -51,8 +51,15 @@ class LossOptions:
     preference_loss: str = "sigmoid"  # DPO's; or ipo
 
 
+def given(tensor: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return what a loss cannot do without. Raises ValueError where the microbatch does not have it."""
+    if tensor is None:
+        raise ValueError(f"the microbatch has no {name}, which this loss needs")
+    return tensor
+
+
 def alone(table: torch.Tensor, maximum: int | None = None) -> torch.Tensor:
-    """The reduction where there is no context parallelism: nothing to add."""
+    """Reduce where there is no context parallelism: nothing is to be added."""
     return table
 
 
@@ -76,31 +83,31 @@ class LossInputs:
 
     @property
     def bounds(self) -> torch.Tensor:
-        """[S+1] int32, without the padding segment."""
+        """Return bounds of the sequences, [S+1] int32, without the padding segment."""
         return self.cu_seqlens[: self.num_sequences + 1]
 
     @cached_property
     def sequence_ids(self) -> torch.Tensor:
-        """[T] int64: the sequence of each token, S for padding."""
+        """Return the sequence of each token, [T] int64; padding has S."""
         return sequence_ids(self.bounds, self.loss_mask.numel())
 
     @property
     def token_lengths(self) -> torch.Tensor:
-        """[S] fp64, |y_i|."""
+        """Return lengths |y_i|, [S] fp64."""
         return self.sum_by_sequence(torch.ones_like(self.loss_mask)) if self.lengths is None else self.lengths
 
     def sum_by_sequence(self, values: torch.Tensor) -> torch.Tensor:
-        """sum_t m_t x_t in fp64, [T] -> [S], over this rank's tokens; differentiable. A masked NaN counts as 0."""
+        """Sum m_t x_t in fp64 over this rank's tokens, [T] -> [S]; differentiable. A masked NaN counts as 0."""
         kept = torch.where(self.loss_mask > 0, values.double(), 0.0)
         return kept.new_zeros(self.num_sequences + 1).index_add(0, self.sequence_ids, kept)[: self.num_sequences]
 
     def by_token(self, values: torch.Tensor) -> torch.Tensor:
-        """One number a sequence for each of its tokens, [S] -> [T]; 0 at padding."""
+        """Give each token its sequence's number, [S] -> [T]; padding gets 0."""
         return torch.cat([values, values.new_zeros(1)])[self.sequence_ids]
 
     @property
     def token_advantages(self) -> torch.Tensor:
-        """[T]."""
+        """Return advantages by token, [T]."""
         return self.advantages if self.has_token_advantages else self.by_token(self.advantages)
 
     @property

@@ -9,10 +9,11 @@ Truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from gspo_megatron.algorithms.interface import LossInputs, LossOptions
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, given
 
 
 def _truncated(weight: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -23,7 +24,8 @@ def _masked(weight: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where((weight >= 1 / threshold) & (weight <= threshold), weight, 0.0)
 
 
-CORRECTIONS = {  # name -> (by token, weight and threshold -> weight)
+Bound = Callable[[torch.Tensor, float], torch.Tensor]
+CORRECTIONS: dict[str, tuple[bool, Bound] | None] = {  # name -> (by token, weight and threshold -> weight)
     "none": None,
     "token_truncated": (True, _truncated),
     "token_masked": (True, _masked),
@@ -33,11 +35,13 @@ CORRECTIONS = {  # name -> (by token, weight and threshold -> weight)
 
 
 def corrected(inputs: LossInputs, options: LossOptions) -> LossInputs:
-    """`inputs` with advantages multiplied by the weights; [T] instead of [S] where the weights differ by token."""
-    if CORRECTIONS[options.mismatch] is None:
+    """Multiply the advantages of `inputs` by the weights; [T] instead of [S] where the weights differ by token."""
+    correction = CORRECTIONS[options.mismatch]
+    if correction is None:
         return inputs
-    by_token, bound = CORRECTIONS[options.mismatch]
-    difference = inputs.old_logprobs.double() - inputs.rollout_logprobs.double()  # [T]
+    by_token, bound = correction
+    rollout = given(inputs.rollout_logprobs, "rollout_logprobs")
+    difference = inputs.old_logprobs.double() - rollout.double()  # [T]
     if by_token:
         difference = torch.where(inputs.loss_mask > 0, difference, 0.0)
         advantages = inputs.token_advantages.double() * bound(difference.exp(), options.mismatch_threshold)

@@ -14,7 +14,7 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 
 def ppo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-J of this microbatch; advantages [T]. `options.aggregation` is token_mean."""
+    """Compute -J of this microbatch; advantages [T]. `options.aggregation` is token_mean."""
     return token_surrogate(inputs, options)
 
 
@@ -26,7 +26,7 @@ def value_loss(
     clip: float,
     num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1/2M) sum_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - c, V_old + c) - R_t)^2), PPO's clipped squared error.
+    """Compute PPO's squared error (1/2M) sum_t m_t max((V_t - R_t)^2, (clip(V_t, V_old - c, V_old + c) - R_t)^2).
 
     Args:
         values: [T] fp32 or fp64, differentiable. old_values, returns: [T], at collection.

@@ -9,7 +9,7 @@ from gspo_megatron.ops.sequence_ratio import sequence_partials
 
 
 def supervised_loss(inputs: LossInputs) -> LossOutputs:
-    """-(1/N) sum_t m_t logp_t with N the step's trained tokens; old log-probs and advantages are not used."""
+    """Compute -(1/N) sum_t m_t logp_t, N the step's trained tokens; old log-probs and advantages are not used."""
     sums = inputs.sum_by_sequence(inputs.logprobs)
     number = max(inputs.counts.num_tokens, 1)
     # The log-ratio columns are 0: there is no old policy.

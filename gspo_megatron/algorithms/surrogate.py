@@ -34,14 +34,14 @@ KL_ESTIMATORS = {
 
 
 def token_weights(inputs: LossInputs, options: LossOptions, lengths: torch.Tensor) -> torch.Tensor:
-    """w_i [S] fp64 of the chosen aggregation, from |y_i| [S] fp64 over all context-parallel ranks."""
+    """Compute w_i [S] fp64 of the chosen aggregation, from |y_i| [S] fp64 over all context-parallel ranks."""
     counts = inputs.counts
     weigh = TOKEN_WEIGHTS[options.aggregation]
     return weigh(lengths, max(counts.num_sequences, 1), max(counts.num_tokens, 1), options.constant_length)
 
 
 def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
-    """-sum_i w_i sum_t m_t min(r_t A_t, clip(r_t) A_t): the ratio of each token, clipped by itself.
+    """Compute -sum_i w_i sum_t m_t min(r_t A_t, clip(r_t) A_t): the ratio of each token, clipped by itself.
 
     GRPO, Dr. GRPO, DAPO and PPO are this with other advantages, clip ranges and weights w_i.
     """
@@ -69,7 +69,7 @@ def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
 
 def regularizers(inputs: LossInputs, options: LossOptions, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums by sequence of the KL to the reference and of the rollout mismatch, and the regularizing loss.
+    """Sum KL to the reference and rollout mismatch by sequence, and compute the regularizing loss.
 
     The loss is sum_i w_i sum_t m_t (kl_coef KL_t - entropy_coef H_t).
 
@@ -92,7 +92,7 @@ def regularizers(inputs: LossInputs, options: LossOptions, weights: torch.Tensor
 
 
 def regularizer_value(table: torch.Tensor, options: LossOptions, weights: torch.Tensor) -> torch.Tensor:
-    """The value of `regularizers`' loss from a reduced table."""
+    """Compute the value of `regularizers`' loss from a reduced table."""
     entropy, kl = table[:, 5], table[:, 6]
     value = table.new_zeros(())
     # Not 0 * infinity where a term is off.

@@ -189,6 +189,7 @@ def _shared_writer(
         for is_turn in (rank == 0, rank > 0):
             with together():
                 writer = SafetensorsWriter(target, specs, max_shard_size, tensors, rank == 0) if is_turn else writer
+        assert writer is not None  # each rank had its turn
         yield writer
     finally:
         if writer is not None:
@@ -202,9 +203,8 @@ def _check_absent(target: Path) -> None:
 
 def _shape(folder: Path, field: str) -> ModelShape:
     hf = read_json(folder / "config.json", field)
-    shape = ModelShape(hf, hf.get("vocab_size"))
-    architecture(hf, f"{field} = {str(folder / 'config.json')!r}")
-    return shape
+    architecture(hf, f"{field} = {str(folder / 'config.json')!r}")  # refuses what is not built here
+    return ModelShape(hf, hf["vocab_size"])
 
 
 def _check_stored(source: Path, stored: dict[str, Shape], wanted: dict[str, Shape]) -> int:
@@ -235,7 +235,7 @@ def _is_padded(rows: int, vocabulary: int) -> bool:
 def whole_model(
     shape: ModelShape, dtype: torch.dtype, is_alone: bool = False
 ) -> Iterator[tuple[PackedModel, Topology]]:
-    """The whole model on every rank of the launcher, allocated and not filled.
+    """Build the whole model on every rank of the launcher, allocated and not filled.
 
     Args:
         is_alone: in this process and no other, whatever the launcher says.

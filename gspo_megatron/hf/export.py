@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import ConversionError, GspoError
@@ -44,7 +45,7 @@ class Held:
 
 @torch.no_grad()
 def export(
-    models: list[torch.nn.Module],
+    models: Sequence[PackedModel],
     topology: Topology,
     folder: Path,
     hf: dict,
@@ -134,7 +135,7 @@ def check_complete(table: dict, held: dict, arch: Architecture) -> None:
 
 
 def specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
-    """Hugging Face's tensors in the table's order, of the announced type or their own."""
+    """List Hugging Face's tensors in the table's order, of the announced type or their own."""
     found: dict[str, TensorSpec] = {}
     for name, entry in table.items():
         own = held[name].dtype
@@ -153,12 +154,14 @@ def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: Held) -> to
     if me != 0:
         for owner in held.owners:
             if owner == me:
+                assert mine is not None  # an owner has its slice
                 dist.send(mine.contiguous(), 0)
         return None
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    slices = []
+    slices: list[torch.Tensor] = []
     for owner in held.owners:
         if owner == 0:
+            assert mine is not None  # an owner has its slice
             slices.append(mine)
         else:
             slices.append(torch.empty(local, dtype=held.dtype, device=device))
@@ -169,7 +172,7 @@ def _gather(mine: torch.Tensor | None, shape: tuple[int, ...], held: Held) -> to
 def write_companions(
     add: Callable[[str, bytes], object], hf: dict, dtype: torch.dtype, companions: Sequence[Path]
 ) -> None:
-    """config.json for these weights, and the other small files that the companions have: add(name, content)."""
+    """Add config.json for these weights, and the companions' other small files: add(name, content)."""
     config = {name: value for name, value in hf.items() if name not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if config.get("num_nextn_predict_layers"):

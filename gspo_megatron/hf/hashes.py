@@ -31,7 +31,7 @@ class TensorHashes:
         self._told: dict[str, tuple[int, str]] = {}  # places that were hashed, type
 
     def add(self, piece: Piece, data: torch.Tensor) -> None:
-        """A piece's numbers, contiguous and in the stored order of dimensions."""
+        """Take a piece's numbers, contiguous and in the stored order of dimensions."""
         place = (piece.expert or 0) * piece.parts + piece.part
         done, _ = self._told.get(piece.tensor, (0, ""))
         assert place == done, f"{piece.tensor}: part {place} comes after {done} parts"
@@ -40,7 +40,7 @@ class TensorHashes:
         self._calls.submit(_update, found, data)
 
     def finish(self) -> dict[str, dict[str, str]]:
-        """{tensor: {dtype, blake3}}."""
+        """Return {tensor: {dtype, blake3}}."""
         self._calls.finish()
         return {
             name: {"dtype": self._told[name][1], "blake3": found.hexdigest()}
@@ -53,12 +53,12 @@ def _update(found: "blake3", data: torch.Tensor) -> None:
 
 
 def content(found: dict[str, dict[str, str]]) -> bytes:
-    """Of tensors.json."""
+    """Return the contents of tensors.json."""
     return (json.dumps(found, indent=1) + "\n").encode()
 
 
 def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
-    """With the tensors.json that a folder may have: tensors of the same name and type must be the same.
+    """Compare with the tensors.json that a folder may have: tensors of the same name and type must be the same.
 
     Raises:
         ConversionError: names those that are not.

@@ -6,12 +6,14 @@ Checked before anything is read: every tensor of the folder is used once, none i
 Left out: multi-token-prediction layers (refused or dropped), a vocabulary that is padded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.parameters import FullParameter
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
@@ -25,7 +27,9 @@ ROWS_AT_ONCE = 4096
 
 
 @torch.no_grad()
-def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: Architecture, drop_mtp: bool = False):
+def load(
+    models: Sequence[PackedModel], topology: Topology, folder: Path, arch: Architecture, drop_mtp: bool = False
+) -> None:
     """Fill the unwrapped chunks of every rank. A collective over all ranks, and so is its error.
 
     Numbers are cast to the parameters' type; router biases stay fp32.
@@ -52,8 +56,8 @@ def load(models: list[torch.nn.Module], topology: Topology, folder: Path, arch: 
         raise ConversionError(f"{folder}: {tables.some(forgotten)} of the table is no parameter of any rank's model.")
 
 
-def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParameter]:
-    """Everything of this rank that a Hugging Face folder holds: parameters and router biases."""
+def stored(models: Sequence[PackedModel], topology: Topology) -> list[FullParameter]:
+    """List what a Hugging Face folder holds of this rank: parameters and router biases."""
     return [
         p for model in models for find in (parameters.named, parameters.router_biases) for p in find(model, topology)
     ]
@@ -62,13 +66,14 @@ def stored(models: list[torch.nn.Module], topology: Topology) -> list[FullParame
 def fill(parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture) -> None:
     """Read one local parameter's slices, merge and copy them."""
     pieces = pieces_of(parameter, entry, files, arch)
+    assert entry is not None  # else refused by pieces_of
     parameter.local.copy_(entry.operator.merge(pieces))
 
 
 def pieces_of(
     parameter: FullParameter, entry: tables.Entry | None, files: SafetensorsFolder, arch: Architecture
 ) -> list[torch.Tensor]:
-    """One local parameter's slices, in the order in which they are merged."""
+    """Read one local parameter's slices, in the order in which they are merged."""
     if entry is None:
         raise ConversionError(f"{parameter.name}: the table of {arch.family} does not say what it is made of.")
     for piece, shape in zip(entry.pieces, entry.operator.shapes(parameter.full_shape), strict=True):
@@ -90,14 +95,14 @@ def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, 
 
 
 def whole_shape(piece: Piece, shape: tuple[int, ...], arch: Architecture) -> tuple[int, ...]:
-    """Shape of the tensor that a piece of this shape is taken of."""
+    """Return the shape of the tensor that a piece of this shape is taken of."""
     whole = (shape[0] * piece.parts // piece.count, *shape[1:])
     whole = whole[::-1] if piece.transposed else whole
     return whole if piece.expert is None else (arch.num_experts, *whole)
 
 
 def check_tied_head(files: SafetensorsFolder, arch: Architecture) -> None:
-    """A tied model's folder may hold the LM head as well: then it must be the embedding, bit for bit."""
+    """Compare the LM head, which a tied model's folder may hold as well, with the embedding, bit for bit."""
     if not arch.tied or "lm_head.weight" not in files.names:
         return
     head, embedding = Piece("lm_head.weight"), Piece("model.embed_tokens.weight")

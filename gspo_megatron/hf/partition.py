@@ -10,7 +10,7 @@ from gspo_megatron.models.table import Entry
 
 
 def share(entries: Mapping[str, Entry], sizes: Mapping[str, int], rank: int, world_size: int) -> set[str]:
-    """Names of the entries that are this process's. Every entry is in one share and no other.
+    """Return the names of this process's entries. Every entry is in one share and no other.
 
     Args:
         sizes: bytes of each entry; shares are about even by them.

@@ -32,7 +32,7 @@ class BlockScales:
     columns: int
 
     def count(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Blocks of a weight of this shape."""
+        """Count the blocks of a weight of this shape."""
         return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
 
     def blocks(self, rows: slice, columns: slice) -> tuple[slice, slice]:
@@ -43,7 +43,7 @@ class BlockScales:
         )
 
     def dequantise(self, part: torch.Tensor, scales: torch.Tensor, row: int, column: int) -> torch.Tensor:
-        """bf16 numbers of a part of a weight.
+        """Return bf16 numbers of a part of a weight.
 
         Args:
             part: [r, c] float8, which begins at (row, column) of the weight.
@@ -62,7 +62,7 @@ class Mxfp4:
 
     @classmethod
     def shape(cls, experts: int, rows: int, blocks: int) -> tuple[int, int, int]:
-        """From the shape of the scales."""
+        """Return the folder's shape of a tensor, from the shape of its scales."""
         return experts, blocks * cls.NUMBERS, rows
 
     @classmethod
@@ -72,7 +72,7 @@ class Mxfp4:
 
     @classmethod
     def dequantise(cls, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """blocks [r, b, 16] uint8, scales [r, b] uint8 -> [r, 32 b] bf16."""
+        """Return plain numbers: blocks [r, b, 16] uint8, scales [r, b] uint8 -> [r, 32 b] bf16."""
         values = torch.tensor([*E2M1, *(-value for value in E2M1)])
         pairs = torch.stack([blocks & 0x0F, blocks >> 4], -1).flatten(-2)  # [r, b, 32]
         numbers = torch.ldexp(values[pairs.int()], scales.int().unsqueeze(-1) - 127)
@@ -80,7 +80,7 @@ class Mxfp4:
 
 
 def of_folder(folder: Path) -> BlockScales | Mxfp4 | None:
-    """What config.json says; None: nothing is quantised.
+    """Read what config.json says; None: nothing is quantised.
 
     Raises:
         ConversionError: it is quantised in a way that is not read here.

@@ -36,7 +36,7 @@ class SafetensorsFolder:
 
     @property
     def names(self) -> set[str]:
-        """Of quantised tensors the name alone, without scales and blocks."""
+        """Return the tensors' names; a quantised one has its own alone, without those of scales and blocks."""
         if isinstance(self._quantised, BlockScales):
             return {n for n in self._home if not (n.endswith(SCALE) and n.removesuffix(SCALE) in self._home)}
         if isinstance(self._quantised, Mxfp4):
@@ -44,10 +44,14 @@ class SafetensorsFolder:
             return self._home.keys() - {name + part for name in blocked for part in (BLOCKS, SCALES)} | blocked
         return set(self._home)
 
-    def _is_fp8(self, name: str) -> bool:
-        """Raises ConversionError where its scales are missing or of another shape."""
+    def _scales_of_fp8(self, name: str) -> BlockScales | None:
+        """How a tensor is scaled, None where it is not FP8.
+
+        Raises:
+            ConversionError: its scales are missing or of another shape.
+        """
         if not isinstance(self._quantised, BlockScales) or self._slice(name).get_dtype() != FP8:
-            return False
+            return None
         file = self.folder / self._home[name]
         if name + SCALE not in self._home:
             raise ConversionError(f"{file}: {name} is {FP8} and has no {name + SCALE}. Download the folder again.")
@@ -57,7 +61,7 @@ class SafetensorsFolder:
                 f"{file}: {name + SCALE} has shape {list(found)}, and blocks of {self._quantised.rows} x "
                 f"{self._quantised.columns} make it {list(wanted)}. Correct weight_block_size in config.json."
             )
-        return True
+        return self._quantised
 
     def _is_mxfp4(self, name: str) -> bool:
         """Raises ConversionError where its scales are missing, or one of the two is of another shape or type."""
@@ -109,8 +113,8 @@ class SafetensorsFolder:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ConversionError for a type that holds no plain floating-point numbers."""
-        if self._is_mxfp4(name) or self._is_fp8(name):
+        """Return the type as read. Raises ConversionError for one that holds no plain floating-point numbers."""
+        if self._is_mxfp4(name) or self._scales_of_fp8(name) is not None:
             return torch.bfloat16
         kind = self._slice(name).get_dtype()
         if kind not in TYPES:
@@ -121,7 +125,7 @@ class SafetensorsFolder:
         return TYPES[kind]
 
     def read(self, piece: Piece, cut_dim: int | None = None, rank: int = 0, cuts: int = 1) -> torch.Tensor:
-        """One of `cuts` equal slices of a piece along cut_dim; nothing else is read from the disk."""
+        """Read one of `cuts` equal slices of a piece along cut_dim, and nothing else from the disk."""
         shape = self.shape(piece.tensor)[piece.expert is not None :]
         shape = shape[::-1] if piece.transposed else shape
         bounds = [(0, size) for size in shape]
@@ -145,10 +149,11 @@ class SafetensorsFolder:
             first = columns.start - blocks.start * Mxfp4.NUMBERS
             return Mxfp4.dequantise(*stored)[:, first : first + columns.stop - columns.start].t()
         stored = self._slice(name)
-        if self._is_fp8(name):
-            scales = self._slice(name + SCALE)[self._quantised.blocks(*where)]
-            return self._quantised.dequantise(stored[where], scales, where[0].start, where[1].start)
-        return stored[where]
+        scaling = self._scales_of_fp8(name)
+        if scaling is None:
+            return stored[where]
+        scales = self._slice(name + SCALE)[scaling.blocks(*where)]
+        return scaling.dequantise(stored[where], scales, where[0].start, where[1].start)
 
     def whole(self, name: str) -> torch.Tensor:
         return self.read(Piece(name))

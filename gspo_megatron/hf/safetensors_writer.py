@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Return the bytes that it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -90,7 +91,8 @@ class SafetensorsWriter:
             self._write_index()
 
     def _start(self, file: str, specs: list[TensorSpec]) -> None:
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for spec in specs:
             offsets = [end, end + spec.size]
             header[spec.name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
@@ -113,7 +115,7 @@ class SafetensorsWriter:
         (self.unfinished / INDEX).write_text(text + "\n", encoding="utf-8")
 
     def write(self, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-        """A piece's numbers, in full; cast to the type that was announced. Returns what was written.
+        """Write a piece's numbers, in full, cast to the type that was announced. Returns what was written.
 
         Raises:
             ConversionError: its place was written before, its shape is another than announced, or the disk is full.
@@ -137,7 +139,7 @@ class SafetensorsWriter:
         return data
 
     def add(self, file: str, content: bytes) -> None:
-        """A small file beside the tensors. Raises ConversionError where it cannot be written."""
+        """Add a small file beside the tensors. Raises ConversionError where it cannot be written."""
         with reported(self.folder):
             (self.unfinished / file).write_bytes(content)
 
@@ -158,7 +160,7 @@ class SafetensorsWriter:
             os.rename(self.unfinished, self.folder)
 
     def finish(self) -> None:
-        """complete and publish, for one process."""
+        """Complete and publish, for one process."""
         self.complete()
         self.publish()
 

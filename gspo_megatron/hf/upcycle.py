@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from gspo_megatron.recipe.hf_config import read_json
 EXPERT = re.compile(r"experts\.\d+\.")
 ROUTER = ".mlp.router.weight"
 # The family with experts whose layers are otherwise those of the dense one, and what its config says besides.
-SPARSE = {
+SPARSE: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
     "qwen3": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True,
               "decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -38,7 +39,7 @@ COUNT = {"llama": "num_local_experts", "qwen3": "num_experts"}
 
 
 def sparse_config(hf: dict, num_experts: int, experts_per_token: int) -> dict:
-    """The MoE's config.json.
+    """Make the MoE's config.json.
 
     Args:
         hf: the dense model's.
@@ -118,7 +119,8 @@ def _specs(
 ) -> list[TensorSpec]:
     """The MoE's tensors; each has the type of what it is made of, a router that of the embedding."""
     own = files.dtype(sources["embedding.word_embeddings.weight"].pieces[0].tensor)
-    found = []
+    found: list[TensorSpec] = []
+    shape: tuple[int, ...]
     for name, entry in table.entries(sparse).items():
         if name.endswith(ROUTER):
             shape = (sparse.num_experts, sparse.hidden_size)

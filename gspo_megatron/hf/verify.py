@@ -18,7 +18,7 @@ from gspo_megatron.hf.convert import whole_model
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the logits of one prompt."""
+    """The two models' logits of one prompt differ by this."""
 
     prompt: str
     tokens: int
@@ -28,7 +28,7 @@ class Difference:
 
 
 def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Difference]:
-    """Logits of transformers' model in `folder` against those of Megatron's in `checkpoint`, a row a prompt.
+    """Compare logits of transformers' model in `folder` with those of Megatron's in `checkpoint`, a row a prompt.
 
     Raises:
         ConversionError: the folder has no tokenizer, or a prompt has no tokens.
@@ -57,7 +57,7 @@ def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Di
 
 @torch.no_grad()
 def megatron_logits(folder: Path, checkpoint: Path, texts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """[T, V] fp32 of each text, by a model in fp32 whatever the checkpoint's type.
+    """Compute [T, V] fp32 of each text, by a model in fp32 whatever the checkpoint's type.
 
     Args:
         folder: has the model's config.json.

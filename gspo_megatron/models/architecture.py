@@ -8,8 +8,9 @@ Left out, and refused: rotary scaling but for linear, llama3 and yarn; sliding w
 biases of query, key and value); activations other than SiLU and GPT-OSS's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.rope_scaling import Linear, Llama3, Yarn
@@ -112,14 +113,14 @@ class Architecture:
         return self.latent is not None and self.latent.q_lora_rank is None
 
     def is_linear(self, layer: int) -> bool:
-        """layer: from 0."""
+        """This layer (from 0) has linear attention."""
         return bool(self.linear_layers) and bool(self.linear_layers[layer])
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, without router_bias (it is not trained)."""
+        """Count the whole model's parameters, without router_bias (it is not trained)."""
         hidden = self.hidden_size
-        attention = self._attention_parameters if self.latent is None else self._latent_parameters
+        attention = self._attention_parameters if self.latent is None else self._latent_parameters(self.latent)
         moe = self.num_experts * (3 * hidden * self.moe_intermediate_size + hidden)
         moe += 3 * hidden * self.shared_intermediate_size + (hidden if self.shared_gate else 0)
         moe += self.num_experts * (2 * self.moe_intermediate_size + hidden + 1) if self.linear_bias else 0
@@ -131,9 +132,8 @@ class Architecture:
         layers += sparse * moe + (self.num_hidden_layers - sparse) * dense
         return layers + hidden + self.vocab_size * hidden * (1 if self.tied else 2)
 
-    @property
-    def _latent_parameters(self) -> int:
-        latent, hidden, heads = self.latent, self.hidden_size, self.num_attention_heads
+    def _latent_parameters(self, latent: LatentAttention) -> int:
+        hidden, heads = self.hidden_size, self.num_attention_heads
         query = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
         rank = latent.q_lora_rank
         queries = hidden * query if rank is None else hidden * rank + rank + rank * query
@@ -159,36 +159,40 @@ class ConfigReader:
         self.hf, self.origin = hf, origin
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field or its default; null counts as absent."""
+        """Return a field or its default; null counts as absent."""
         value = self.hf.get(name)
         return default if value is None else value
 
     def size(self, name: str) -> int:
-        """A whole number above 0, under this name or another family's (RENAMED)."""
+        """Return a whole number above 0, under this name or another family's (RENAMED)."""
         names = RENAMED.get(name, (name,))
         found = next((n for n in names if self.hf.get(n) is not None), name)
         value = self.hf.get(found)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        self.require(ok, f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            self.fail(f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
         return value
 
     def require(self, ok: bool, constraint: str, remedy: str) -> None:
         """Raise ConfigError unless ok."""
         if not ok:
-            raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
+            self.fail(constraint, remedy)
+
+    def fail(self, constraint: str, remedy: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
 
     def refuse(self, *names: str) -> None:
-        """Fields that must be absent, false or 0: what they turn on is not built."""
+        """Refuse fields that are not absent, false or 0: what they turn on is not built."""
         for name in names:
             value = self.get(name)
             self.require(not value, f"{name} = {value!r} is not supported", "Use a model without it.")
 
     def rope(self) -> dict:
-        """What a config says about rotary embeddings, under either name."""
+        """Return what a config says about rotary embeddings, under either name."""
         return self.get("rope_parameters") or self.get("rope_scaling") or {}
 
     def rope_scaling(self, *kinds: str) -> Linear | Llama3 | Yarn | None:
-        """How rotary angles are scaled; any other way than `kinds` is refused."""
+        """Read how rotary angles are scaled; any other way than `kinds` is refused."""
         rope = self.rope()
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind == "default":
@@ -196,10 +200,12 @@ class ConfigReader:
         self.require(
             kind in kinds, f"rope_type {kind!r} is not supported", f"Use a model with one of: {', '.join(kinds)}."
         )
+        readers: dict[str, Callable[[dict], Linear | Llama3 | Yarn]]
+        readers = {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}
         try:
-            return {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}[kind](rope)
+            return readers[kind](rope)
         except KeyError as error:
-            self.require(False, f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
+            self.fail(f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
 
     def _linear(self, rope: dict) -> Linear:
         return Linear(float(rope["factor"]))
@@ -226,7 +232,7 @@ class ConfigReader:
         )
 
     def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn"), rotary_share: float = 1.0) -> dict:
-        """The fields of attention, embeddings and norms that all families share; rotary_share where none is given."""
+        """Read what all families share of attention, embeddings and norms; rotary_share where none is given."""
         heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
         groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
         self.require(
@@ -258,7 +264,7 @@ class ConfigReader:
         }
 
     def experts(self) -> dict:
-        """Number of experts and how many a token gets."""
+        """Read the number of experts and how many a token gets."""
         experts, chosen = self.size("num_experts"), self.size("num_experts_per_tok")
         self.require(
             chosen <= experts,
@@ -268,7 +274,7 @@ class ConfigReader:
         return {"num_experts": experts, "num_experts_per_tok": chosen}
 
     def sparse_steps(self) -> tuple[int, ...]:
-        """moe_layers of the Qwen families: every decoder_sparse_step-th layer but those of mlp_only_layers."""
+        """Make moe_layers of the Qwen families: each decoder_sparse_step-th layer but those of mlp_only_layers."""
         step, dense = self.get("decoder_sparse_step", 1), set(self.get("mlp_only_layers", ()))
         self.require(step > 0, f"decoder_sparse_step is {step}", "Give 1 or more.")
         return tuple(int((i + 1) % step == 0 and i not in dense) for i in range(self.size("num_hidden_layers")))

@@ -8,7 +8,7 @@ Left out: quantised blocks (quantised.py).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from gspo_megatron.models.architecture import Architecture
 
@@ -30,11 +30,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor, the same numbers."""
+    """One tensor has the same numbers on both sides."""
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """How the pieces share the rows of a Hugging Face tensor that has all of them."""
+        """Return the pieces' shares of the rows of a Hugging Face tensor that has all of them."""
         return (1,)
 
     def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
@@ -44,21 +44,21 @@ class Rename:
         return [tensor]
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Shapes of the pieces, from the merged shape."""
+        """Return shapes of the pieces, from the merged shape."""
         return [shape]
 
     def blocks(self, pieces: "list[torch.Tensor]") -> "list[torch.Tensor]":
-        """Tensors that make up the merged one along the rows, with as little copying as there can be."""
+        """Return tensors that make up the merged one along the rows, with as little copying as there can be."""
         return [self.merge(pieces)]
 
     def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
-        """The pieces, from such blocks of any size."""
+        """Make the pieces from such blocks of any size."""
         import torch
 
         return self.split(blocks[0] if len(blocks) == 1 else torch.cat(blocks))
 
     @classmethod
-    def of(cls, architecture: Architecture) -> "Rename":
+    def of(cls, architecture: Architecture) -> Self:
         return cls()
 
 
@@ -67,25 +67,25 @@ class MergeGateUp(Rename):
     """[gate; up] along the rows, of a gated feed-forward layer."""
 
     @property
-    def shares(self):
+    def shares(self) -> tuple[int, ...]:
         return (1, 1)
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         return torch.cat(pieces)
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         return list(tensor.chunk(2))
 
-    def blocks(self, pieces):
+    def blocks(self, pieces: "list[torch.Tensor]") -> "list[torch.Tensor]":
         return pieces
 
-    def from_blocks(self, blocks):
+    def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
         halves = len(blocks) == 2 and blocks[0].shape == blocks[1].shape
         return blocks if halves else super().from_blocks(blocks)
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [(shape[0] // 2, *shape[1:])] * 2
 
 
@@ -93,10 +93,10 @@ class MergeGateUp(Rename):
 class Interleave(Rename):
     """[gate; up] of one tensor with rows gate 0, up 0, gate 1, up 1, ...; weights and biases alike."""
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         return pieces[0].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         return [tensor.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)]
 
 
@@ -107,23 +107,23 @@ class MergeQkv(Rename):
     queries: int  # rows of a group's query heads
     dim: int  # rows of one head
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         q, k, v = pieces
         grouped = (q.unflatten(0, (-1, self.queries)), k.unflatten(0, (-1, self.dim)), v.unflatten(0, (-1, self.dim)))
         return torch.cat(grouped, 1).flatten(0, 1)
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         groups = tensor.unflatten(0, (-1, self.queries + 2 * self.dim))
         return [part.flatten(0, 1) for part in groups.split((self.queries, self.dim, self.dim), 1)]
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         groups = shape[0] // (self.queries + 2 * self.dim)
         return [(groups * rows, *shape[1:]) for rows in (self.queries, self.dim, self.dim)]
 
     @classmethod
-    def of(cls, architecture):
+    def of(cls, architecture: Architecture) -> Self:
         a = architecture
         return cls(a.num_attention_heads // a.num_key_value_heads * a.head_dim, a.head_dim)
 
@@ -133,7 +133,7 @@ class MergeGatedQkv(MergeQkv):
     """As MergeQkv, where each query head is followed by its output gate: a group's query heads, then their gates, its
     key head, its value head."""
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         q, k, v = pieces
@@ -141,13 +141,13 @@ class MergeGatedQkv(MergeQkv):
         grouped = (heads.transpose(1, 2).flatten(1, 3), *(x.unflatten(0, (-1, self.dim)) for x in (k, v)))
         return torch.cat(grouped, 1).flatten(0, 1)
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         groups = tensor.unflatten(0, (-1, 2 * self.queries + 2 * self.dim))
         q, k, v = groups.split((2 * self.queries, self.dim, self.dim), 1)
         heads = q.unflatten(1, (2, self.queries // self.dim, self.dim)).transpose(1, 2)
         return [heads.flatten(0, 3), k.flatten(0, 1), v.flatten(0, 1)]
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         groups = shape[0] // (2 * self.queries + 2 * self.dim)
         return [(groups * rows, *shape[1:]) for rows in (2 * self.queries, self.dim, self.dim)]
 
@@ -161,13 +161,14 @@ class MergeDeltaNet(Rename):
     ba: tuple[int, ...]
 
     @classmethod
-    def of(cls, architecture):
+    def of(cls, architecture: Architecture) -> Self:
         linear = architecture.linear
+        assert linear is not None  # only hybrids have this operator
         heads = linear.num_value_heads // linear.num_key_heads
         values = heads * linear.value_head_dim
         return cls((linear.key_head_dim, linear.key_head_dim, values, values), (heads, heads))
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         parts = [
@@ -177,12 +178,12 @@ class MergeDeltaNet(Rename):
         ]
         return torch.cat([part.flatten(0, 1) for part in parts])
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         rows = (*self.qkvz, *self.ba)
         heads = tensor.size(0) // sum(rows)
         return self.from_blocks(list(tensor.split([heads * n for n in rows])))
 
-    def from_blocks(self, blocks):
+    def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
         import torch
 
         rows = (*self.qkvz, *self.ba)
@@ -191,7 +192,7 @@ class MergeDeltaNet(Rename):
         parts = [block.unflatten(0, (-1, n)) for block, n in zip(blocks, rows, strict=True)]
         return [torch.cat(some, 1).flatten(0, 1) for some in (parts[:4], parts[4:])]
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         heads = shape[0] // sum((*self.qkvz, *self.ba))
         return [(heads * sum(rows), *shape[1:]) for rows in (self.qkvz, self.ba)]
 
@@ -203,30 +204,31 @@ class MergeConvolution(Rename):
     rows: tuple[int, ...]  # of query, key and value
 
     @property
-    def shares(self):
+    def shares(self) -> tuple[int, ...]:
         return self.rows
 
     @classmethod
-    def of(cls, architecture):
+    def of(cls, architecture: Architecture) -> Self:
         linear = architecture.linear
+        assert linear is not None  # only hybrids have this operator
         keys = linear.num_key_heads * linear.key_head_dim
         return cls((keys, keys, linear.num_value_heads * linear.value_head_dim))
 
-    def merge(self, pieces):
+    def merge(self, pieces: "list[torch.Tensor]") -> "torch.Tensor":
         import torch
 
         return torch.cat(pieces)
 
-    def split(self, tensor):
+    def split(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         return list(tensor.split([rows[0] for rows in self.shapes(tuple(tensor.shape))]))
 
-    def blocks(self, pieces):
+    def blocks(self, pieces: "list[torch.Tensor]") -> "list[torch.Tensor]":
         return pieces
 
-    def from_blocks(self, blocks):
+    def from_blocks(self, blocks: "list[torch.Tensor]") -> "list[torch.Tensor]":
         return blocks if len(blocks) == len(self.rows) else super().from_blocks(blocks)
 
-    def shapes(self, shape):
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         return [(shape[0] * rows // sum(self.rows), *shape[1:]) for rows in self.rows]
 
 
@@ -268,15 +270,15 @@ def merge_gate_up(ours: str, gate: str, up: str, when: str | None = None) -> Row
 
 
 def stacked(ours: str, theirs: str, transposed: bool = False) -> Row:
-    """All experts of a layer in one tensor [experts, rows, columns], or [experts, columns, rows]."""
+    """Say that one tensor has all experts of a layer: [experts, rows, columns] or [experts, columns, rows]."""
     return Row(ours, (theirs,), stacked=True, transposed=transposed)
 
 
 def stacked_gate_up(ours: str, theirs: str) -> Row:
-    """All experts of a layer in one tensor [experts, gate rows then up rows, columns]."""
+    """Say that one tensor has all experts of a layer: [experts, gate rows then up rows, columns]."""
     return Row(ours, (theirs,), MergeGateUp, stacked=True)
 
 
 def stacked_interleaved(ours: str, theirs: str, transposed: bool = False) -> Row:
-    """All experts of a layer in one tensor, the rows of gate and up in turns."""
+    """Say that one tensor has all experts of a layer, the rows of gate and up in turns."""
     return Row(ours, (theirs,), Interleave, stacked=True, transposed=transposed)

@@ -35,7 +35,7 @@ class Yarn:
 
     @property
     def attention_factor(self) -> float:
-        """Of cosine and sine."""
+        """Cosine and sine are multiplied by this."""
         if self.mscale and self.mscale_all_dim:
             return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
         return self._temperature(1.0)

@@ -38,7 +38,7 @@ class Entry:
 
 
 def local_name(name: str) -> str:
-    """A parameter's name as the tables have it, for Transformer Engine's layers too."""
+    """Return a parameter's name as the tables have it, for Transformer Engine's layers too."""
     for fused, plain in FUSED_NORMS.items():
         if name.endswith("." + fused):
             return name.removesuffix(fused) + plain
@@ -46,7 +46,7 @@ def local_name(name: str) -> str:
 
 
 def entries(architecture: Architecture, is_stacked: bool = False) -> dict[str, Entry]:
-    """Every tensor of the model by Megatron's full name.
+    """List every tensor of the model by Megatron's full name.
 
     Args:
         is_stacked: experts are in one tensor a layer, as transformers holds them, not one tensor an expert.
@@ -88,7 +88,7 @@ def _pieces(row: Row, operator: Rename, layer: int, expert: int) -> tuple[Piece,
 
 
 def tensors(table: dict[str, Entry]) -> dict[str, list[Piece]]:
-    """Hugging Face's tensors in the table's order, each with the pieces that are taken of it."""
+    """List Hugging Face's tensors in the table's order, each with the pieces that are taken of it."""
     found: dict[str, list[Piece]] = {}
     for entry in table.values():
         for piece in entry.pieces:
@@ -97,14 +97,14 @@ def tensors(table: dict[str, Entry]) -> dict[str, list[Piece]]:
 
 
 def detect(architecture: Architecture, names: Iterable[str]) -> bool:
-    """True where a folder with these tensors has its experts stacked."""
+    """Return True where a folder with these tensors has its experts stacked."""
     family, names = FAMILIES[architecture.family], set(names)
     layers = [layer for layer, is_moe in enumerate(architecture.moe_layers) if is_moe]
     return any(row.theirs[0].format(layer=layer) in names for row in family.stacked_experts for layer in layers[:1])
 
 
 def match(architecture: Architecture, names: Iterable[str], drop_mtp: bool, origin: str) -> dict[str, Entry]:
-    """The table that fits a folder with these tensors: each is taken once, and none is missing.
+    """Return the table that fits a folder with these tensors: each is taken once, and none is missing.
 
     Args:
         drop_mtp: leave out the layers behind the model's last one, which predict further tokens.
@@ -140,7 +140,7 @@ def match(architecture: Architecture, names: Iterable[str], drop_mtp: bool, orig
 
 
 def some(names: Iterable[str]) -> str:
-    """`3 tensors (a, b, c)`, cut short; for messages."""
+    """Name tensors in a message, cut short: `3 tensors (a, b, c)`."""
     names = sorted(names)
     shown = ", ".join(names[:MANY]) + (", ..." if len(names) > MANY else "")
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown})"

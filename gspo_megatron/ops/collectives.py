@@ -113,7 +113,8 @@ class _PythonTable:
 
     def __init__(self, group: dist.ProcessGroup, table: torch.Tensor, maximum: int | None):
         self.shape, self.maximum = (group.size(), *table.shape), maximum
-        self.table, self.total = table.contiguous(), None
+        self.table = table.contiguous()
+        self.total: torch.Tensor | None = None
         self.gathered = table.new_empty(group.size() * table.size(0), table.size(1))
         self.work = dist.all_gather_single(self.gathered, self.table, group=group, async_op=True)
 
@@ -121,11 +122,12 @@ class _PythonTable:
         if self.total is None:
             self.work.wait()
             first, *others = self.gathered.view(self.shape)
-            self.total = first.clone()
+            total = first.clone()
             for other in others:
-                self.total += other
+                total += other
             if self.maximum is not None:
-                self.total[:, self.maximum] = self.gathered.view(self.shape)[:, :, self.maximum].amax(0)
+                total[:, self.maximum] = self.gathered.view(self.shape)[:, :, self.maximum].amax(0)
+            self.total = total
         return self.total
 
 

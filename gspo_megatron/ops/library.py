@@ -44,12 +44,13 @@ def load() -> str:
 
 @cache
 def load_collectives() -> tuple[ModuleType | None, str]:
-    """The C++ module if it was built for this Python and this release of torch, and else the reason why not."""
+    """Load the C++ module if it was built for this Python and release of torch. Returns the reason where it was not."""
     release = ".".join(torch.__version__.split(".")[:2])
     path = FOLDER / f"_collectives-torch{release}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         return None, f"the C++ collectives were not built for this Python and torch {torch.__version__}. {REMEDY}"
     spec = importlib.util.spec_from_file_location("gspo_megatron.ops._collectives", path)
+    assert spec is not None and spec.loader is not None  # EXT_SUFFIX is one that Python loads
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -59,14 +60,14 @@ def load_collectives() -> tuple[ModuleType | None, str]:
 
 
 def has_cuda() -> bool:
-    """Whether the library brought kernels for CUDA; without them a GPU runs the PyTorch formulas."""
+    """Ask whether the library brought kernels for CUDA; without them a GPU runs the PyTorch formulas."""
     return not load() and all(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"gspo_megatron::{op}", "CUDA") for op in OPS
     )
 
 
 def status() -> dict[str, str]:
-    """What runs each op: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why".
+    """Say what runs each op: {"sequence_partials": "C++ (avx512)", ...} or "PyTorch formulas, slower: why".
 
     "C++ (avx512), CUDA" where the library has kernels for GPUs too; "C++" or "torch.distributed: why" for collectives.
     """

@@ -35,7 +35,7 @@ def linear_logprobs(
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(hidden weight^T / temperature)[target] and the entropy of that distribution, in nats.
+    """Compute log softmax(hidden weight^T / temperature)[target] and the entropy of that distribution, in nats.
 
     Under tensor parallelism the gradient of `hidden` is this rank's part of a sum over the group. Megatron's region
     before the call adds the parts up: gather_from_sequence_parallel_region where hidden states are sharded by tokens,
@@ -61,7 +61,9 @@ def linear_logprobs(
     return _LinearLogprobs.apply(hidden, weight, targets, temperature, tp_group, chunk_tokens)
 
 
-def _check(hidden, weight, targets, temperature, chunk_tokens) -> None:
+def _check(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk_tokens: int
+) -> None:
     if hidden.dtype not in TYPES:
         raise TypeError(f"hidden is {hidden.dtype}; it must be bf16, fp32 or fp64: convert it with hidden.to(...)")
     if weight.dtype is not hidden.dtype:
@@ -159,7 +161,17 @@ class _LinearLogprobs(torch.autograd.Function):
 class _LogitGradients:
     """Makes tiles of the loss's gradient by the logits."""
 
-    def __init__(self, logits: _Logits, first: int, grad_logprobs, grad_entropy, targets, entropy, top, total):
+    def __init__(
+        self,
+        logits: _Logits,
+        first: int,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+        targets: torch.Tensor,
+        entropy: torch.Tensor,
+        top: torch.Tensor,
+        total: torch.Tensor,
+    ):
         """Per-token tensors are [T], of the tokens of `logits`; grad_entropy may be None."""
         self.logits, self.first, self.targets = logits, first, targets
         self.by_logprobs = (grad_logprobs / logits.temperature).unsqueeze(-1)  # [T, 1], as the others
@@ -195,16 +207,16 @@ def _products(
     grad_hidden = torch.zeros_like(hidden, dtype=logits.dtype) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     for block in logits.blocks:
-        part = torch.zeros_like(weight[block], dtype=logits.dtype) if need_weight else None
+        part = None if grad_weight is None else torch.zeros_like(weight[block], dtype=logits.dtype)
         for rows in logits.chunks:
             tile = gradients.tile(rows, block)  # [n, m]
-            if need_hidden:
+            if grad_hidden is not None:
                 _add_product(grad_hidden[rows], tile, weight[block])
-            if need_weight:
+            if part is not None:
                 _add_product(part, tile.t(), hidden[rows])
-        if need_weight:
+        if grad_weight is not None and part is not None:
             grad_weight[block] = part
-    return grad_hidden.to(hidden.dtype) if need_hidden else None, grad_weight
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

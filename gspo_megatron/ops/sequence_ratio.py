@@ -29,7 +29,7 @@ def sequence_partials(
     entropy: torch.Tensor | None = None,
     token_advantages: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sums by sequence of the log-ratio d_t = logp_new - logp_old over trained tokens, in one pass over memory.
+    """Sum the log-ratio d_t = logp_new - logp_old by sequence over trained tokens, in one pass over memory.
 
     Deterministic: the same bits for any number of threads and any packing of the same sequences.
 
@@ -66,7 +66,7 @@ def gspo_surrogate(
     denominator: float,
     clip_dual: float = math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-(1/denominator) sum_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i), s_i = exp(mean log-ratio).
+    """Compute -(1/denominator) sum_i min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i), s_i = exp(mean d_t).
 
     With one advantage a token it is GSPO-token (equation 13): the mean over a sequence's trained tokens of the same
     minimum, whose gradient reaches each token with its own advantage.

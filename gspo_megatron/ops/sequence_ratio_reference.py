@@ -14,7 +14,7 @@ MASKS = (torch.bool, torch.uint8, torch.float32, torch.float64)
 
 
 def sequence_ids(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """[T] int64: the sequence of each token, S for tokens that belong to none."""
+    """Number the sequence of each token, [T] int64; S for tokens that belong to none."""
     positions = torch.arange(num_tokens, device=cu_seqlens.device)
     ids = torch.searchsorted(cu_seqlens[1:].contiguous().long(), positions, right=True)
     return torch.where(positions < cu_seqlens[0], cu_seqlens.numel() - 1, ids)
@@ -112,7 +112,7 @@ def _check_packing(logp_new: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch
 
 
 def check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, token_advantages) -> None:
-    """Types, shapes and devices of sequence_partials."""
+    """Check types, shapes and devices of sequence_partials."""
     _check_packing(logp_new, mask, cu_seqlens)
     size, device = logp_new.numel(), logp_new.device
     _check_vector("logp_old", logp_old, size, device)
@@ -126,7 +126,7 @@ def check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, token_advantages
 
 
 def check_advantages(advantages: torch.Tensor, size: int, logp_new: torch.Tensor) -> bool:
-    """Type, shape and device of advantages, [S] or [T]. Returns whether they differ by token."""
+    """Check type, shape and device of advantages, [S] or [T]. Returns whether they differ by token."""
     by_token, tokens = advantages.numel() != size, logp_new.numel()
     _check_type("advantages", advantages, (torch.float32, torch.float64), "fp32 or fp64")
     if advantages.dim() != 1 or (by_token and advantages.numel() != tokens):
@@ -139,7 +139,7 @@ def check_advantages(advantages: torch.Tensor, size: int, logp_new: torch.Tensor
 
 
 def check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator) -> None:
-    """Types, shapes and devices of gspo_forward."""
+    """Check types, shapes and devices of gspo_forward."""
     _check_packing(logp_new, mask, cu_seqlens)
     size = cu_seqlens.numel() - 1
     by_token = check_advantages(advantages, size, logp_new)
@@ -155,7 +155,7 @@ def check_forward(logp_new, partials, advantages, mask, cu_seqlens, denominator)
 
 
 def check_boundaries(cu_seqlens: torch.Tensor, num_tokens: int) -> None:
-    """Values of cu_seqlens: monotone and inside [0, T]."""
+    """Check that cu_seqlens are monotone and inside [0, T]."""
     if cu_seqlens[0] < 0:
         raise ValueError(f"cu_seqlens[0] = {int(cu_seqlens[0])} is negative")
     drops = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()

@@ -36,7 +36,7 @@ def token_objectives(
     clip_high: float,
     clip_dual: float = math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums by sequence of the clipped surrogate and of the log-ratio over trained tokens, in one pass over memory.
+    """Sum the clipped surrogate and the log-ratio by sequence over trained tokens, in one pass over memory.
 
     Deterministic: the same bits for any number of threads and any packing of the same sequences, in the gradient too.
 

@@ -10,7 +10,7 @@ SURROGATE_COLUMNS = ("clipped_low", "clipped_high", "objective")
 
 
 def token_terms(log_ratio, advantage, clip_low, clip_high, clip_dual):
-    """One token's share of the objective, its slope, and what lost its gradient.
+    """Compute each token's share of the objective, its slope, and what lost its gradient.
 
     Args:
         log_ratio, advantage: [T] fp64; both 0 where a token is not trained.
@@ -64,6 +64,6 @@ def _by_token(logp_new, logp_old, mask, cu_seqlens, advantages):
 
 
 def check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, advantages) -> None:
-    """Types, shapes and devices of the forward; the C++ library makes the same checks."""
+    """Check types, shapes and devices of the forward; the C++ library makes the same checks."""
     sequences.check_tokens(logp_new, logp_old, mask, cu_seqlens, entropy, None)
     sequences.check_advantages(advantages, cu_seqlens.numel() - 1, logp_new)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 def vocab_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, tp_group: dist.ProcessGroup | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature)[target] and the entropy of that distribution, in nats.
+    """Compute log softmax(logits / temperature)[target] and the entropy of that distribution, in nats.
 
     Args:
         logits: [T, V/TP] fp32 or fp64, this rank's shard; differentiable.
@@ -40,7 +40,7 @@ def vocab_logprobs(
 def local_stats(
     scaled: torch.Tensor, local: torch.Tensor, inside: torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four numbers a token over n consecutive tokens of the vocabulary.
+    """Compute the four numbers a token over n consecutive tokens of the vocabulary.
 
     Args:
         scaled: [T, n] logits / temperature; overwritten.
@@ -60,7 +60,7 @@ def local_stats(
 
 
 def combine(parts: torch.Tensor) -> torch.Tensor:
-    """Stats of consecutive parts of the vocabulary [parts, 4, T], in order -> stats of them together [4, T]."""
+    """Combine stats of consecutive parts of the vocabulary, in order: [parts, 4, T] -> [4, T] of them together."""
     tops, totals, targets, weights = parts.unbind(1)  # each [parts, T]
     top = tops.amax(0)
     rescale = (tops - top).exp()
@@ -72,7 +72,7 @@ def combine(parts: torch.Tensor) -> torch.Tensor:
 def gather_and_combine(
     stats: torch.Tensor, tp_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's stats [4, T] -> (logprobs, entropy, max, sum of exp(x - max)) of the whole vocabulary, each [T].
+    """Gather all ranks' stats [4, T] -> (logprobs, entropy, max, sum of exp(x - max)) of the vocabulary, each [T].
 
     One all-gather over tp_group; none where it is None or has one rank.
     """
@@ -88,7 +88,7 @@ def gather_and_combine(
 
 
 def place_in_shard(targets: torch.Tensor, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(place [T] int64 among the `size` token ids from `first` on, clamped; [T] bool, whether it is one of them)."""
+    """Return (place [T] int64 among the `size` token ids from `first` on, clamped; [T] bool, if it is one of them)."""
     local = targets - first
     return local.clamp(0, size - 1), (local >= 0) & (local < size)
 

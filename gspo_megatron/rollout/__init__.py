@@ -1,1 +1,1 @@
-"""Where responses come from."""
+"""Responses come from here."""

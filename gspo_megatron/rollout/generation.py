@@ -5,11 +5,13 @@ wants the groups of all context-parallel ranks together, because those share eac
 there.
 """
 
+from typing import cast
+
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.batch import Prompt, RolloutGroup
+from gspo_megatron.batch import Completion, Prompt, RolloutGroup
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 
@@ -31,13 +33,17 @@ def generate(
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
     completions = engine.generate(prompts[mine], group_size, params, uniform)
     return [
-        RolloutGroup(prompt, answers, texts=[tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in answers])
+        RolloutGroup(prompt, answers, texts=[_text(tokenizer, completion) for completion in answers])
         for prompt, answers in zip(prompts[mine], completions, strict=True)
     ]
 
 
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    return cast(str, tokenizer.decode(completion.token_ids, skip_special_tokens=True))  # a list only for a batch
+
+
 def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:
-    """The scored groups of all context-parallel ranks, in the order of the prompts. A collective over them.
+    """Bring the scored groups of all context-parallel ranks together, in the prompts' order. A collective over them.
 
     They travel as objects: a step's token ids and log-probs are kilobytes to a few megabytes, once a step, against the
     seconds that sampling them took; packing them into tensors would save nothing that can be measured.

@@ -98,7 +98,9 @@ class MegatronEngine:
         self._sends.clear()
         return self._completions(waves, params)
 
-    def _waves(self, prompts, group_size, params, uniform) -> list[_Wave]:
+    def _waves(
+        self, prompts: list[Prompt], group_size: int, params: SamplingParams, uniform: torch.Tensor
+    ) -> list[_Wave]:
         """As many waves as stages (fewer where there are fewer prompts), of nearly equal numbers of prompts."""
         count = min(self.topology.pp_size, len(prompts))
         bounds = [len(prompts) * i // count for i in range(count + 1)]
@@ -131,7 +133,7 @@ class MegatronEngine:
         # Sequence parallelism cuts the tokens over tensor ranks; a replica without tokens still runs its experts.
         padding = -(-max(tokens.numel(), 1) // topology.tp_size) * topology.tp_size - tokens.numel()
         if wave.recorder:
-            rows = plan.rows if first else wave.active.unsqueeze(1)
+            rows = wave.active.unsqueeze(1) if plan.rows is None else plan.rows
             share = (tokens.numel() + padding) // topology.tp_size
             mine = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
             plan.trace = wave.recorder.at(rows[mine], positions[mine])
@@ -148,7 +150,7 @@ class MegatronEngine:
             return None
         return self._gather_vocabulary(out[wanted])
 
-    def _prefill(self, wave: _Wave, chunk: int):
+    def _prefill(self, wave: _Wave, chunk: int) -> tuple[torch.Tensor, torch.Tensor, CachePlan, torch.Tensor]:
         """All prompts of the wave, packed; each is computed once and cached for all its responses."""
         lengths = torch.tensor([len(p) for p in wave.prompts], device=self.device)
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -169,7 +171,7 @@ class MegatronEngine:
         wanted = (cu_seqlens[1:].long() - 1).repeat_interleave(wave.group_size)
         return torch.cat(wave.prompts), positions, plan, wanted
 
-    def _decode(self, wave: _Wave, chunk: int):
+    def _decode(self, wave: _Wave, chunk: int) -> tuple[torch.Tensor, torch.Tensor, CachePlan, torch.Tensor]:
         """One token of every active row."""
         prompt_lengths = torch.tensor([len(p) for p in wave.prompts], device=self.device)
         positions = prompt_lengths[wave.active // wave.group_size] + wave.lengths[wave.active] - 1
@@ -225,12 +227,12 @@ class MegatronEngine:
         self._sends = [(work, sent) for work, sent in self._sends if not work.is_completed()]
         self._sends.append((dist.isend(tensor, rank, group=group), tensor))
 
-    def _routes(self, wave: _Wave) -> SequenceRoutes:
+    def _routes(self, wave: _Wave, recorder: RolloutRecorder) -> SequenceRoutes:
         """Of all rows of the wave, [L, rows, max_len, k]. Each tensor rank has recorded its slice of every pass."""
-        layers = tuple(sorted(wave.recorder.experts))
+        layers = tuple(sorted(recorder.experts))
         if not layers:  # a stage of dense layers
             return SequenceRoutes((), torch.empty(0, wave.tokens.size(0), wave.caches[0].max_len, 0))
-        experts = torch.stack([wave.recorder.experts[layer] for layer in layers])
+        experts = torch.stack([recorder.experts[layer] for layer in layers])
         if self.topology.tp_size > 1:
             whole = experts.int()  # collectives have no int16
             dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=self.topology.tp_group)
@@ -243,7 +245,7 @@ class MegatronEngine:
             if self.topology.pp_size > 1:
                 dist.broadcast(wave.logprobs, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
             lengths, tokens, logprobs = wave.lengths.tolist(), wave.tokens.tolist(), wave.logprobs.tolist()
-            routes = self._routes(wave) if wave.recorder else None
+            routes = self._routes(wave, wave.recorder) if wave.recorder else None
             rows = []
             for row, length in enumerate(lengths):
                 truncated = tokens[row][length - 1] not in params.stop_token_ids

@@ -22,7 +22,7 @@ class SamplingParams:
 
 
 def uniforms(rows: int, max_tokens: int, seed: int) -> torch.Tensor:
-    """[rows, max_tokens] fp64 in [0, 1), the same on every rank."""
+    """Draw [rows, max_tokens] fp64 in [0, 1), the same on every rank."""
     return torch.rand(rows, max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 

@@ -16,13 +16,13 @@ PARTS = ("total", "weights", "routes")
 
 
 def log_ratio_parts(old: torch.Tensor, free: torch.Tensor, fixed: torch.Tensor) -> list[torch.Tensor]:
-    """[T] log-probs -> the PARTS, [T] fp64 each."""
+    """Take the log-ratio apart: [T] log-probs -> the PARTS, [T] fp64 each."""
     old, free, fixed = old.double(), free.double(), fixed.double()
     return [free - old, fixed - old, free - fixed]
 
 
 def spread(lengths: torch.Tensor, sums: torch.Tensor, squares: torch.Tensor) -> dict[str, float]:
-    """Variances (divisor n) of each part over tokens, and over sequences of its mean (of log s and its two parts).
+    """Compute variances (divisor n) of each part over tokens, and of its mean over sequences (log s and its parts).
 
     Args:
         lengths: [N] fp64, |y_i|.

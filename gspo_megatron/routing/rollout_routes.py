@@ -15,13 +15,13 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class SequenceRoutes:
-    """Of one prompt + response of n tokens."""
+    """The routes of one prompt + response of n tokens."""
 
     layers: tuple[int, ...]  # this stage's MoE layers
     experts: torch.Tensor  # [L, n, k] int16, UNKNOWN where the token was not fed
 
     def padded(self, length: int) -> torch.Tensor:
-        """[L, length, k]: filled up with UNKNOWN."""
+        """Return [L, length, k], filled up with UNKNOWN."""
         short = length - self.experts.size(1)
         return torch.nn.functional.pad(self.experts, (0, 0, 0, short), value=UNKNOWN)
 
@@ -36,7 +36,7 @@ class RolloutRecorder:
         self._rows = self._positions = torch.empty(0, dtype=torch.int64)
 
     def at(self, rows: torch.Tensor, positions: torch.Tensor) -> "RolloutRecorder":
-        """Who the tokens of the next pass are, in the order in which this rank's routers see them.
+        """Say who the tokens of the next pass are, in the order in which this rank's routers see them.
 
         Args:
             rows: [n, G] int64, the responses that share a token.
@@ -45,10 +45,6 @@ class RolloutRecorder:
         self._rows, self._positions = rows, positions.unsqueeze(1)
         return self
 
-    def is_new(self, layer: int) -> bool:
-        """Nothing but the choice is noted."""
-        return False
-
     def choose(self, layer: int, own: torch.Tensor) -> None:
         """Note a router's choice [tokens, k]; it stands."""
         if layer not in self.experts:
@@ -56,4 +52,4 @@ class RolloutRecorder:
         self.experts[layer][self._rows, self._positions] = own[: self._rows.size(0)].to(STORED).unsqueeze(1)
 
     def confirm(self, layer: int, routing_map: torch.Tensor) -> None:
-        """Nothing was told."""
+        """Do nothing: no router was told what to take."""

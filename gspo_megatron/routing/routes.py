@@ -28,7 +28,7 @@ class RoutedTokens:
     real: torch.Tensor  # [R] bool, not in the padding segment
 
     def at(self, row: int) -> str:
-        """For people."""
+        """Describe a token for people."""
         return f"token {int(self.identity[row]) >> 32} at position {int(self.identity[row]) & 0xFFFFFFFF}"
 
 
@@ -66,11 +66,11 @@ class RouteTrace:
             _has_layers(layers, replay.experts)
 
     def routes(self) -> Routes:
-        """Where the tokens went."""
+        """Return where the tokens went."""
         return Routes(self.tokens, {layer: self.taken(layer) for layer in self.layers})
 
     def is_new(self, layer: int) -> bool:
-        """Its entropy is asked for and not known yet; recomputation comes by again."""
+        """Ask whether its entropy is wanted and not known yet; recomputation comes by again."""
         return self._counts and layer not in self.chosen
 
     def choose(self, layer: int, own: torch.Tensor) -> torch.Tensor | None:
@@ -91,7 +91,7 @@ class RouteTrace:
             self._astray[layer] = wanted.numel() - taken + (routing_map.sum() - taken)
 
     def problem(self, times: int) -> str | None:
-        """What is wrong with a finished replay, in words: every layer must have taken its routes `times` times."""
+        """Say what is wrong with a finished replay: every layer must have taken its routes `times` times."""
         for layer in self.layers:
             if self._uses[layer] != times:
                 return f"layer {layer} took its routes {self._uses[layer]} times and not {times}"
@@ -100,11 +100,11 @@ class RouteTrace:
         return None
 
     def taken(self, layer: int) -> torch.Tensor:
-        """[R, k] int16: where the layer's tokens went."""
+        """Return [R, k] int16, where the layer's tokens went."""
         return self.chosen[layer] if self.replay is None else self._told[layer].to(STORED)
 
     def strange(self) -> torch.Tensor:
-        """[L]: share of the counted tokens' experts that the routers would not have chosen themselves."""
+        """Return [L], the share of the counted tokens' experts that the routers would not have chosen themselves."""
         taken = {layer: self.taken(layer) for layer in self.layers}
         changed = changed_experts(self.chosen, taken, self.layers, self.tokens.counted).double()  # [L, n]
         return changed.mean(1) / next(iter(taken.values())).size(1)
@@ -113,7 +113,7 @@ class RouteTrace:
 def changed_experts(
     new: dict[int, torch.Tensor], old: dict[int, torch.Tensor], layers: list[int], rows: torch.Tensor
 ) -> torch.Tensor:
-    """[L, n] int64: of each row's k experts in `new` [R, k] a layer, how many are not in `old`, in whatever order."""
+    """Count [L, n] int64: of each row's k experts in `new` [R, k] a layer, those not in `old`, in whatever order."""
     ours, theirs = (torch.stack([chosen[layer][rows] for layer in layers]) for chosen in (new, old))  # [L, n, k]
     kept = (ours.unsqueeze(3) == theirs.unsqueeze(2)).any(3)
     return (~kept).sum(2)

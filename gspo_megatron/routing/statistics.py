@@ -35,14 +35,14 @@ class MinibatchRouting:
     sequences: torch.Tensor  # [S, 2]: changed and compared (token, layer) pairs; summed: [replicas, S, 2]
 
     def column(self, name: str) -> torch.Tensor:
-        """[L] fp64."""
+        """Return one kind of count, [L] fp64."""
         return self.layers[:, COLUMNS.index(name)]
 
 
 def count(
     traces: list[RouteTrace], old: list[Routes | None], sizes: list[int], shape: tuple[int, int]
 ) -> MinibatchRouting:
-    """One rank's counts of one optimizer step.
+    """Count one rank's part of one optimizer step.
 
     Args:
         traces, old: of each microbatch, the passes of the update and the routes of the old policy, where known.
@@ -86,11 +86,11 @@ class RoutingStatistics:
         self._minibatches: dict[int, MinibatchRouting] = {}
 
     def add(self, minibatch: int, traces: list[RouteTrace], old: list[Routes | None], sizes: list[int]) -> None:
-        """A minibatch of the same number, of a step that nobody asked about, is forgotten."""
+        """Keep a minibatch's counts; one of the same number, of a step that nobody asked about, is forgotten."""
         self._minibatches[minibatch] = count(traces, old, sizes, self.shape)
 
     def take(self) -> list[MinibatchRouting]:
-        """Sums over all ranks, by minibatch. One collective over all ranks, of 16 bytes a sequence.
+        """Sum over all ranks, by minibatch. One collective over all ranks, of 16 bytes a sequence.
 
         With tensor or context parallelism each rank routes its own part of the tokens, and every layer is on one
         stage: a plain sum counts everything once.
@@ -115,7 +115,7 @@ class RoutingStatistics:
 
 
 def routing_metrics(minibatches: list[MinibatchRouting], topk: int) -> dict:
-    """route/* of one step; lists are by layer (null: a dense one) or by minibatch."""
+    """Make route/* of one step; lists are by layer (null: a dense one) or by minibatch."""
     if not minibatches:
         return {}
     load = torch.stack([counted.load for counted in minibatches]).sum(0)

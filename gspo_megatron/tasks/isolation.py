@@ -24,16 +24,19 @@ class ScorerError(Exception):
 
 
 class ScoringProcess:
-    """Started at the first score (or `start`), started anew after a scorer has spoilt it."""
+    """The process is started at the first score (or `start`), and anew after a scorer has spoilt it."""
 
     def __init__(self, config: FaultsConfig):
         self.seconds, self.memory = config.reward_timeout, int(config.reward_memory_gb * 2**30)
-        self._child: subprocess.Popen | None = None
+        self._child: subprocess.Popen[bytes] | None = None
         self._fresh = True
         self._buffer = b""
 
     def start(self) -> None:
         """Returns at once; the process comes up in the background."""
+        self._running()
+
+    def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None:
             paths = os.pathsep.join(path for path in sys.path if path)
             env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONPATH": paths}
@@ -48,9 +51,10 @@ class ScoringProcess:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             self._fresh, self._buffer = True, b""
+        return self._child
 
     def score(self, spec: dict, text: str, entry: dict) -> float:
-        """What the task's scorer gives for a response; may be any number, a NaN too.
+        """Return what the task's scorer gives for a response; it may be any number, a NaN too.
 
         Args:
             spec: keyword arguments of reasoning_gym's create_dataset.
@@ -59,15 +63,16 @@ class ScoringProcess:
         Raises:
             ScorerError: it raised, or took longer than faults.reward_timeout.
         """
-        self.start()
+        child = self._running()
+        assert child.stdin is not None  # a pipe
         request = pickle.dumps((spec, text, entry))
         deadline = time.monotonic() + self.seconds + (STARTING if self._fresh else 1.0)
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            self._child.stdin.write(LENGTH.pack(len(request)) + request)
-            self._child.stdin.flush()
-        answer = self._line(deadline)
+            child.stdin.write(LENGTH.pack(len(request)) + request)
+            child.stdin.flush()
+        answer = self._line(child, deadline)
         if answer is None:
-            raise ScorerError(self._why_not())
+            raise ScorerError(self._why_not(child))
         self._fresh = False
         found = json.loads(answer)
         if "error" in found:
@@ -79,14 +84,16 @@ class ScoringProcess:
         if self._child is not None:
             self._child.kill()
             for pipe in (self._child.stdin, self._child.stdout):
+                assert pipe is not None
                 with contextlib.suppress(OSError):
                     pipe.close()
             self._child.wait()
             self._child = None
 
-    def _line(self, deadline: float) -> bytes | None:
+    def _line(self, child: subprocess.Popen[bytes], deadline: float) -> bytes | None:
         """The next line of the process, None where it ends or says nothing in time."""
-        pipe = self._child.stdout
+        pipe = child.stdout
+        assert pipe is not None
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([pipe], [], [], max(deadline - time.monotonic(), 0.0))
             part = os.read(pipe.fileno(), 65536) if ready else b""
@@ -96,11 +103,11 @@ class ScoringProcess:
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _why_not(self) -> str:
-        """In words; the process is ended."""
+    def _why_not(self, child: subprocess.Popen[bytes]) -> str:
+        """Say in words why there is no answer; the process is ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(0.2)
-        status, was_fresh = self._child.returncode, self._fresh
+            child.wait(0.2)
+        status, was_fresh = child.returncode, self._fresh
         self.close()
         if status is None or status == -14:  # SIGALRM, by which it ends itself
             return f"TimeoutError: no reward after {self.seconds:g} s (faults.reward_timeout)"

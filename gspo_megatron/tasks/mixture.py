@@ -62,12 +62,12 @@ LIST_ALL = 'List them with: python -c "from gspo_megatron.tasks.mixture import t
 
 
 def task_names() -> list[str]:
-    """Names that a recipe's `tasks` table may use, sorted."""
+    """List the names that a recipe's `tasks` table may use, sorted."""
     return sorted(set(DATASETS) - {"composite"})
 
 
 def split_of(question: str) -> str:
-    """The only split in which a question may appear.
+    """Return the only split in which a question may appear.
 
     A function of the text alone, not of seed or task: no run's evaluation holds a question that another run
     was trained on.
@@ -77,7 +77,7 @@ def split_of(question: str) -> str:
 
 
 def is_correct(score: float) -> bool:
-    """Full marks. Some tasks give partial credit below 1 for answers that are wrong."""
+    """Ask whether a reward is full marks. Some tasks give partial credit below 1 for answers that are wrong."""
     return score >= 1.0
 
 
@@ -103,7 +103,7 @@ class TaskMixture:
         self._process = process  # from here on; the checks score no model's text
 
     def item(self, split: str, index: int) -> TaskItem:
-        """Question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
+        """Return question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
 
         Raises ConfigError when the task has no question in this split, RolloutError when its generator always fails.
         """
@@ -114,7 +114,7 @@ class TaskMixture:
         return self._draw(self.names[place], split, index)
 
     def score(self, item: TaskItem, response_text: str) -> float:
-        """Reward of a response by the task's own scorer, at most 1 (see `is_correct`).
+        """Reward a response by the task's own scorer, with at most 1 (see `is_correct`).
 
         A scorer that raises on this response, or takes too long, but not on the gold answer, met text it cannot parse:
         0. Raises RolloutError for a response that is no string, a scorer that always raises, a score that is no finite

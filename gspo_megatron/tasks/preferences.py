@@ -33,14 +33,14 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """What is trained on, and what never is."""
+    """Some pairs are trained on, and the held-out ones never are."""
 
     train: list[PreferencePair]
     held_out: list[PreferencePair]
 
 
 def load_pairs(config: PreferenceConfig) -> PreferenceData:
-    """Training and held-out pairs of a recipe.
+    """Load the training and held-out pairs of a recipe.
 
     Without eval_path the last tenth of `path` is held out, at least one pair.
 
@@ -55,6 +55,7 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
         "dpo learns from preference pairs",
         "Give a JSONL file; examples/make_preferences.py writes one from a recipe's tasks.",
     )
+    assert config.path is not None  # as just required
     pairs = read_pairs(config.path, name)
     if config.eval_path is None:
         cut = len(pairs) - max(1, len(pairs) // HELD_OUT_SHARE)
@@ -75,7 +76,7 @@ def load_pairs(config: PreferenceConfig) -> PreferenceData:
 
 
 def read_pairs(path: Path, setting: str) -> list[PreferencePair]:
-    """Every pair of a file, in its order.
+    """Read every pair of a file, in its order.
 
     Args:
         setting: the recipe's name for the path, for messages.
@@ -138,7 +139,7 @@ def _pair(line: bytes, setting: str, where: str) -> PreferencePair:
         f"chosen and rejected are both {_short(record['chosen'])}",
         "Remove the line: it prefers nothing.",
     )
-    return PreferencePair(*(record[name] for name in FIELDS), where=where)
+    return PreferencePair(record["prompt"], record["chosen"], record["rejected"], where)
 
 
 def _is_unicode(text: str) -> bool:

@@ -62,7 +62,7 @@ def verify(folder: Path) -> None:
 
 
 def digest(path: Path) -> Digest:
-    """Of a file, which is on its disk afterwards."""
+    """Return a file's size and hash; the file is on its disk afterwards."""
     _to_disk(path)
     return path.stat().st_size, _sha256(path)
 

@@ -41,6 +41,7 @@ class ParameterState:
         for name in self._names:
             local = self._local(name)
             if self.piece is None:
+                assert local is not None  # all of it is here
                 found[name] = local
                 continue
             whole = torch.zeros(self.model.numel(), dtype=torch.float32, device=self.model.device)
@@ -51,12 +52,16 @@ class ParameterState:
         return found
 
     def room(self) -> dict[str, torch.Tensor]:
-        """Tensors as `read` gives them, with nothing in them yet."""
-        dtype = torch.float32 if self.piece is not None else self.main.dtype
+        """Return tensors as `read` gives them, with nothing in them yet."""
+        if self.piece is not None:
+            dtype = torch.float32
+        else:
+            assert self.main is not None  # all of it is here
+            dtype = self.main.dtype
         return {name: torch.empty(self.model.shape, dtype=dtype, device=self.model.device) for name in self._names}
 
     def write(self, values: dict[str, torch.Tensor], steps: int) -> None:
-        """The inverse of `read`; `steps` is how many Adam has made."""
+        """Take what `read` gave; `steps` is how many Adam has made."""
         if self.main is None:
             return
         if self.keeps_main:
@@ -95,7 +100,7 @@ def each(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
 
 
 def steps_made(optimizer: MegatronOptimizer) -> int:
-    """Adam steps so far: the same for every parameter, because none is ever stepped alone."""
+    """Count Adam's steps so far: the same for every parameter, because none is ever stepped alone."""
     for part in _parts(optimizer):
         counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
         counts += [group["step"] for group in part.optimizer.param_groups if "step" in group]
@@ -105,7 +110,7 @@ def steps_made(optimizer: MegatronOptimizer) -> int:
 
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
-    """For the Adams that count in the group; the others are told by ParameterState.write."""
+    """Tell the Adams that count in the group; the others are told by ParameterState.write."""
     for part in _parts(optimizer):
         if not _counts_by_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
@@ -119,7 +124,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _whole(part: MegatronOptimizer) -> Iterator[ParameterState]:
-    copies = {}
+    copies: dict[int, torch.nn.Parameter] = {}  # by the id of their fp32 copy
     for low, high in zip(
         getattr(part, "float16_groups", []), getattr(part, "fp32_from_float16_groups", []), strict=True
     ):

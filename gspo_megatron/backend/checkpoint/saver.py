@@ -166,7 +166,7 @@ class Saver:
 
 
 def save(networks: Mapping[str, Network], folder: Path, *args: Any, **options: Any) -> None:
-    """Saver.begin() and finish() at once: the checkpoint is there when this returns."""
+    """Begin and finish at once: the checkpoint is there when this returns."""
     saver = Saver()
     saver.begin(networks, folder, *args, **options)
     saver.finish()
@@ -188,7 +188,8 @@ def _in_host_memory(request: AsyncRequest) -> list[tuple]:
 def _written(request: AsyncRequest, number: int, file: tuple) -> list:
     """Megatron's record of what it wrote to one file."""
     transforms = request.async_fn.args[0]
-    results, count = queue.Queue(), queue.Queue()
+    results: queue.Queue[tuple[int, Any]] = queue.Queue()
+    count: queue.Queue[int] = queue.Queue()
     count.put(number)
     write_file(transforms, number, file, results, count, use_fsync=True)
     _, found = results.get_nowait()
@@ -239,7 +240,7 @@ def _cannot_write(folder: Path, error: Exception) -> CheckpointError:
 
 
 def _any(flag: bool) -> bool:
-    """Of all ranks. A collective."""
+    """Ask whether the flag is up on any rank. A collective."""
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, flag)
     return any(everyone)

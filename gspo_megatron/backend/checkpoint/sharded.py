@@ -46,12 +46,13 @@ def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReferen
     for prefix, network in networks.items():
         _load_weights(network, state, prefix)
         if network.optimizer:
+            optimizer, schedule = network.training
             steps, scheduled = counters[prefix]
-            for number, place in enumerate(optimizer_state.each(network.optimizer)):
+            for number, place in enumerate(optimizer_state.each(optimizer)):
                 place.write(state[f"{prefix}optimizer"][str(number)], steps)
-            optimizer_state.set_steps(network.optimizer, steps)
-            network.schedule.num_steps = 0
-            network.schedule.step(increment=scheduled)
+            optimizer_state.set_steps(optimizer, steps)
+            schedule.num_steps = 0
+            schedule.step(increment=scheduled)
     if reference:
         reference.load([state["reference"][str(i)] for i in range(len(reference.weights))])
 
@@ -69,7 +70,7 @@ def load_weights(network: Network, folder: Path) -> None:
 
 
 def read_progress(folder: Path, part: str = "progress") -> dict:
-    """What Saver.begin() was told of the run's place. Raises CheckpointError where there is no complete checkpoint."""
+    """Read what Saver.begin() was told of the run's place. Raises CheckpointError without a complete checkpoint."""
     try:
         return json.loads((folder / "progress.json").read_text())[part]
     except (OSError, ValueError, KeyError):
@@ -88,8 +89,8 @@ def sharded(
     reference: FrozenReference | None,
     tensors: Callable[[ParameterState], dict[str, torch.Tensor]],
 ) -> dict:
-    """This rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state, filled to be
-    saved or with room to load into."""
+    """Return this rank's part of everything, each tensor with its place in the whole. `tensors`: of Adam's state,
+    filled to be saved or with room to load into."""
     state: dict = {}
     places: dict[int, object] = {}  # id of a parameter -> its sharded tensor
     for prefix, network in networks.items():
@@ -114,7 +115,7 @@ def sharded(
 
 
 def bytes_written(state: dict) -> int:
-    """Of tensors that this rank writes of what sharded() gave: one of a tensor's replicas does."""
+    """Count the bytes that this rank writes of what sharded() gave: one of a tensor's replicas does."""
     tensors, _ = extract_sharded_tensors_and_factories(state)
     return sum(one.data.nbytes for one in nested_values(tensors) if is_main_replica(one.replica_id))
 
@@ -138,5 +139,6 @@ def _load_weights(network: Network, state: dict, prefix: str) -> None:
 
 
 def counters_of(network: Network) -> tuple[int, int]:
-    """(Adam's steps, the learning-rate schedule's)."""
-    return optimizer_state.steps_made(network.optimizer), int(network.schedule.num_steps)
+    """Return (Adam's steps, the learning-rate schedule's)."""
+    optimizer, schedule = network.training
+    return optimizer_state.steps_made(optimizer), int(schedule.num_steps)

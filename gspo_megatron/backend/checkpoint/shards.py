@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import torch
@@ -46,12 +47,12 @@ class Frame:
 
 @lru_cache(maxsize=256)
 def frame(dtype: torch.dtype, shape: Shape) -> Frame:
-    """Made by torch.save itself. The tensor's memory is allocated and never touched."""
+    """Let torch.save itself make it. The tensor's memory is allocated and never touched."""
     tensor, kept = torch.empty(shape, dtype=dtype), torch.serialization.get_crc32_options()
     catcher = _Catcher(tensor)
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(tensor, catcher)
+        torch.save(tensor, cast(IO[bytes], catcher))  # it asks a stream for write and flush alone
     finally:
         torch.serialization.set_crc32_options(kept)
     before, after = (b"".join(part) for part in catcher.parts)
@@ -107,12 +108,12 @@ class ShardWriter:
         self._name, self._end, self._count = "", file_bytes, 0  # of the last file; the first one is to be opened
 
     def write(self, index: MetadataIndex, shape: Shape, blocks: Sequence[torch.Tensor]) -> WriteResult:
-        """A shard of this shape, whose numbers are those of the blocks, end to end; nobody changes them any more."""
+        """Write a shard of this shape with the blocks' numbers, end to end; nobody changes them any more."""
         around = frame(blocks[0].dtype, shape)
         return self._append(index, [around.before, *blocks, around.after])
 
     def write_item(self, index: MetadataIndex, item: io.BytesIO) -> WriteResult:
-        """What is no tensor."""
+        """Write what is no tensor."""
         return self._append(index, [item.getvalue()])
 
     def _append(self, index: MetadataIndex, parts: Sequence[bytes | torch.Tensor]) -> WriteResult:
@@ -155,15 +156,15 @@ class ShardReader:
                 self._chunks[key] = {at: (size, places[key, at]) for at, size in found.items() if (key, at) in places}
 
     def read(self, key: str, offset: Shape, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-        """A region of a tensor: a view of the file where one shard is just that, else a copy.
+        """Read a region of a tensor: a view of the file where one shard is just that, else a copy.
 
         Raises:
             CheckpointError: a part is missing, of another type, or its file is lost or damaged.
         """
         chunks = self._chunks.get(key, {})
-        size, place = chunks.get(offset, (None, None))
-        if size == shape:
-            return self._shard(key, place, size, dtype)
+        exact = chunks.get(offset)
+        if exact is not None and exact[0] == shape:
+            return self._shard(key, exact[1], shape, dtype)
         found, filled = torch.empty(shape, dtype=dtype), 0
         for at, (size, place) in chunks.items():
             first = [max(a, b) for a, b in zip(at, offset, strict=True)]

@@ -95,8 +95,8 @@ class StoredWeights:
     def load(
         self, model: PackedModel, topology: Topology, share: Collection[str] | None = None
     ) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Full tensors by full name, each as blocks that follow each other along the rows. A block is a view of its
-        file where the checkpoint has it in one shard.
+        """Yield full tensors by full name, each as blocks that follow each other along the rows. A block is a view of
+        its file where the checkpoint has it in one shard.
 
         Args:
             model: a bare chunk that is the whole model, of the checkpoint's type.
@@ -120,13 +120,13 @@ class StoredWeights:
 
 
 def wanted_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:
-    """Full shapes that a checkpoint of this model has, by its own keys."""
+    """Return the full shapes that a checkpoint of this model has, by its own keys."""
     sharded, _ = save_preprocess({"model0": model.sharded_state_dict()}, validate_access_integrity=False)
     return {t.key: tuple(t.global_shape) for t in nested_values(sharded) if isinstance(t, ShardedTensor)}
 
 
 def stored(model: PackedModel, topology: Topology) -> Iterator[FullParameter]:
-    """Parameters and router biases."""
+    """Yield parameters and router biases."""
     yield from parameters.named(model, topology)
     yield from parameters.router_biases(model, topology)
 
@@ -156,7 +156,7 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
                 writer.set_up_storage_writer(True)
                 writer.finish(metadata, everyone)
 
-    def _write(self, items: list[WriteItem], planner: object, folder: Path) -> list[WriteResult]:
+    def _write(self, items: list[WriteItem], planner: strategies.MCoreSavePlanner, folder: Path) -> list[WriteResult]:
         """This rank's parameters; the first rank also writes what is no tensor."""
         shards, results = ShardWriter(folder, self._file_bytes, dist.get_rank()), []
         by_parameter, others = self._items(items, planner)
@@ -176,7 +176,9 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
             shards.abandon()
         return results
 
-    def _items(self, items: list[WriteItem], planner: object) -> tuple[list[list[WriteItem]], list[WriteItem]]:
+    def _items(
+        self, items: list[WriteItem], planner: strategies.MCoreSavePlanner
+    ) -> tuple[list[list[WriteItem]], list[WriteItem]]:
         """The items of each parameter, whose memory they are views of, and those that are no tensors."""
         home = {p.local.untyped_storage().data_ptr(): place for place, p in enumerate(self._given)}
         found: list[list[WriteItem]] = [[] for _ in self._given]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from gspo_megatron.algorithms.interface import GlobalCounts
+from gspo_megatron.algorithms.interface import GlobalCounts, given
 from gspo_megatron.algorithms.ppo import value_loss
 from gspo_megatron.backend.engine import optimizer as optimizers
 from gspo_megatron.backend.engine.network import Microbatch, Network
@@ -20,12 +21,13 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model import parameters
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.model.value_head import ValueModel
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,8 @@ class ValueStatistics:
         return ValueStatistics(*(a + b for a, b in pairs))
 
     def metrics(self) -> dict[str, float]:
-        """value/*. Explained variance is 1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 as good as a constant;
-        nothing where all returns are equal."""
+        """Return value/*. Explained variance is 1 - Var(R - V) / Var(R): 1 is a perfect critic, 0 as good as a
+        constant; it is left out where all returns are equal."""
         n = max(self.tokens, 1.0)
         found = {
             "value/loss": self.loss / self.updates,
@@ -68,7 +70,7 @@ class Critic:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ResolvedConfig,
         shape: ModelShape,
         topology: Topology,
         runtime: Runtime,
@@ -82,29 +84,29 @@ class Critic:
         self.guard = NonfiniteGuard(config.faults.max_skipped_updates, "critic")
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def models(self) -> list[PackedModel]:
         """The chunks without their wrappers."""
         return self.network.models
 
     @property
-    def optimizer(self):
-        """Megatron's, None until start_optimizer."""
+    def optimizer(self) -> MegatronOptimizer | None:
+        """Megatron's optimizer; it is None until start_optimizer."""
         return self.network.optimizer
 
     @torch.no_grad()
     def start_from(self, policy: Policy) -> None:
-        """The policy's weights as they are now, but for the head. Both have the same layout. Before start_optimizer,
-        which copies weights to fp32."""
+        """Take the policy's weights as they are now, but for the head. Both have the same layout. This comes before
+        start_optimizer, which copies weights to fp32."""
         for mine, theirs in zip(self.models, policy.models, strict=True):
             weights = dict(theirs.named_parameters())
             for name, parameter in mine.named_parameters():
                 if not name.startswith("value_head."):
                     parameter.copy_(weights[name])
-            for own, given in zip(*(parameters.router_biases(m, self.topology) for m in (mine, theirs)), strict=True):
-                own.local.copy_(given.local)
+            for own, other in zip(*(parameters.router_biases(m, self.topology) for m in (mine, theirs)), strict=True):
+                own.local.copy_(other.local)
 
     def start_optimizer(self) -> None:
-        """A fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""
+        """Make a fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""
         critic, network = self.config.algorithm.critic, self.network
         own = dataclasses.replace(self.config.optimizer, lr=critic.lr, warmup_steps=critic.warmup_steps)
         network.optimizer = optimizers.build(own, network.chunks, self.topology, self.config.parallel)
@@ -125,7 +127,7 @@ class Critic:
         self.network.run(batches, keep, forward_only=True)
 
     def update(self, batches: Sequence[PackedBatch], counts: GlobalCounts) -> ValueStatistics | None:
-        """One optimizer step on the returns of this replica's microbatches. A collective over all ranks.
+        """Make one optimizer step on the returns of this replica's microbatches. A collective over all ranks.
 
         Args:
             batches: with values and returns [T] on the last stage; every replica gives the same number.
@@ -143,8 +145,9 @@ class Critic:
             batch, targets = micro.batch, Targets.of(micro.batch, micro.plan)
             values = targets.scatter(output)
             mask = batch.loss_mask if targets.own is None else batch.loss_mask * targets.own
-            loss, clipped = value_loss(values, batch.values, batch.returns, mask, clip, counts.num_tokens)
-            sums.append(_sums(loss.detach(), clipped, values.detach(), batch.returns, mask))
+            old, returns = given(batch.values, "values"), given(batch.returns, "returns")
+            loss, clipped = value_loss(values, old, returns, mask, clip, counts.num_tokens)
+            sums.append(_sums(loss.detach(), clipped, values.detach(), returns, mask))
             return loss
 
         step = self.network.step(batches, loss_fn)

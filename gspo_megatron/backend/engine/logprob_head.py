@@ -9,6 +9,7 @@ import torch
 from gspo_megatron.algorithms.interface import GlobalCounts, LossInputs, alone
 from gspo_megatron.backend.engine.network import Microbatch
 from gspo_megatron.backend.engine.targets import Targets
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
 from gspo_megatron.ops.collectives import reduce_tables
@@ -28,7 +29,7 @@ class TargetLogProbs:
 class LogProbHead:
     """The end of the last pipeline stage: logits, or hidden states in chunks, to log-probs at a temperature."""
 
-    def __init__(self, model: torch.nn.Module, topology: Topology, temperature: float, chunk_tokens: int):
+    def __init__(self, model: PackedModel, topology: Topology, temperature: float, chunk_tokens: int):
         """
         Args:
             model: the last model chunk of this rank, unwrapped.
@@ -49,7 +50,7 @@ class LogProbHead:
             self.model.returns_hidden = False
 
     def __call__(self, micro: Microbatch, output: torch.Tensor) -> TargetLogProbs:
-        """output: [rows, V / TP] logits, or [rows, H] hidden states."""
+        """Make log-probs of `output`: [rows, V / TP] logits, or [rows, H] hidden states."""
         targets = Targets.of(micro.batch, micro.plan)
         tokens = micro.batch.tokens[targets.index]
         if self.chunk_tokens:
@@ -64,7 +65,7 @@ class LogProbHead:
         return TargetLogProbs(targets.scatter(logprobs), targets.scatter(entropy), targets.own)
 
     def loss_inputs(self, batch: PackedBatch, new: TargetLogProbs, counts: GlobalCounts) -> LossInputs:
-        """What algorithms/ computes the loss of one microbatch from."""
+        """Collect what algorithms/ computes the loss of one microbatch from."""
         mask, lengths = batch.loss_mask, None
         if new.own is not None:
             ids = torch.repeat_interleave(torch.diff(batch.cu_seqlens[: batch.num_sequences + 1]).long())
@@ -88,7 +89,7 @@ class LogProbHead:
 
 
 def context_reducer(topology: Topology) -> Callable[..., torch.Tensor]:
-    """LossInputs.reduce of this rank's context-parallel group."""
+    """Return LossInputs.reduce for this rank's context-parallel group."""
     if topology.cp_size == 1:
         return alone
     return lambda table, maximum=None: reduce_tables(table, topology.cp_group, maximum).wait()

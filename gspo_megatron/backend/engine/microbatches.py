@@ -22,7 +22,7 @@ from gspo_megatron.errors import GspoError
 def microbatches(
     sequences: Sequence[TrainSequence], max_tokens: int, topology: Topology, device: torch.device, unit: int = 1
 ) -> list[PackedBatch]:
-    """This replica's share of one optimizer step, packed; as many microbatches on every replica. A collective.
+    """Pack this replica's share of one optimizer step; every replica gets as many microbatches. A collective.
 
     Args:
         max_tokens: of one microbatch.
@@ -53,7 +53,7 @@ def microbatches(
 
 
 def global_counts(batches: Sequence[PackedBatch], topology: Topology) -> GlobalCounts:
-    """Sequences and tokens that one optimizer step trains on, over all data-parallel ranks. A collective."""
+    """Count the sequences and tokens of one optimizer step, over all data-parallel ranks. A collective."""
     sequences = tokens = 0
     for batch in batches:
         trained = torch.cumsum(batch.loss_mask > 0, 0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from gspo_megatron.backend.engine import optimizer as optimizers
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.pipeline_broadcast import from_last_stage
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
@@ -54,18 +56,25 @@ class StepResult:
 class Network:
     """Chunks (one a virtual stage), optimizer and learning-rate schedule."""
 
-    def __init__(self, chunks: list, topology: Topology):
+    def __init__(self, chunks: list[DistributedDataParallel], topology: Topology):
         self.chunks, self.topology = chunks, topology
         self.optimizer: MegatronOptimizer | None = None
         self.schedule: OptimizerParamScheduler | None = None
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def training(self) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+        """Optimizer and schedule, where they are needed. Raises RuntimeError if they have not been made."""
+        if self.optimizer is None or self.schedule is None:
+            raise RuntimeError("the network has no optimizer: call start_optimizer() first")
+        return self.optimizer, self.schedule
+
+    @property
+    def models(self) -> list[PackedModel]:
         """The chunks without their wrappers."""
         return [model_builder.unwrap(chunk) for chunk in self.chunks]
 
     def plan(self, batch: PackedBatch) -> PackedPlan:
-        """How attention and context parallelism see the batch."""
+        """Plan how attention and context parallelism see the batch."""
         thd = "sbhd" if self.models[0].rotary_by_token else "thd"
         return PackedPlan.from_cu_seqlens(
             batch.cu_seqlens, thd, self.topology.cp_group if self.topology.cp_size > 1 else None
@@ -78,7 +87,7 @@ class Network:
         forward_only: bool,
         before_forward: BeforeForward = nothing,
     ) -> None:
-        """One pass of Megatron's schedule; on_output(microbatch, output) is called on the last stage.
+        """Make one pass of Megatron's schedule; on_output(microbatch, output) is called on the last stage.
 
         The output has one row a token that this rank feeds: all tokens, or `plan.rows` under context parallelism.
         before_forward is given all microbatches before the first of them runs.
@@ -86,7 +95,7 @@ class Network:
         work = [Microbatch(number, batch, self.plan(batch)) for number, batch in enumerate(batches)]
         before_forward(work)
 
-        def forward_step(iterator: Iterator, model: torch.nn.Module):
+        def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
             micro = next(iterator)
             progress.detail(f"microbatch {micro.number + 1} of {len(batches)}")
             plan, tokens, positions = micro.plan, micro.batch.tokens, micro.batch.position_ids
@@ -116,7 +125,7 @@ class Network:
         after_backward: Callable[[], None] = lambda: None,
         before_forward: BeforeForward = nothing,
     ) -> StepResult:
-        """Gradients of all microbatches and one optimizer step. A collective over all ranks.
+        """Compute gradients of all microbatches and make one optimizer step. A collective over all ranks.
 
         A gradient of exactly zero, or one that is not finite, changes nothing: no weight, no moment, no learning rate.
 
@@ -126,9 +135,10 @@ class Network:
             after_backward: called once all microbatches have been through the pipeline, before the optimizer begins.
             before_forward: see run.
         """
+        optimizer, schedule = self.training
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        optimizer.zero_grad()
         scale = len(batches) * self.topology.dp_size
 
         def scaled(micro: Microbatch, output: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -137,16 +147,16 @@ class Network:
         self.run(batches, scaled, forward_only=False, before_forward=before_forward)
         after_backward()
         progress.detail("optimizer")
-        rate = optimizers.learning_rate(self.optimizer)
+        rate = optimizers.learning_rate(optimizer)
         # Asked before the step: Megatron would step first and tell afterwards.
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
         if grad_norm == 0.0 or not math.isfinite(grad_norm):
             return StepResult(grad_norm, rate, False)
-        self.optimizer.step()
-        self.schedule.step(increment=1)
+        optimizer.step()
+        schedule.step(increment=1)
         return StepResult(grad_norm, rate, True)
 
     def from_last_stage(self, values: torch.Tensor | None, size: int) -> torch.Tensor:
-        """[size] fp64 of the last stage, on every stage. Only where no schedule is running."""
+        """Bring [size] fp64 of the last stage to every stage. Only where no schedule is running."""
         return from_last_stage(self.topology, values, size, next(self.models[0].parameters()).device).wait()

@@ -1,5 +1,7 @@
 """Megatron's Adam and learning-rate schedules."""
 
+from typing import Literal
+
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -10,7 +12,7 @@ from gspo_megatron.config import Layout, OptimizerConfig, WarmStartConfig
 
 
 def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Layout) -> MegatronOptimizer:
-    """Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
+    """Make Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
     model_config = chunks[0].config
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -33,16 +35,24 @@ def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Lay
 
 
 def rl_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up over warmup_steps, then constant."""
+    """Make a schedule that warms up linearly over warmup_steps and is then constant."""
     return _schedule(optimizer, config.lr, config.lr, config.warmup_steps, steps, config.weight_decay, "constant")
 
 
 def warm_start_schedule(optimizer: MegatronOptimizer, config: WarmStartConfig) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine down to min_lr."""
+    """Make a schedule that warms up linearly and then follows a cosine down to min_lr."""
     return _schedule(optimizer, config.lr, config.min_lr, config.warmup_steps, config.steps, 0.0, "cosine")
 
 
-def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -> OptimizerParamScheduler:
+def _schedule(
+    optimizer: MegatronOptimizer,
+    lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    steps: int,
+    weight_decay: float,
+    style: Literal["constant", "cosine"],
+) -> OptimizerParamScheduler:
     steps = max(steps, warmup_steps + 1)
     for group in optimizer.param_groups:
         # Megatron lets a group's own limits win over the schedule's.
@@ -68,5 +78,5 @@ def _schedule(optimizer, lr, min_lr, warmup_steps, steps, weight_decay, style) -
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate that the optimizer is set to: of the step just made, until the schedule moves on."""
+    """Return the rate that the optimizer is set to: of the step just made, until the schedule moves on."""
     return float(next(group["lr"] for group in optimizer.param_groups))

@@ -7,6 +7,7 @@ checkpoints, the critic (critic.py).
 from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from gspo_megatron.algorithms.interface import GlobalCounts, Loss, LossOutputs
 from gspo_megatron.backend.engine import optimizer as optimizers
@@ -16,13 +17,14 @@ from gspo_megatron.backend.engine.nonfinite_guard import NonfiniteGuard, describ
 from gspo_megatron.backend.engine.routing_watch import RoutingWatch
 from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import pipeline_broadcast
 from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, UpdateResult
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 
 
@@ -31,7 +33,7 @@ class Policy:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: ResolvedConfig,
         shape: ModelShape,
         topology: Topology,
         runtime: Runtime,
@@ -49,17 +51,17 @@ class Policy:
         self.guard = NonfiniteGuard(config.faults.max_skipped_updates, "policy")
 
     @property
-    def models(self) -> list[torch.nn.Module]:
+    def models(self) -> list[PackedModel]:
         """The chunks without their wrappers."""
         return self.network.models
 
     @property
-    def optimizer(self):
-        """Megatron's, None until start_optimizer."""
+    def optimizer(self) -> MegatronOptimizer | None:
+        """Megatron's optimizer; it is None until start_optimizer."""
         return self.network.optimizer
 
     def start_optimizer(self, warm_start: bool = False) -> None:
-        """A fresh Adam with the warm start's or RL's learning-rate schedule."""
+        """Make a fresh Adam with the warm start's or RL's learning-rate schedule."""
         config, network = self.config, self.network
         network.optimizer = network.schedule = None  # the old state must be gone before the new is made
         network.optimizer = optimizers.build(config.optimizer, network.chunks, self.topology, config.parallel)
@@ -86,7 +88,7 @@ class Policy:
             batch.ref_logprobs = logprobs
 
     def log_probs_along_old_routes(self, batches: Sequence[PackedBatch]) -> list[torch.Tensor | None]:
-        """log_probs with every token sent to the experts of its batch's old_routes."""
+        """Compute log_probs with every token sent to the experts of its batch's old_routes."""
         found = self.log_probs(batches, self.routing.before_fixed)
         self.routing.after_fixed()
         return found
@@ -95,7 +97,7 @@ class Policy:
     def log_probs(
         self, batches: Sequence[PackedBatch], before_forward: BeforeForward = nothing
     ) -> list[torch.Tensor | None]:
-        """[T] fp32 (fp64 of an fp64 model) of every batch, None on all stages but the last."""
+        """Compute [T] fp32 (fp64 of an fp64 model) of every batch; None on all stages but the last."""
         found: list[torch.Tensor | None] = [None] * len(batches)
 
         def keep(micro: Microbatch, output: torch.Tensor, non_loss_data: bool = False) -> None:
@@ -109,7 +111,7 @@ class Policy:
     def update(
         self, batches: Sequence[PackedBatch], loss: Loss, counts: GlobalCounts, step: int = 0, minibatch: int = 0
     ) -> UpdateResult:
-        """One optimizer step over the microbatches of this replica. A collective over all ranks.
+        """Make one optimizer step over the microbatches of this replica. A collective over all ranks.
 
         Where a log-prob, an advantage or the gradient is not finite, on any rank, nothing changes on all of them, and
         the result says so.
@@ -160,7 +162,7 @@ class Policy:
         return self.network.from_last_stage(values, size)
 
     def sums_by_sequence(self, batches: Sequence[PackedBatch], by_token: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """sum_t m_t x_t of every sequence, [sequences of all batches] fp64 on every stage; no gradient. A collective.
+        """Sum m_t x_t over each sequence: [sequences of all batches] fp64 on every stage; no gradient. A collective.
 
         Args:
             by_token: x [T] of a batch by its number, asked on the last stage alone: only there are log-probs. Under

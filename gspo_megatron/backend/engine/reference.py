@@ -4,7 +4,7 @@ One copy of this rank's shard is all it costs, in any layout, and the model is b
 host memory while a GPU trains.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ import torch
 class FrozenReference:
     """The weights of `models` (unwrapped chunks) as they are now."""
 
-    def __init__(self, models: list[torch.nn.Module]):
+    def __init__(self, models: Sequence[torch.nn.Module]):
         self.parameters = [p for model in models for p in model.parameters()]
         self.weights = [p.detach().clone() for p in self.parameters]
 

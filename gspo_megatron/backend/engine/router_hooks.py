@@ -8,6 +8,8 @@ changes; here a router asks the trace of the microbatch that is passing through,
 Left out: Transformer Engine's fused router (moe_router_fusion), which asks nobody.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
@@ -32,13 +34,13 @@ class RouterTap(RouterReplay):
         self.trace: RouteTrace | RolloutRecorder | None = None
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
-        """scores [R, E] -> (values, indices) [R, k] each, as Megatron's."""
+        """Choose as Megatron does, or as told: scores [R, E] -> (values, indices) [R, k] each."""
         compute_topk = default_compute_topk if self._untapped is None else self._untapped.choose
         values, own = compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         trace = self.trace
         if trace is None:
             return values, own
-        if trace.is_new(self.layer):
+        if isinstance(trace, RouteTrace) and trace.is_new(self.layer):
             trace.entropy[self.layer] = self._entropy(scores.detach(), trace.tokens.counted)
         told = trace.choose(self.layer, own)
         return (values, own) if told is None else (scores.gather(1, told), told)
@@ -55,7 +57,7 @@ class RouterTap(RouterReplay):
         return torch.special.entr(share).sum()
 
     def confirm(self, router: TopKRouter, inputs: tuple, output: tuple) -> None:
-        """A forward hook; output: (probs, routing_map [R, E] bool)."""
+        """Show the trace what the router gave. A forward hook; output: (probs, routing_map [R, E] bool)."""
         if self.trace is not None:
             self.trace.confirm(self.layer, output[1])
 
@@ -63,7 +65,7 @@ class RouterTap(RouterReplay):
 class RouterTaps:
     """The taps of all MoE layers of this rank."""
 
-    def __init__(self, chunks: list[torch.nn.Module], topology: Topology):
+    def __init__(self, chunks: Sequence[torch.nn.Module], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
         self._topology = topology
         self.layers: list[int] = []  # numbers, from 1 over all stages
@@ -84,7 +86,7 @@ class RouterTaps:
         self.layers.append(router.layer_number)
 
     def tokens(self, batch: PackedBatch, plan: PackedPlan) -> RoutedTokens:
-        """Those that this rank's routers see, in their order."""
+        """Return the tokens that this rank's routers see, in their order."""
         place = torch.arange(batch.num_tokens, device=batch.tokens.device) if plan.rows is None else plan.rows
         # Sequence parallelism cuts them over tensor ranks.
         place = place.tensor_split(self._topology.tp_size)[self._topology.tp_rank]

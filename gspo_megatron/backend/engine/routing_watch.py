@@ -5,12 +5,11 @@ Left out: the reference's and critic's, whose routing is always free. Generation
 (rollout/megatron_engine.py).
 """
 
-from collections.abc import Callable
-
-import torch
+from collections.abc import Callable, Sequence
 
 from gspo_megatron.backend.engine.network import Microbatch
 from gspo_megatron.backend.engine.router_hooks import RouterTaps
+from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch
@@ -25,9 +24,9 @@ MOST_DIFFERENT = 0.05
 
 
 class RoutingWatch:
-    """Of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
+    """Watches the routing of one Policy. Does nothing for a dense model, or where the recipe turns it off."""
 
-    def __init__(self, config: RoutingConfig, chunks: list[torch.nn.Module], topology: Topology):
+    def __init__(self, config: RoutingConfig, chunks: Sequence[PackedModel], topology: Topology):
         """chunks: unwrapped model chunks of this rank."""
         model = chunks[0].config
         self.config, self._is_on = config, bool(model.num_moe_experts) and config.statistics
@@ -44,7 +43,7 @@ class RoutingWatch:
         return self._is_on and self.config.replay == "R3"
 
     def before_old(self, work: list[Microbatch]) -> None:
-        """Network.run's `before_forward` for a pass of the old policy. With R3 a collective over all ranks."""
+        """Trace a pass of the old policy, as Network.run's `before_forward`. With R3 a collective over all ranks."""
         self._trace(work, self._rollout_routes if self.config.replay == "R3" else None, counts=False)
 
     def after_old(self) -> None:
@@ -55,11 +54,11 @@ class RoutingWatch:
             batch.old_routes = trace.routes()
 
     def before_update(self, work: list[Microbatch]) -> None:
-        """`before_forward` for an update. With replay a collective over all ranks."""
+        """Trace an update, as `before_forward`. With replay a collective over all ranks."""
         self._trace(work, _old_routes if self.config.replay != "none" else None)
 
     def before_fixed(self, work: list[Microbatch]) -> None:
-        """`before_forward` for a pass of the new policy along old routes, whatever the recipe says. A collective."""
+        """Trace a pass of the new policy along old routes, whatever the recipe says. A collective."""
         self._trace(work, _old_routes, counts=False)
 
     def after_fixed(self) -> None:
@@ -90,6 +89,8 @@ class RoutingWatch:
             trace_all()
 
     def _rollout_routes(self, batch: PackedBatch, tokens: RoutedTokens) -> Routes:
+        if batch.rollout_routes is None:
+            raise TrainingError("routing replay: a microbatch has no routes of its rollout to replay.")
         experts = zip(batch.rollout_layers, batch.rollout_routes, strict=True)
         return Routes(tokens, {layer: chosen[tokens.place] for layer, chosen in experts})
 

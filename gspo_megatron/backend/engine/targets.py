@@ -34,5 +34,5 @@ class Targets:
         return cls(index, real, own, total)
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
-        """[rows] -> [T], 0 where a token has no row here; differentiable."""
+        """Put rows in their tokens' places: [rows] -> [T], 0 where a token has no row here; differentiable."""
         return rows.new_zeros(self.num_tokens).index_add(0, self.index, torch.where(self.real, rows, 0.0))

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from gspo_megatron.backend.layers.latent_attention import Angles
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedPlan(PackedSeqParams):
     """Block-diagonal causal attention over S sequences packed into T tokens."""
 
-    num_sequences: int = 0
-    max_len: int = 0
-    padded_index: torch.Tensor | None = None  # [T] int64, sequence * max_len + position
+    num_sequences: int
+    max_len: int
+    padded_index: torch.Tensor  # [T] int64, sequence * max_len + position
     split: ContextSplit | None = None  # None: this rank feeds all tokens
     trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
     angles: "Angles | None" = None  # by token, for latent attention (latent_attention.py)
@@ -44,7 +44,7 @@ class PackedPlan(PackedSeqParams):
     def from_cu_seqlens(
         cls, cu_seqlens: torch.Tensor, qkv_format: str = "sbhd", cp_group: dist.ProcessGroup | None = None
     ) -> "PackedPlan":
-        """Plan for cu_seqlens [S+1] int32.
+        """Make the plan for cu_seqlens [S+1] int32.
 
         Args:
             cu_seqlens: bounds of the sequences with their padding; multiples of 2 CP under context parallelism.
@@ -74,13 +74,16 @@ class PackedPlan(PackedSeqParams):
 
     @property
     def rows(self) -> torch.Tensor | None:
-        """[T/CP] int64: places of the tokens that this rank feeds through the model; None: all of them."""
+        """Return places [T/CP] int64 of the tokens that this rank feeds through the model; None: all of them."""
         return None if self.split is None else self.split.rows
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
-        """query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    ) -> torch.Tensor:
+        """Attend: query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
-            return self.split.attend(query, *(self._pad(self.split.gather(x)) for x in (key, value)), softmax)
+            keys, values = self._pad(self.split.gather(key)), self._pad(self.split.gather(value))
+            return self.split.attend(query, keys, values, softmax)
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
         out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
         return self.flat(out.transpose(1, 2))
@@ -90,18 +93,18 @@ class PackedPlan(PackedSeqParams):
         return self.grid(x).transpose(1, 2)
 
     def grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, ...] -> [S, L, ...], each sequence filled up with zeros at its end."""
+        """Make one row a sequence, filled up with zeros at its end: [T, ...] -> [S, L, ...]."""
         padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
         padded = padded.index_copy(0, self.padded_index, x)
         return padded.view(self.num_sequences, self.max_len, *x.shape[1:])
 
     def flat(self, grid: torch.Tensor) -> torch.Tensor:
-        """The inverse of `grid`."""
+        """Undo `grid`."""
         return grid.flatten(0, 1)[self.padded_index]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[S] int64."""
+        """Return the tokens of each sequence, [S] int64."""
         return torch.diff(self.cu_seqlens_q).long()
 
 
@@ -116,7 +119,8 @@ class KeyValueCache:
 
     def of_layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
+            keys, values = (x.new_zeros(self.rows, self.max_len, *x.shape[1:]) for x in (key, value))
+            self.layers[layer] = (keys, values)
         return self.layers[layer]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -125,23 +129,26 @@ class KeyValueCache:
         self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CachePlan(PackedSeqParams):
     """Generation: the first `num_tokens` tokens of the batch are real, the rest is padding for sequence parallelism."""
 
-    cache: KeyValueCache | None = None
-    num_tokens: int = 0
-    positions: torch.Tensor | None = None  # [num_tokens] int64
+    cache: KeyValueCache
+    num_tokens: int
+    positions: torch.Tensor  # [num_tokens] int64
     rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
     angles: "Angles | None" = None
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax):
-        """query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
+    ) -> torch.Tensor:
+        """Attend: query [T, n, d], key [T, g, d], value [T, g, v] -> [T, n, v]; padding rows come back as zeros."""
         n = self.num_tokens
         cached_key, cached_value = self.cache.of_layer(layer, key, value)
         if self.prompt is not None:
+            assert self.rows is not None  # comes with the prompts
             positions = self.positions.unsqueeze(1)  # [n, 1], against rows [n, G]
             cached_key[self.rows, positions] = key[:n].unsqueeze(1)
             cached_value[self.rows, positions] = value[:n].unsqueeze(1)
@@ -165,7 +172,7 @@ class CachePlan(PackedSeqParams):
 def softmax_of(
     config: TransformerConfig, layer: int, sinks: torch.Tensor | None, scale: float | None = None
 ) -> Softmax:
-    """Of a layer (Megatron's number, from 1), from Megatron's fields."""
+    """Make a layer's Softmax (Megatron's number, from 1) from Megatron's fields."""
     if scale is None:
         scale = config.softmax_scale if config.softmax_scale is not None else config.kv_channels**-0.5
     is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer)
@@ -200,7 +207,7 @@ class SdpaCoreAttention(MegatronModule):
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
+        """Attend: query [T, 1, n, d], key and value [T, 1, g, d] -> [T, 1, n * d]."""
         form = softmax_of(self.config, self.layer_number, self.softmax_offset, self.softmax_scale)
         out = packed_seq_params.attend(self.layer_number, query.squeeze(1), key.squeeze(1), value.squeeze(1), form)
         return out.reshape(out.size(0), 1, -1)

@@ -35,7 +35,7 @@ class ContextSplit:
 
     @classmethod
     def zig_zag(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> "ContextSplit":
-        """cu_seqlens [S+1]: every sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
+        """Cut at cu_seqlens [S+1]: each sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
 
         Raises:
             ValueError: a length is no such multiple.
@@ -55,9 +55,10 @@ class ContextSplit:
         by_rank = torch.argsort(owner, stable=True)  # rows of rank 0, then of rank 1, ...
         rows = by_rank.view(size, -1)[rank]
         biggest = int(chunk.max())
-        numbers = (rank, 2 * size - 1 - rank)
-        late = (number[rows] >= size).long()
+        early, late = rank, 2 * size - 1 - rank  # numbers of this rank's chunks
+        is_late = (number[rows] >= size).long()
         place = position[rows] % chunk[sequence[rows]]
+        sizes, steps = chunk.unsqueeze(1), torch.arange(biggest, device=device)
         return cls(
             group=group,
             rank=rank,
@@ -66,18 +67,18 @@ class ContextSplit:
             max_chunk=biggest,
             rows=rows,
             gathered=torch.argsort(by_rank),
-            query_index=(late * lengths.numel() + sequence[rows]) * biggest + place,
+            query_index=(is_late * lengths.numel() + sequence[rows]) * biggest + place,
             # Padded queries have positions too, and see something: else their softmax is nan.
-            positions=tuple(n * chunk.unsqueeze(1) + torch.arange(biggest, device=device) for n in numbers),
-            visible=tuple((n + 1) * biggest for n in numbers),
+            positions=(early * sizes + steps, late * sizes + steps),
+            visible=((early + 1) * biggest, (late + 1) * biggest),
         )
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values of this rank's tokens [T/CP, g, d] -> of all tokens in their packed order [T, g, d]."""
+        """Gather keys or values: of this rank's tokens [T/CP, g, d] -> of all tokens in packed order [T, g, d]."""
         return _AllGather.apply(x, self.group)[self.gathered]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-        """query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
+        """Attend: query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
 
         Early and late chunks go apart: an early one needs the keys of the first chunks only.
         """

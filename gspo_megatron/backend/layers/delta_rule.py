@@ -32,11 +32,11 @@ def causal_convolution(
     joined = torch.cat([before, x], 1)
     length, wide = x.size(1), torch.promote_types(x.dtype, torch.float32)
     taps = (joined[:, tap : tap + length].to(wide) * weight[:, tap].to(wide) for tap in range(weight.size(1)))
-    return F.silu(sum(taps)).to(x.dtype), joined
+    return F.silu(sum(taps, torch.zeros((), dtype=wide))).to(x.dtype), joined
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """[..., d] -> the same, of length 1."""
+    """Scale vectors to length 1: [..., d] -> the same shape."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -48,7 +48,7 @@ def chunked(
     rate: torch.Tensor,
     memory: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L tokens of n sequences. A token with rate 0 and log-decay 0 leaves the memory alone.
+    """Go through L tokens of n sequences. A token with rate 0 and log-decay 0 leaves the memory alone.
 
     Args:
         query, key: [n, L, heads, k]. value: [n, L, heads, v]. All of one floating type, fp32 or wider.
@@ -96,7 +96,7 @@ def step(
     rate: torch.Tensor,
     memory: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of n sequences: the arguments of `chunked` without L."""
+    """Go through one token of n sequences: the arguments of `chunked` without L."""
     memory = log_decay.exp()[..., None, None] * memory
     u = rate.unsqueeze(-1) * (value - (key.unsqueeze(-2) @ memory).squeeze(-2))
     memory = memory + key.unsqueeze(-1) * u.unsqueeze(-2)

@@ -23,13 +23,13 @@ class RankedGroups(RouterReplay):
         self.best = best
 
     def get_replay_topk(self, scores, topk, num_groups=None, group_topk=None, default_compute_topk=None):
-        """scores [R, E] -> (values, indices) [R, k] each, as Megatron's."""
+        """Choose with groups ranked so: scores [R, E] -> (values, indices) [R, k] each, as Megatron's."""
         return self.choose(scores, topk, num_groups, group_topk)
 
     def choose(
         self, scores: torch.Tensor, topk: int, num_groups: int, group_topk: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Megatron's group_limited_topk, but for the rank of a group."""
+        """Choose as Megatron's group_limited_topk does, but for the rank of a group."""
         by_group = scores.view(len(scores), num_groups, -1)  # [R, G, E / G]
         rank = by_group.topk(self.best, dim=-1).values.sum(-1)  # [R, G]
         kept = torch.zeros_like(rank, dtype=torch.bool).scatter(1, rank.topk(group_topk, dim=-1).indices, True)

@@ -33,7 +33,7 @@ class PackedGatedDeltaNet(GatedDeltaNet):
     convolution [rows, K - 1, C] and the memory [rows, heads, k, v]."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, *, packed_seq_params, **kwargs):
-        """hidden_states [T (/ TP), 1, H] -> the same, and no bias."""
+        """Compute the layer: hidden_states [T (/ TP), 1, H] -> the same, and no bias."""
         plan = packed_seq_params
         projected, _ = self.in_proj(hidden_states)
         rows = (self.conv_dim, self.v_dim, self.num_value_heads, self.num_value_heads)
@@ -46,14 +46,17 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         out = self.out_norm(out.to(mixed.dtype)).to(wide) * F.silu(gate.to(wide))
         return self.out_proj(out.to(mixed.dtype).flatten(1).unsqueeze(1))
 
-    def _packed(self, plan: PackedPlan, tokens: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _packed(
+        self, plan: PackedPlan, tokens: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequences from their beginning: [T, heads, v], and what a cache holds behind the last token of each."""
         # Padding has rate and log-decay 0, so the memory is that of the last token.
         mixed, log_decay, rate = (plan.grid(x) for x in tokens)
         taps = self.conv_kernel_dim
         mixed, joined = self._convolve(mixed, mixed.new_zeros(mixed.size(0), taps - 1, mixed.size(2)))
         memory = rate.new_zeros(rate.size(0), rate.size(2), self.key_head_dim, self.value_head_dim)
-        out, memory = delta_rule.chunked(*self._heads(mixed, rate.dtype), log_decay, rate, memory)
+        query, key, value = self._heads(mixed, rate.dtype)
+        out, memory = delta_rule.chunked(query, key, value, log_decay, rate, memory)
         last = plan.lengths.unsqueeze(1) + torch.arange(taps - 1, device=mixed.device)  # of `joined`
         return plan.flat(out), joined[torch.arange(joined.size(0), device=mixed.device).unsqueeze(1), last], memory
 
@@ -62,16 +65,18 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         n, total, states = plan.num_tokens, tokens[0].size(0), plan.cache.layers
         mixed, log_decay, rate = (x[:n] for x in tokens)
         if plan.prompt is not None:
-            out, *behind = self._packed(plan.prompt, (mixed, log_decay, rate))
+            assert plan.rows is not None  # comes with the prompts
+            out, last, memory = self._packed(plan.prompt, (mixed, log_decay, rate))
             copies = plan.rows[plan.prompt.cu_seqlens_q[1:].long() - 1]  # [prompts, G] cache rows
-            states[self.layer_number] = tuple(self._copied(x, copies, plan.cache.rows) for x in behind)
+            last, memory = (self._copied(x, copies, plan.cache.rows) for x in (last, memory))
+            states[self.layer_number] = (last, memory)
         elif n == 0:  # every response here has finished, but other replicas still need this rank's experts
             out = rate.new_zeros(0, rate.size(1), self.value_head_dim)
         else:
             before, memory = states[self.layer_number]
             mixed, joined = self._convolve(mixed.unsqueeze(1), before)
-            heads = (x.squeeze(1) for x in self._heads(mixed, rate.dtype))
-            out, memory = delta_rule.step(*heads, log_decay, rate, memory)
+            query, key, value = (x.squeeze(1) for x in self._heads(mixed, rate.dtype))
+            out, memory = delta_rule.step(query, key, value, log_decay, rate, memory)
             states[self.layer_number] = (joined[:, 1:], memory)
         return F.pad(out, (0, 0, 0, 0, 0, total - n))
 
@@ -85,13 +90,13 @@ class PackedGatedDeltaNet(GatedDeltaNet):
     def _convolve(self, mixed: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return delta_rule.causal_convolution(mixed, self.conv1d.weight.squeeze(1), before)
 
-    def _heads(self, mixed: torch.Tensor, wide: torch.dtype) -> list[torch.Tensor]:
+    def _heads(self, mixed: torch.Tensor, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[n, L, C] -> query, key [n, L, heads, k], value [n, L, heads, v]; heads are those of the values."""
         keys, shared = self.qk_dim // self.tp_size, self.num_value_heads // self.num_key_heads
         query, key, value = mixed.to(wide).split((keys, keys, self.v_dim // self.tp_size), -1)
         query, key = (delta_rule.unit(x.unflatten(-1, (-1, self.key_head_dim))) for x in (query, key))
         query, key = (x.repeat_interleave(shared, dim=2) for x in (query * self.key_head_dim**-0.5, key))
-        return [query, key, value.unflatten(-1, (-1, self.value_head_dim))]
+        return query, key, value.unflatten(-1, (-1, self.value_head_dim))
 
 
 def place(
@@ -109,7 +114,7 @@ def place(
 
 
 def spec(use_te: bool) -> ModuleSpec:
-    """For Megatron's self_attention slot. (Transformer Engine's layers: not run by us yet, it needs a GPU.)"""
+    """Return what fills Megatron's self_attention slot. (Transformer Engine's: not run by us yet, it needs a GPU.)"""
     if use_te:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider as Provider
 

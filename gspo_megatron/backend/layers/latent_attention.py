@@ -19,10 +19,12 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend.layers.norms import RMSNorm
 from gspo_megatron.backend.layers.rotary import inverse_frequencies
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.rope_scaling import Yarn
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps says
 
@@ -35,7 +37,7 @@ class Angles:
     sin: torch.Tensor
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, 1, heads, d], pairs of neighbours -> the same, first members before second ones.
+        """Rotate pairs of neighbours: [T, 1, heads, d] -> the same, first members before second ones.
 
         Queries and keys are both permuted so, which their products do not see.
         """
@@ -48,21 +50,21 @@ class AngleTable:
     """Angles by position, for the rotated part of a latent-attention head."""
 
     def __init__(self, architecture: Architecture, device: torch.device):
-        frequencies, yarn = inverse_frequencies(architecture), architecture.rope_scaling
-        factor = yarn.attention_factor if yarn else 1.0
+        frequencies, scaling = inverse_frequencies(architecture), architecture.rope_scaling
+        factor = scaling.attention_factor if isinstance(scaling, Yarn) else 1.0  # these families have no other
         positions = torch.arange(architecture.max_position_embeddings, device=device, dtype=torch.float32)
         angles = torch.outer(positions, frequencies.to(device))  # [max_len, d / 2]
         self._cos, self._sin = angles.cos() * factor, angles.sin() * factor
 
     def at(self, positions: torch.Tensor) -> Angles:
-        """positions: [T] int64."""
+        """Look up the angles of positions [T] int64."""
         return Angles(self._cos[positions], self._sin[positions])
 
 
 class LatentNorm(RMSNorm):
     """RMSNorm of a latent."""
 
-    def __init__(self, config, hidden_size: int, eps: float, **kwargs):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs):
         super().__init__(config, hidden_size, LATENT_EPS)
 
 
@@ -79,7 +81,7 @@ class PackedLatentAttention(MLASelfAttention):
         *,
         inference_params=None,
     ):
-        """hidden_states [T (/ TP), 1, H] -> query, key [T, 1, n, nope + rope], value [T, 1, n, v], and the latents."""
+        """Project [T (/ TP), 1, H] -> query, key [T, 1, n, nope + rope], value [T, 1, n, v], and the latents."""
         config, angles = self.config, packed_seq_params.angles
         nope, rope = config.qk_head_dim, config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:

@@ -7,6 +7,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from gspo_megatron.backend.layers.parameter_marks import mark
+
 
 class RMSNorm(torch.nn.Module):
     """RMSNorm for the local spec; its weight says that it is shared by sequence-parallel ranks.
@@ -23,10 +25,10 @@ class RMSNorm(torch.nn.Module):
         self.zero_centred = config.layernorm_zero_centered_gamma if zero_centred is None else zero_centred
         start = torch.zeros if self.zero_centred else torch.ones
         self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> the same."""
+        """Normalise: [..., hidden_size] -> the same."""
         if not self.zero_centred:
             return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)  # 1 + weight would lose the weight's bits in bf16
@@ -60,11 +62,11 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.cuts = dist.get_world_size(self.group)
         self.weight = torch.nn.Parameter(torch.ones(self.size // self.cuts, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel = self.cuts > 1  # or its gradient's norm would be counted on rank 0 alone
-        self.weight.partition_dim, self.weight.partition_stride = 0, 1
+        # Not marked, its gradient's norm would be counted on rank 0 alone.
+        mark(self.weight, tensor_model_parallel=self.cuts > 1, partition_dim=0, partition_stride=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, 1, heads / TP, hidden_size] -> the same."""
+        """Normalise: [tokens, 1, heads / TP, hidden_size] -> the same."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = wide.square().sum((-2, -1), keepdim=True)
         if self.cuts > 1:

@@ -14,7 +14,7 @@ from gspo_megatron.models.rope_scaling import Linear, Llama3, Yarn
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
-    """[d / 2] fp32, radians a position, of the part of each head that is rotated."""
+    """Return [d / 2] fp32, radians a position, of the part of each head that is rotated."""
     latent = architecture.latent
     dim = latent.qk_rope_head_dim if latent else int(architecture.head_dim * architecture.rotary_share)
     plain = 1.0 / architecture.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -20,18 +20,18 @@ class Softmax:
     sinks: torch.Tensor | None = None  # [n], logits (not scaled)
 
     def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [S, n, L, d], key [S, g, L, d], value [S, g, L, v], all from position 0 -> [S, n, L, v]."""
+        """Attend, all from position 0: query [S, n, L, d], key [S, g, L, d], value [S, g, L, v] -> [S, n, L, v]."""
         length = query.size(2)
         if self.window is not None and self.window < length:
             return self.at(torch.arange(length, device=query.device)[None], query, key, value)
         if self.sinks is None:
             return self._attend(query, key, value, is_causal=True)
-        query, key, value = self._with_sinks(query, key, value)
+        query, key, value = self._with_sinks(self.sinks, query, key, value)
         query = F.pad(query, (0, 0, 1, 0))  # a query for the sink's own place; its output is dropped
         return self._attend(query, key, value, is_causal=True)[:, :, 1:, :-1]
 
     def at(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Queries anywhere among the keys.
+        """Attend with queries anywhere among the keys.
 
         Args:
             positions: [S or 1, N] int64, of the queries.
@@ -49,16 +49,18 @@ class Softmax:
         mask = mask.unsqueeze(1)
         if self.sinks is None:
             return self._attend(query, key, value, attn_mask=mask)
-        query, key, value = self._with_sinks(query, key, value)
+        query, key, value = self._with_sinks(self.sinks, query, key, value)
         return self._attend(query, key, value, attn_mask=F.pad(mask, (1, 0), value=True))[..., :-1]
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, scale=self.scale, enable_gqa=True, **mask)
 
-    def _with_sinks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    def _with_sinks(
+        self, sinks: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> list[torch.Tensor]:
         """[S, n, N, d + 1], [S, g, 1 + K, d + 1], [S, g, 1 + K, v + 1]: every last dimension is the sinks' own."""
-        sinks = (self.sinks / self.scale).to(query.dtype).view(1, -1, 1, 1)
-        query = torch.cat([query, sinks.expand(*query.shape[:-1], 1)], -1)
+        logits = (sinks / self.scale).to(query.dtype).view(1, -1, 1, 1)
+        query = torch.cat([query, logits.expand(*query.shape[:-1], 1)], -1)
         key, value = (F.pad(x, (0, 1, 1, 0)) for x in (key, value))
         seen = torch.zeros_like(key[:1, :1])
         seen[..., 0, -1] = 1.0

@@ -6,6 +6,8 @@ one with attention and RMSNorm of our own. The Transformer Engine path has not b
 Left out: loading weights (hf/load.py), multi-token prediction.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -15,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -42,10 +45,9 @@ class PackedModel(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        plan = kwargs.get("packed_seq_params")
         if self.angle_table is not None:
-            plan.angles = self.angle_table.at(position_ids.view(-1))
-        elif self.rotary_by_token or isinstance(plan, CachePlan):
+            kwargs["packed_seq_params"].angles = self.angle_table.at(position_ids.view(-1))
+        elif self.rotary_by_token or isinstance(kwargs.get("packed_seq_params"), CachePlan):
             if self._angles is None:
                 self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
             out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
@@ -58,7 +60,7 @@ class PolicyModel(PackedModel):
     returns_hidden = False  # the last stage leaves the head to ops/linear_logprobs.py, see Policy
 
     def head_weight(self) -> torch.Tensor:
-        """[V / TP, H], this rank's rows of the LM head (of the embedding, where they are tied)."""
+        """Return [V / TP, H], this rank's rows of the LM head (of the embedding, where they are tied)."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
@@ -77,8 +79,10 @@ class PolicyModel(PackedModel):
         return F.linear(hidden_states.squeeze(1).to(dtype), self.head_weight().to(dtype))  # [T, V / TP]
 
 
-def layer_spec(config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None):
-    """Megatron's decoder block spec, with our attention and norm in the local one."""
+def layer_spec(
+    config: TransformerConfig, arch: Architecture, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return Megatron's decoder block spec, with our attention and norm in the local one."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
@@ -120,7 +124,7 @@ def _te_names(arch: Architecture, is_moe: bool) -> dict[str, str]:
     return found if is_moe else found | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def _te_attention_with_cache():
+def _te_attention_with_cache() -> type:
     """Transformer Engine's attention in training, our cache in generation. Not run by us yet: it needs a GPU."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -162,7 +166,7 @@ def build(
     dtype: torch.dtype | None = None,
     model_class: type[PackedModel] = PolicyModel,
 ) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
+    """Build the model chunks of this rank (one a virtual stage), initialised and wrapped for data parallelism.
 
     Args:
         seed: of the initial weights, which are the same in every layout; None: they are left unset, to be loaded.
@@ -197,7 +201,7 @@ def bare(
     dtype: torch.dtype | None = None,
     model_class: type[PackedModel] = PolicyModel,
 ) -> list[PackedModel]:
-    """The model chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
+    """Build the chunks of this rank without wrappers; matrices are allocated and not filled. Arguments as in build."""
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[model.params_dtype]
     # Transformer Engine's packed attention has no fp32 kernel.
     use_te = runtime.device.type == "cuda" and dtype is torch.bfloat16 and has_transformer_engine()
@@ -252,7 +256,8 @@ def _allow_expert_bias(gpt: PackedModel) -> None:
 
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:
-    """The model inside DDP and Float16Module."""
-    while not isinstance(chunk, PackedModel):
-        chunk = chunk.module
-    return chunk
+    """Return the model inside DDP and Float16Module."""
+    inner: Any = chunk  # Megatron's wrappers say nothing of their types
+    while not isinstance(inner, PackedModel):
+        inner = inner.module
+    return inner

@@ -9,14 +9,16 @@ Left out: Hugging Face names (models/table.py), and Megatron's checkpoints (they
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_megatron.backend.layers import parameter_marks
 from gspo_megatron.backend.layers.norms import AllHeadsRMSNorm
 from gspo_megatron.backend.parallel.topology import Topology
 
@@ -68,26 +70,31 @@ class FullParameter:
         return tuple(shape)
 
     def slice_of(self, full: torch.Tensor) -> torch.Tensor:
-        """This rank's piece of a tensor of the full shape."""
+        """Return this rank's piece of a tensor of the full shape."""
         if self.cut_dim is None or self.cuts == 1:
             return full
-        blocks = self._blocks(full)
+        blocks = _blocks(full, self.cut_dim, self.shares)
         return torch.cat([b.chunk(self.cuts, dim=self.cut_dim)[self.cut_rank] for b in blocks], dim=self.cut_dim)
 
     def join(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of slice_of, from the pieces of all cut ranks in order."""
-        if self.cut_dim is None or self.cuts == 1:
-            return pieces[0]
-        blocks = [self._blocks(piece) for piece in pieces]
-        return torch.cat([b[i] for i in range(len(self.shares)) for b in blocks], dim=self.cut_dim)
-
-    def _blocks(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        size, whole = tensor.size(self.cut_dim), sum(self.shares)
-        return tensor.split([size * share // whole for share in self.shares], dim=self.cut_dim)
+        """Undo slice_of, from the pieces of all cut ranks in order."""
+        return _join(pieces, self.cut_dim, self.shares)
 
 
-def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
-    """Every parameter of an unwrapped chunk (policy or critic), in Megatron's order.
+def _join(pieces: list[torch.Tensor], cut_dim: int | None, shares: tuple[int, ...]) -> torch.Tensor:
+    if cut_dim is None or len(pieces) == 1:
+        return pieces[0]
+    blocks = [_blocks(piece, cut_dim, shares) for piece in pieces]
+    return torch.cat([b[i] for i in range(len(shares)) for b in blocks], dim=cut_dim)
+
+
+def _blocks(tensor: torch.Tensor, dim: int, shares: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    size, whole = tensor.size(dim), sum(shares)
+    return tensor.split([size * share // whole for share in shares], dim=dim)
+
+
+def named(model: GPTModel, topology: Topology) -> Iterator[FullParameter]:
+    """Yield every parameter of an unwrapped chunk (policy or critic), in Megatron's order.
 
     A tied output layer on the last stage appears under the embedding's name: it is the same parameter.
     """
@@ -97,9 +104,10 @@ def named(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]
         cuts = topology.etp_size if is_expert else topology.tp_size
         cut_rank = topology.etp_rank if is_expert else topology.tp_rank
         # q_layernorm and a layer norm fused into a linear layer are whole on every rank.
-        cut_dim = CUT_DIM[module] if module and parameter.dim() > 1 else None
+        own_dim = CUT_DIM[module] if module else None
+        cut_dim = own_dim if parameter.dim() > 1 else None
         is_bias = parameter.dim() == 1 and BIAS.search(name) is not None
-        if name.rpartition(".")[2] in CUT_VECTORS or (is_bias and CUT_DIM.get(module) == 0):
+        if name.rpartition(".")[2] in CUT_VECTORS or (is_bias and own_dim == 0):
             cut_dim = 0
         if isinstance(model.get_submodule(name.rpartition(".")[0]), AllHeadsRMSNorm):
             cut_dim = 0
@@ -118,8 +126,8 @@ def _shares(module: str | None, config: TransformerConfig) -> tuple[int, ...]:
     return (keys, keys, values, values, heads, heads) if module == "in_proj" else (keys, keys, values)
 
 
-def router_biases(model: torch.nn.Module, topology: Topology) -> Iterator[FullParameter]:
-    """The corrections of sigmoid routers [experts] fp32: buffers that are frozen, but stored with the weights."""
+def router_biases(model: GPTModel, topology: Topology) -> Iterator[FullParameter]:
+    """Yield the corrections of sigmoid routers [experts] fp32: buffers that are frozen, but stored with the weights."""
     for name, module in model.named_modules():
         if isinstance(module, TopKRouter) and module.expert_bias is not None:
             module._maintain_float32_expert_bias()  # a model in bf16 has made it bf16
@@ -127,7 +135,7 @@ def router_biases(model: torch.nn.Module, topology: Topology) -> Iterator[FullPa
             yield FullParameter(full_name, module.expert_bias, None, 1, 0, (1,))
 
 
-def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
+def _global_name(name: str, model: GPTModel, topology: Topology) -> str:
     if layer := LAYER.match(name):
         number = model.decoder.layers[int(layer.group(1))].layer_number - 1
         name = f"decoder.layers.{number}.{name[layer.end() :]}"
@@ -135,35 +143,33 @@ def _global_name(name: str, model: torch.nn.Module, topology: Topology) -> str:
     if expert := EXPERT.search(name):
         name = f"{name[: expert.start()]}experts.{first_expert + int(expert.group(1))}.{expert.group(2)}"
     elif expert := GROUPED_EXPERT.search(name):
-        layer, kind, number = expert.groups()
-        name = f"{name[: expert.start()]}experts.{first_expert + int(number)}.{layer}.{kind}"
+        linear, kind, number = expert.groups()
+        name = f"{name[: expert.start()]}experts.{first_expert + int(number)}.{linear}.{kind}"
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         name = "embedding.word_embeddings.weight"
     return name
 
 
-def mark(model: torch.nn.Module, topology: Topology) -> None:
+def mark(model: GPTModel, topology: Topology) -> None:
     """Set what Megatron would set when it initialises: gradient norms, clipping and reduction rely on it."""
     for parameter in named(model, topology):
         local, is_expert = parameter.local, ".experts." in parameter.name
         if is_expert:
             # Megatron reduces experts over their own data-parallel group only if EP > 1; with EP 1 and expert tensor
             # size 1 under TP 2 it leaves the two replicas' gradients apart, silently.
-            local.allreduce = False
             # It also takes an expert's output bias for one that all tensor ranks share, and would add up what are
             # other experts' gradients.
-            local.sequence_parallel = False
+            parameter_marks.mark(local, allreduce=False, sequence_parallel=False)
         is_cut = parameter.cut_dim is not None
         if (local.dim() == 1 and not is_cut and not is_expert) or parameter.name.startswith("value_head."):
             continue
         # An expert that is whole on each tensor rank must be marked too, or only rank 0's experts count in the norm.
-        local.tensor_model_parallel = is_cut or is_expert
-        local.partition_dim = parameter.cut_dim if parameter.cut_dim is not None else -1
-        local.partition_stride = 1
+        dim = parameter.cut_dim if parameter.cut_dim is not None else -1
+        parameter_marks.mark(local, tensor_model_parallel=is_cut or is_expert, partition_dim=dim, partition_stride=1)
 
 
 @torch.no_grad()
-def initialize(model: torch.nn.Module, topology: Topology, seed: int, std: float) -> None:
+def initialize(model: GPTModel, topology: Topology, seed: int, std: float) -> None:
     """Fill a chunk with weights that depend on (seed, global name) alone: normal with `std`, the two projections
     back into the residual stream with std / sqrt(2 * layers) as in GPT-2; norms multiply by 1, biases, sinks and a
     value head are 0. Linear attention's decay rates are drawn from DECAY_RATES, its steps begin at softplus(1)."""
@@ -197,8 +203,12 @@ def _start(name: str, is_zero_centred: bool) -> float:
     return 0.0 if is_zero_centred and not name.endswith(".out_norm.weight") else 1.0
 
 
-def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda p: p.data) -> dict[str, torch.Tensor]:
-    """Full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
+def gather_full(
+    chunks: Sequence[GPTModel],
+    topology: Topology,
+    value: Callable[[torch.nn.Parameter], torch.Tensor] = lambda p: p.data,
+) -> dict[str, torch.Tensor]:
+    """Gather full tensors of all parameters, by global name, on every rank (small models only: tests and checks).
 
     Args:
         chunks: unwrapped chunks of this rank.
@@ -214,13 +224,13 @@ def gather_full(chunks: list[torch.nn.Module], topology: Topology, value=lambda 
     for name in sorted({n for pieces in everyone for n in pieces}):
         found = {pieces[name][0]: pieces[name] for pieces in everyone if name in pieces}
         _, cut_dim, cuts, shares, _ = next(iter(found.values()))
-        joiner = FullParameter(name, None, cut_dim, cuts, 0, shares)
-        full[name] = joiner.join([found[rank][4] for rank in (range(cuts) if cuts > 1 else [min(found)])])
+        pieces = [found[rank][4] for rank in (range(cuts) if cuts > 1 else [min(found)])]
+        full[name] = _join(pieces, cut_dim, shares)
     return full
 
 
 @torch.no_grad()
-def load_full(chunks: list[torch.nn.Module], topology: Topology, full: dict[str, torch.Tensor]) -> None:
+def load_full(chunks: Sequence[GPTModel], topology: Topology, full: dict[str, torch.Tensor]) -> None:
     """Fill the chunks from full tensors; every parameter must be there."""
     for chunk in chunks:
         for p in named(chunk, topology):

@@ -20,21 +20,21 @@ class ModelShape:
 
     @classmethod
     def load(cls, path: Path, tokenizer_size: int) -> "ModelShape":
-        """A model to be trained from random weights: its vocabulary is the tokenizer's, padded."""
+        """Describe a model to be trained from random weights: its vocabulary is the tokenizer's, padded."""
         hf = json.loads(Path(path).read_text())
         padded = -(-tokenizer_size // MAKE_VOCAB_SIZE_DIVISIBLE_BY) * MAKE_VOCAB_SIZE_DIVISIBLE_BY
         return cls(hf | {"vocab_size": padded}, padded)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelShape":
-        """A model whose weights are in a Hugging Face folder: its vocabulary is the embedding's, without padding,
-        because rows that the weights do not have would take a share of the softmax."""
+        """Describe a model whose weights are in a Hugging Face folder: its vocabulary is the embedding's, without
+        padding, because rows that the weights do not have would take a share of the softmax."""
         hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return cls(hf, hf["vocab_size"])
 
     @classmethod
     def of(cls, model: ModelConfig, tokenizer_size: int) -> "ModelShape":
-        """The model of a recipe.
+        """Describe the model of a recipe.
 
         Raises:
             ConfigError: the tokenizer of the folder to start from has ids that its embedding lacks.
@@ -56,5 +56,5 @@ class ModelShape:
         return architecture(self.hf | {"vocab_size": self.vocab_size})
 
     def num_parameters(self) -> int:
-        """Of the whole model, counted from the config."""
+        """Count the parameters of the whole model, from the config."""
         return self.architecture.num_parameters

@@ -17,7 +17,7 @@ from gspo_megatron.models.rope_scaling import Yarn
 def transformer_config(
     arch: Architecture, model: ModelConfig, topology: Topology, use_te: bool, dtype: torch.dtype
 ) -> TransformerConfig:
-    """TransformerConfig of an architecture, cut as the topology says."""
+    """Make the TransformerConfig of an architecture, cut as the topology says."""
     interleaved = topology.vp_size > 1
     kind = TransformerConfig if arch.latent is None else MLATransformerConfig
     return kind(
@@ -83,9 +83,10 @@ def transformer_config(
 def _latent_config(arch: Architecture) -> dict:
     """The part of MLATransformerConfig. The angles are ours (latent_attention.py); of YaRN, Megatron computes the scale
     of the softmax from these."""
-    latent, yarn = arch.latent, arch.rope_scaling
+    latent = arch.latent
     if latent is None:
         return {}
+    yarn = arch.rope_scaling if isinstance(arch.rope_scaling, Yarn) else None  # these families have no other
     return {
         "q_lora_rank": latent.q_lora_rank,
         "kv_lora_rank": latent.kv_lora_rank,

@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from gspo_megatron.backend.layers.parameter_marks import mark
 from gspo_megatron.backend.model.builder import PackedModel
 
 
@@ -21,11 +22,11 @@ class ValueHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         for parameter in self.parameters():
             # Under sequence parallelism each tensor rank sees its own rows, so Megatron must add up the gradients.
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden_size] -> [rows]; fp32 (fp64 in an fp64 model), which bf16 values would be too coarse for: with
-        three digits a value of 1 moves in steps of 0.008."""
+        """Compute values: [rows, hidden_size] -> [rows]; fp32 (fp64 in an fp64 model), because bf16 is too coarse for
+        them: with three digits a value of 1 moves in steps of 0.008."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         return F.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).squeeze(1)
 

@@ -19,7 +19,7 @@ def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = No
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block whose error on one rank is raised on all at its end. It has no collective of its own inside.
+    """Raise an error of the block on all ranks at its end. The block has no collective of its own inside.
 
     A defect keeps its trace on the rank that has it; the others raise LostRankError.
     """

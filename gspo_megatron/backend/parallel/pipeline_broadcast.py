@@ -25,7 +25,11 @@ HEADER = 4  # numbers before the table: step, minibatch, sequences, loss
 
 def from_last_stage(topology: Topology, values: torch.Tensor | None, size: int, device: torch.device) -> Pending:
     """Starts to bring `values` [size] fp64 of the last stage to every stage; see ops.collectives.publish."""
-    message = values.contiguous() if topology.is_last_stage else torch.empty(size, dtype=torch.float64, device=device)
+    if topology.is_last_stage:
+        assert values is not None
+        message = values.contiguous()
+    else:
+        message = torch.empty(size, dtype=torch.float64, device=device)
     if topology.pp_size == 1:
         return Ready(message)
     root = dist.get_group_rank(topology.publish_group, topology.stage_ranks[-1])

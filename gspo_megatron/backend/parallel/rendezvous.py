@@ -24,7 +24,7 @@ PAUSE = 0.05  # seconds between two looks
 
 
 def fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """The launcher's store behind a prefix that no earlier start has used.
+    """Return the launcher's store behind a prefix that no earlier start has used.
 
     Raises:
         LostRankError: some ranks did not come in time.
@@ -36,7 +36,7 @@ def fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def agree(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A prefix that is the same on all ranks which call this now."""
+    """Agree on a prefix that is the same on all ranks which call this now."""
     mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(_key(rank), mine)
     accepted = None

@@ -29,7 +29,7 @@ class Runtime:
 
 
 def has_transformer_engine() -> bool:
-    """Transformer Engine can be imported (it cannot without CUDA)."""
+    """Ask whether Transformer Engine can be imported (it cannot without CUDA)."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception:  # its import fails in many ways where CUDA libraries are missing

@@ -57,7 +57,7 @@ class Topology:
 
     @property
     def is_first_of_replica(self) -> bool:
-        """Of the ranks that hold one copy of the model; it scores."""
+        """This rank is the first of those that hold one copy of the model; it scores."""
         return dist.get_rank(self.model_parallel_group) == 0
 
     @property
@@ -108,7 +108,7 @@ class Topology:
         return " ".join(f"{name}{rank}" for name, (rank, size) in places.items() if size > 1 or name == "PP")
 
     def describe(self) -> str:
-        """For people: `tensor 2 (sequence parallel) x pipeline 2 x data 1, experts over 2`."""
+        """Describe the layout for people: `tensor 2 (sequence parallel) x pipeline 2 x data 1, experts over 2`."""
         tensor = f"tensor {self.tp_size}" + (" (sequence parallel)" if self.tp_size > 1 else "")
         pipeline = f"pipeline {self.pp_size}" + (f" x {self.vp_size} virtual" if self.vp_size > 1 else "")
         experts = f"experts over {self.ep_size}" + (f" x tensor {self.etp_size}" if self.etp_size > 1 else "")
@@ -179,7 +179,6 @@ def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     mine = dist.get_process_group_ranks(group)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    created = {tuple(ranks): None for ranks in everyone}
-    for ranks in sorted(created):
-        created[ranks] = dist.new_group(list(ranks), timeout=TIMEOUT)
+    order = sorted({tuple(ranks) for ranks in everyone})
+    created = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in order}
     return created[tuple(mine)]

@@ -35,7 +35,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def architecture(hf: dict, origin: str = "config.json") -> Architecture:
-    """What a Hugging Face config says.
+    """Read what a Hugging Face config says.
 
     Args:
         hf: the config.json as a dict.

@@ -30,7 +30,7 @@ MOE = (*ROUTER, rename(OURS + "mlp.router.expert_bias", THEIRS + "mlp.gate.e_sco
 
 
 def sigmoid_router(config: ConfigReader) -> dict:
-    """The fields of a sigmoid router with a correction bias, of GLM-4.5 and DeepSeek-V3."""
+    """Read the fields of a sigmoid router with a correction bias, of GLM-4.5 and DeepSeek-V3."""
     chosen = config.size("num_experts_per_tok")
     groups, top_groups = config.get("n_group", 1), config.get("topk_group", 1)
     config.require(
