@@ -152,7 +152,7 @@ def to_hugging_face(
                 if dist.get_rank() == 0:
                     export.write_companions(writer.add, shape.hf, specs[0].dtype, [side])
                     writer.add(FILE, content(found))
-                    writer.publish()
+                    writer.make_visible()
     return padding
 
 
@@ -245,16 +245,16 @@ def whole_model(
     is_ours = not dist.is_initialized()
     gc.freeze()  # what the imports have made is no garbage,
     gc.disable()  # and neither is what planning makes; looking for some took a tenth of the time
-    runtime = runtimes.start("cpu", is_alone, PATIENCE)
-    topology = topologies.start(ONE, seed=0)
+    runtime = runtimes.init_process_group("cpu", is_alone, PATIENCE)
+    topology = topologies.initialize_model_parallel(ONE, seed=0)
     try:
         yield model_builder.bare(shape, ModelConfig(), topology, runtime, dtype)[0], topology
     finally:
         gc.enable()
         gc.unfreeze()
-        topologies.stop()
+        topologies.destroy_model_parallel()
         if is_ours:
-            runtimes.stop()
+            runtimes.destroy_process_group()
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class SafetensorsWriter:
         with reported(self.folder):
             self._files.finish()
 
-    def publish(self) -> None:
+    def make_visible(self) -> None:
         """Give the folder its name, once every process has completed. Raises ConversionError where that fails."""
         with reported(self.folder):
             os.rename(self.unfinished, self.folder)
@@ -162,7 +162,7 @@ class SafetensorsWriter:
     def finish(self) -> None:
         """Complete and publish, for one process."""
         self.complete()
-        self.publish()
+        self.make_visible()
 
     def abandon(self) -> None:
         """Close and, if this process made the folder, remove what there is."""

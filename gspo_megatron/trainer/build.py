@@ -37,8 +37,8 @@ TOKENIZER_EXAMPLES_PER_TASK = 400
 
 def build_run(config: ResolvedConfig) -> Run:
     """Process groups, data, model and run folder."""
-    runtime = runtimes.start(config.device)
-    topology = topologies.start(config.parallel, config.seed)
+    runtime = runtimes.init_process_group(config.device)
+    topology = topologies.initialize_model_parallel(config.parallel, config.seed)
     plan, lock = _plan(config, runtime)
     folder = plan.folder
     checkpoint, resumed, notes = _intact(plan)
@@ -95,8 +95,8 @@ def build_policy(
 def close_run(run: Run) -> None:
     """Close files and leave the process groups."""
     run.reporter.close()
-    topologies.stop()
-    runtimes.stop()
+    topologies.destroy_model_parallel()
+    runtimes.destroy_process_group()
 
 
 def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | None]:

@@ -24,8 +24,8 @@ def small_config(layout: Layout, **changes) -> TrainConfig:
 def small_policy(layout: Layout, dtype: torch.dtype | None = None, **changes) -> Policy:
     """A Policy of the example model in this process group, weights three times the usual size so that routing and
     attention are far from uniform."""
-    started = runtime.start("cpu")
-    cut = topology.start(layout, seed=1)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(layout, seed=1)
     policy = Policy(small_config(layout, **changes), ModelShape.load(CONFIG_PATH, VOCAB), cut, started, dtype)
     with torch.no_grad():
         for model in policy.models:
@@ -41,7 +41,7 @@ def in_layouts(rank: int, world_size: int, layouts: dict[str, Layout], fn, *args
     results = {}
     for name, layout in layouts.items():
         results[name] = fn(layout, *args)
-        topology.stop()
+        topology.destroy_model_parallel()
     return results
 
 

@@ -101,7 +101,7 @@ def measured(rank: int, world_size: int) -> dict:
     from gspo_megatron.backend.parallel import runtime
     from gspo_megatron.trainer.diagnostics import noise_floor
 
-    runtime.stop = lambda: None  # the ranks' process group is used twice
+    runtime.destroy_process_group = lambda: None  # the ranks' process group is used twice
     floors = {}
     for dtype in ("fp32", "bf16"):
         config = load_recipe([RECIPE, *SMALL, "--model.params-dtype", dtype, "--model.moe-aux-loss-coeff", "0.01"])

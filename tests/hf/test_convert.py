@@ -104,7 +104,7 @@ def in_another_layout(rank: int, world_size: int, folder: Path) -> dict[str, flo
         shape = ModelShape.of_folder(folder / name)
         if not shape.architecture.num_experts:
             layout = replace(layout, expert_model_parallel_size=1)
-        started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+        started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
         config = replace(TrainConfig(), parallel=layout, model=ModelConfig(hf_config=folder / name / "config.json"))
         policy = Policy(config, shape, cut, started)
         sharded.load_weights(policy.network, folder / f"{name}.megatron")
@@ -116,7 +116,7 @@ def in_another_layout(rank: int, world_size: int, folder: Path) -> dict[str, flo
             reference=FrozenReference(policy.models),
             add=lambda unfinished, hf=shape.hf: write_side(unfinished, hf, [], torch.float32),
         )
-        topology.stop()
+        topology.destroy_model_parallel()
     return errors
 
 

@@ -40,8 +40,8 @@ def broken(folder: Path) -> dict[str, Path]:
 
 
 def attempts(rank: int, world_size: int, folders: dict[str, Path]) -> dict[str, str]:
-    started = runtime.start("cpu")
-    cut = topology.start(PP2, seed=1)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(PP2, seed=1)
     shape = ModelShape.of_folder(folders["whole"])
     models = [unwrap(c) for c in model_builder.build(shape, ModelConfig(), cut, started, None, False)]
     arch, said = shape.architecture, {}

@@ -46,7 +46,7 @@ def converted(layout: Layout, folder: Path, family: str) -> dict[str, torch.Tens
     import mbridge  # noqa: F401  after Megatron's CPU shim; fills the registry
     from mbridge.core.bridge import _MODEL_REGISTRY
 
-    started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+    started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
     shape = ModelShape.of_folder(folder)
     arch = shape.architecture
     policy = build_policy(TrainConfig(parallel=layout, model=ModelConfig(load_hf=folder)), shape, cut, started)

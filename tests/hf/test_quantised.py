@@ -140,7 +140,7 @@ def test_parts_of_blocks_are_read(tmp_path):
 
 
 def weights(layout: Layout, folder: Path) -> dict[str, torch.Tensor]:
-    started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+    started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
     model = ModelConfig(load_hf=folder, load_hf_drop_mtp=True, params_dtype="bf16")
     policy = build_policy(TrainConfig(parallel=layout, model=model), ModelShape.of_folder(folder), cut, started)
     return parameters.gather_full(policy.models, cut)

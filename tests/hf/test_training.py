@@ -56,13 +56,13 @@ def gradients(rank: int, world_size: int, folder: Path, layouts: list[Layout]) -
         for number, layout in enumerate(layouts):
             is_dense = layout == MIXED and name == "llama"
             found[name, number] = one_gradient(folder / name, DENSE if is_dense else layout)
-            topology.stop()
+            topology.destroy_model_parallel()
     return found
 
 
 def one_gradient(folder: Path, layout: Layout) -> tuple[float, dict[Piece, torch.Tensor]]:
-    started = runtime.start("cpu")
-    cut = topology.start(layout, seed=1)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(layout, seed=1)
     shape = ModelShape.of_folder(folder)
     config = replace(TrainConfig(), parallel=layout, model=ModelConfig(load_hf=folder))
     policy = build_policy(config, shape, cut, started, torch.float64)

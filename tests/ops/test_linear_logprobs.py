@@ -205,7 +205,7 @@ def in_regions(rank, world_size):
     from gspo_megatron.backend.parallel import topology
     from gspo_megatron.config import Layout
 
-    cut = topology.start(Layout(world_size, 1, None, 1, 1), seed=1)
+    cut = topology.initialize_model_parallel(Layout(world_size, 1, None, 1, 1), seed=1)
     hidden, weight, targets, by_logprobs, by_entropy = batch()
     regions = {
         "sequence": (tensor_parallel.gather_from_sequence_parallel_region, hidden.chunk(world_size)[rank]),
@@ -223,7 +223,7 @@ def in_regions(rank, world_size):
             loss = (logprobs * by_logprobs + entropy * by_entropy).sum()
             by_hidden, by_shard = torch.autograd.grad(loss, (leaf, shard))
         out[name] = [logprobs.detach(), entropy.detach(), by_hidden.squeeze(1), by_shard, calls]
-    topology.stop()
+    topology.destroy_model_parallel()
     return out
 
 

@@ -138,7 +138,7 @@ def everywhere(rank: int, world_size: int) -> dict:
             **updates(policy, mine, is_bad),
             "health": warned(policy, mine),
         }
-        topology.stop()
+        topology.destroy_model_parallel()
     return results
 
 

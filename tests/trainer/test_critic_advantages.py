@@ -162,8 +162,8 @@ def test_metrics_cover_the_minibatches_so_far(results, layout):
 
 def context_parallel(rank: int) -> dict:
     """Two ranks stand for context-parallel ones, and each knows the vectors at every other token alone."""
-    runtime.start("cpu")
-    cut = topologies.start(SINGLE, seed=1)
+    runtime.init_process_group("cpu")
+    cut = topologies.initialize_model_parallel(SINGLE, seed=1)
     cut = dataclasses.replace(cut, cp_size=2, cp_group=dist.group.WORLD)
     whole = torch.tensor([[0.0, 1, 2, 3], [0.0, -1, -2, -3], [0.0, -1.5, -1, -3.5]])
     own = torch.where(torch.arange(4) % 2 == rank, whole, 0.0)

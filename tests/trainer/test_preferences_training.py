@@ -83,7 +83,7 @@ def in_layouts(rank: int, world_size: int, path: Path) -> dict:
         found[name] = packed(run) | {"moved": evaluation_at_moved_weights(run), "folder": run.folder}
         dpo.train_preferences(run, dpo.encode_pairs(run))
         run.reporter.close()
-        topology.stop()
+        topology.destroy_model_parallel()
     return found
 
 

@@ -94,7 +94,7 @@ def train_once(config: TrainConfig, end: tuple[str, int] | None = None) -> dict:
         run.reporter.close()
         if run.lock:
             run.lock.close()
-        topology.stop()
+        topology.destroy_model_parallel()
     return {"weights": weights, "folder": run.folder}
 
 

@@ -116,8 +116,8 @@ def write_random(folder: Path, config: dict) -> int:
     # isort: split
     import torch
 
-    started = runtime.start("cpu")
-    cut = topology.start(Layout(1, 1, None, 1, 1), seed=0)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(Layout(1, 1, None, 1, 1), seed=0)
     shape = ModelShape(config, config["vocab_size"])
     bare = builder.bare(shape, ModelConfig(), cut, started, torch.bfloat16)[0]
     entries = table.entries(shape.architecture)
@@ -129,8 +129,8 @@ def write_random(folder: Path, config: dict) -> int:
             spec = next(s for s in specs if s.name == pieces[0].tensor)
             writer.write(pieces[0], torch.randn(spec.shape).bfloat16())
         writer.finish()
-    topology.stop()
-    runtime.stop()
+    topology.destroy_model_parallel()
+    runtime.destroy_process_group()
     return sum(spec.size for spec in specs)
 
 

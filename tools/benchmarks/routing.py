@@ -101,7 +101,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
         for name in names:
             own.wrap(getattr(importlib.import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2]), name)
     layout = resolve_layout(config, world_size, has_cuda=False)
-    started, cut = runtime.start("cpu"), topology.start(layout, config.seed)
+    started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, config.seed)
     shape = ModelShape.load(config.model.hf_config, config.data.vocab_size)
     policies = {
         name: Policy(replace(config, parallel=layout, routing=routing), shape, cut, started)
@@ -140,7 +140,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
             dist.barrier()
             if turn:  # the first one warms up
                 times[name].append((time.perf_counter() - began, worked, own.seconds))
-    topology.stop()
+    topology.destroy_model_parallel()
     return times
 
 

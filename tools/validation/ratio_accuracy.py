@@ -243,11 +243,11 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, torch.Tensor
     from gspo_megatron.backend.parallel import runtime, topology
     from gspo_megatron.config import Layout
 
-    started = runtime.start("cpu")
-    cut = topology.start(Layout(1, 1, None, 1, 1), args.seed)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(Layout(1, 1, None, 1, 1), args.seed)
     rows, truth = head_rows(args)
     body, body_truth = body_rows(args, started, cut)
-    topology.stop()
+    topology.destroy_model_parallel()
     return rows + body, {"head": truth, "body": body_truth}
 
 
@@ -266,5 +266,5 @@ if __name__ == "__main__":
     status = main()
     from gspo_megatron.backend.parallel import runtime
 
-    runtime.stop()
+    runtime.destroy_process_group()
     sys.exit(status)

@@ -194,13 +194,13 @@ def round_trip(
     A dense model takes a layout without its expert sizes, and experts with biases are not cut. `keep` leaves the export
     beside the source, as NAME.out.
     """
-    runtime = runtimes.start("cpu")
+    runtime = runtimes.init_process_group("cpu")
     shape = ModelShape.of_folder(source)
     if not shape.architecture.num_experts:
         layout = replace(layout, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     if shape.architecture.linear_bias:
         layout = replace(layout, expert_tensor_parallel_size=1)
-    topology = topologies.start(layout, seed=1)
+    topology = topologies.initialize_model_parallel(layout, seed=1)
     model = ModelConfig(params_dtype=params_dtype)
     chunks = model_builder.build(shape, model, topology, runtime, None, use_distributed_optimizer=False)
     network = Network(chunks, topology)
@@ -215,7 +215,7 @@ def round_trip(
         if not keep:
             shutil.rmtree(target)
     dist.broadcast_object_list(outcome, src=0)
-    topologies.stop()
+    topologies.destroy_model_parallel()
     return outcome[0]
 
 
@@ -255,7 +255,7 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
 def main(folder: Path) -> None:
     """One rank of tools/validation/conversion_matrix.py: every model of the folder in every layout, a line of JSON
     each."""
-    started = runtimes.start("cpu")
+    started = runtimes.init_process_group("cpu")
     with (folder / "results.jsonl").open("a") as lines:
         for name in TINY:
             for label, layout in LAYOUTS.items():
@@ -264,7 +264,7 @@ def main(folder: Path) -> None:
                     row = {"model": name, "layout": label} | asdict(outcome)
                     print(json.dumps(row), file=lines, flush=True)
     dist.barrier()  # a rank that leaves early closes connections which others still read from
-    runtimes.stop()
+    runtimes.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def unfinished(folder: Path) -> Path:
     return folder.with_name(folder.name + ".unfinished")
 
 
-def publish(folder: Path, known: dict[str, Digest]) -> None:
+def make_visible(folder: Path, known: dict[str, Digest]) -> None:
     """Write the manifest and give the checkpoint its name, in place of what may have it. On rank 0.
 
     Args:

@@ -161,7 +161,7 @@ class Saver:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, job.digests)
         known = {name: digest for part in everyone for name, digest in part.items()}
-        _on_main(lambda: files.publish(job.folder, known))
+        _on_main(lambda: files.make_visible(job.folder, known))
         return job.folder
 
 

@@ -19,7 +19,6 @@ from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.shape import ModelShape
-from gspo_megatron.backend.parallel import pipeline_broadcast
 from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
@@ -144,7 +143,9 @@ class Policy:
         def after_backward() -> None:
             ordered = [outputs[number] for number in sorted(outputs)]
             rows = sum(batch.num_sequences for batch in batches)
-            pending.append(pipeline_broadcast.start(self.topology, ordered, rows, step, minibatch, self.device))
+            pending.append(
+                pipeline_broadcast.publish_results(self.topology, ordered, rows, step, minibatch, self.device)
+            )
 
         with self.head.hidden_states():
             done = self.network.step(batches, loss_fn, after_backward, before_forward=self.routing.before_update)

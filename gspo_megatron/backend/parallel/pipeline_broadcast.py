@@ -64,7 +64,7 @@ class PendingStats:
         return SequenceStats(step, minibatch, float(message[HEADER - 1]), SequenceTable(table))
 
 
-def start(
+def publish_results(
     topology: Topology, outputs: Sequence[LossOutputs], rows: int, step: int, minibatch: int, device: torch.device
 ) -> PendingStats:
     """Starts to publish one optimizer step's results. A collective over the stages, called once the schedule is done.

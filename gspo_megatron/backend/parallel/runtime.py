@@ -40,7 +40,7 @@ def has_transformer_engine() -> bool:
 TIMEOUT = timedelta(minutes=10)  # of every process group: a collective that waits longer ends its rank with an error
 
 
-def start(device: str = "auto", is_alone: bool = False, timeout: timedelta = TIMEOUT) -> Runtime:
+def init_process_group(device: str = "auto", is_alone: bool = False, timeout: timedelta = TIMEOUT) -> Runtime:
     """Join the process group that torchrun describes in the environment (one rank alone needs none).
 
     Args:
@@ -75,7 +75,7 @@ def start(device: str = "auto", is_alone: bool = False, timeout: timedelta = TIM
     return Runtime(dist.get_rank(), dist.get_world_size(), torch_device, backend, kernels)
 
 
-def stop() -> None:
+def destroy_process_group() -> None:
     """Leave the process group; without it a Gloo worker sometimes aborts at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -116,7 +116,7 @@ class Topology:
         return f"{tensor}{context} x {pipeline} x data {self.dp_size}, {experts}"
 
 
-def start(layout: Layout, seed: int) -> Topology:
+def initialize_model_parallel(layout: Layout, seed: int) -> Topology:
     """Build Megatron's process groups for a resolved layout and seed its RNG trackers.
 
     Args:
@@ -164,7 +164,7 @@ def start(layout: Layout, seed: int) -> Topology:
     )
 
 
-def stop() -> None:
+def destroy_model_parallel() -> None:
     """Leave all process groups but the default one. Megatron only forgets its own, and Gloo keeps threads for each
     until it is destroyed: a process that goes through many layouts would drown in them."""
     parallel_state.destroy_model_parallel()

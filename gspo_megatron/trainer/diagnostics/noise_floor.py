@@ -76,8 +76,8 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     model = replace(config.model, moe_aux_loss_coeff=0.0)
     # Nor is replay: it would hide what routes do, and another layout has none to replay.
     config = replace(config, model=model, routing=RoutingConfig(statistics=False)).resolved(layout)
-    runtime = runtimes.start(config.device)
-    topology = topologies.start(layout, config.seed)
+    runtime = runtimes.init_process_group(config.device)
+    topology = topologies.initialize_model_parallel(layout, config.seed)
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
     shape = ModelShape.of(config.model, len(tokenizer))
@@ -92,9 +92,9 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     rows, base = _same_layout(bench, policy)
     rows.append(_body(bench, policy))
     described = topology.describe()
-    topologies.stop()
+    topologies.destroy_model_parallel()
     rows.insert(3, _other_tensor_size(bench, described, base))
-    runtimes.stop()
+    runtimes.destroy_process_group()
     lengths = [sequence.response_length for sequence in bench.sequences]
     return NoiseFloor(
         rows,
@@ -224,10 +224,10 @@ def _other_tensor_size(bench: _Bench, described: str, base: torch.Tensor) -> Row
     other = tensor_counterpart(bench.config, layout, world_size)
     if isinstance(other, str):
         return Row("d", other)
-    topology = topologies.start(other, bench.config.seed)
+    topology = topologies.initialize_model_parallel(other, bench.config.seed)
     elsewhere = replace(bench, config=replace(bench.config, parallel=other))
     means = _means(elsewhere, _policy(elsewhere, topology))
-    topologies.stop()
+    topologies.destroy_model_parallel()
     return _row("d", f"{topology.describe()} instead of {described}", base - means)
 
 

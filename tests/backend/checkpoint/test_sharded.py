@@ -52,7 +52,7 @@ def moved(rank: int, world_size: int, folder: Path) -> tuple[torch.Tensor | None
                 parameter.mul_(1.1)  # what small_policy begins with must not pass for what was loaded
     saver.save({"": policy.network}, folder)
     saved = log_probs(policy)
-    topology.stop()
+    topology.destroy_model_parallel()
     layouts = {"TP1 x PP4 x EP1": Layout(1, 4, None, 1, 1), "EP4": Layout(1, 1, None, 4, 1)}
     return saved, in_layouts(rank, world_size, layouts, log_probs_of, folder)
 
@@ -72,14 +72,14 @@ def test_the_same_log_probs_under_another_layout(tmp_path):
 
 def save_and_load(rank: int, world_size: int, folder: Path) -> dict:
     saved = save(TP2_PP2_EP2, folder)
-    topology.stop()
+    topology.destroy_model_parallel()
     shared = Layout(2, 1, None, 2, 1, context_parallel_size=2)
     layouts = {"PP2xVP2": Layout(1, 2, 2, 1, 1), "DP4": SINGLE, "CP2xTP2-EP2": shared}
     loaded = in_layouts(rank, world_size, layouts, load, folder)
     save(shared, folder.parents[1] / "context" / "step_000001")
-    topology.stop()
+    topology.destroy_model_parallel()
     again = load(SINGLE, folder.parents[1] / "context" / "step_000001")
-    topology.stop()
+    topology.destroy_model_parallel()
     loaded["saved at CP2xTP2-EP2"] = again
     missing = small_policy(SINGLE)
     with pytest.raises(CheckpointError) as caught:

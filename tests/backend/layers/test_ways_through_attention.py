@@ -34,7 +34,7 @@ def prompts() -> list[Prompt]:
 
 def generate(layout: Layout) -> dict:
     """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
-    started, cut = runtime.start("cpu"), topology.start(layout, seed=1)
+    started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
     return {family: of_family(family, layout, cut, started) for family in FAMILIES if is_possible(family, layout)}
 
 

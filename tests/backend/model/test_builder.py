@@ -45,14 +45,14 @@ def all_variants(rank: int, world_size: int) -> dict[str, tuple]:
     results = {}
     for name, changes in VARIANTS.items():
         results[name] = packed_logits(changes)
-        topology.stop()
+        topology.destroy_model_parallel()
     return results
 
 
 def packed_logits(changes: dict) -> tuple[float, float, int, int]:
     """Largest difference to transformers' logits, the largest logit, and the parameters counted and real."""
-    started = runtime.start("cpu")
-    cut = topology.start(SINGLE, seed=1)
+    started = runtime.init_process_group("cpu")
+    cut = topology.initialize_model_parallel(SINGLE, seed=1)
     shape = ModelShape.load(CONFIG_PATH, 250)
     shape = replace(shape, hf=shape.hf | changes)
     policy = Policy(small_config(SINGLE), shape, cut, started)

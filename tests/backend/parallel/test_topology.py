@@ -14,10 +14,10 @@ def threads_after(rank: int, world_size: int, layouts: list[Layout]) -> list[int
     """Threads of this process after it has been through each layout."""
     counts = []
     for layout in layouts:
-        started = topology.start(layout, seed=1)
+        started = topology.initialize_model_parallel(layout, seed=1)
         dist.all_reduce(torch.ones(1), group=started.tp_group)  # Gloo starts some threads on first use
         del started
-        topology.stop()
+        topology.destroy_model_parallel()
         counts.append(len(os.listdir("/proc/self/task")))
     return counts
 

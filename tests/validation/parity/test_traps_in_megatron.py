@@ -134,7 +134,7 @@ def test_sizes_of_the_faults(accounts):
 
 def narrow_routing(rank: int, world_size: int) -> tuple[float, str]:
     """Two experts of layer 0 with the same router weights: whose token it is, rounding decides."""
-    cut = topology.start(BY_NAME["one rank"].parallel, seed=1)
+    cut = topology.initialize_model_parallel(BY_NAME["one rank"].parallel, seed=1)
     policy = run.build_policy(Case(BY_NAME["one rank"], dtype="fp64"), cut)
     weights = {p.name: p.local for p in parameters.named(policy.models[0], cut)}
     router = weights["decoder.layers.0.mlp.router.weight"]

@@ -70,7 +70,7 @@ def build_policy(case: Case, cut: topology.Topology) -> Policy:
         rollout=RolloutConfig(temperature=case.temperature),
         model=ModelConfig(recompute=case.recompute, logprob_chunk_tokens=CHUNK_TOKENS if case.chunked else 0),
     )
-    started = runtime.start("auto" if dist.get_backend() == "nccl" else "cpu")
+    started = runtime.init_process_group("auto" if dist.get_backend() == "nccl" else "cpu")
     policy = Policy(config, fixture.model_shape(case.tied), cut, started, DTYPES[case.dtype])
     fixture.vary_norms(policy.models, cut)
     return policy
@@ -90,13 +90,13 @@ def run_case(case: Case, truth: Truth, change: Callable[[Policy, list], None] | 
 def started(layout: NamedLayout) -> Iterator[topology.Topology]:
     """The layout's process groups. Gloo ends a group's threads when nothing refers to it any more, and models and
     optimizers are full of cycles that do: without a collection each layout would leave some hundred threads behind."""
-    cut = topology.start(layout.parallel, seed=fixture.SEED)
+    cut = topology.initialize_model_parallel(layout.parallel, seed=fixture.SEED)
     try:
         yield cut
     finally:
         del cut
         gc.collect()
-        topology.stop()
+        topology.destroy_model_parallel()
         gc.collect()
 
 

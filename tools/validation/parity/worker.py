@@ -34,7 +34,7 @@ def run_cases(
 
 
 def main(folder: Path) -> None:
-    started = runtime.start("cpu")
+    started = runtime.init_process_group("cpu")
     cases = torch.load(folder / "plan.pt", weights_only=False)
     stored = folder / "truths.pt"
     if not stored.exists():  # the first launch has one rank
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
 
         run_cases(cases, truths, done)
     dist.barrier()  # a rank that leaves early closes connections which others still read from
-    runtime.stop()
+    runtime.destroy_process_group()
 
 
 if __name__ == "__main__":
