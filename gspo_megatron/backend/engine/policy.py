@@ -143,9 +143,7 @@ class Policy:
         def after_backward() -> None:
             ordered = [outputs[number] for number in sorted(outputs)]
             rows = sum(batch.num_sequences for batch in batches)
-            pending.append(
-                pipeline_broadcast.publish_results(self.topology, ordered, rows, step, minibatch, self.device)
-            )
+            pending.append(publish_results(self.topology, ordered, rows, step, minibatch, self.device))
 
         with self.head.hidden_states():
             done = self.network.step(batches, loss_fn, after_backward, before_forward=self.routing.before_update)
