@@ -19,7 +19,7 @@ from gspo_megatron.backend.engine.targets import Targets
 from gspo_megatron.backend.model import builder as model_builder
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.shape import ModelShape
-from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats
+from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats, publish_results
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, UpdateResult
