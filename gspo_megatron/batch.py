@@ -6,11 +6,14 @@ log p(tokens[t] | tokens before t in the same sequence); the first token of a se
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
+
+Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns"]  # of a PackedBatch
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,25 @@ class PackedBatch:
     def max_seqlen(self) -> int:
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
+    @property
+    def sources(self) -> list[int]:
+        """Return source_index. Raise RuntimeError where nobody packed this batch."""
+        if self.source_index is None:
+            raise RuntimeError("a batch has no source_index: the packer gives it (data/packing.py)")
+        return self.source_index
+
+    def filled(self, name: Fillable) -> torch.Tensor:
+        """Return what a pass fills in, [T]. Raise RuntimeError where none has done so on this rank."""
+        values = getattr(self, name)
+        if values is None:
+            raise RuntimeError(f"a batch has no {name} yet: the pass that fills them in has not come by on this rank")
+        return values
+
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy with every tensor on `device`."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()
+        }
         return PackedBatch(**moved)
 
 
@@ -122,7 +141,7 @@ class Minibatch:
 
     def numbered(self) -> list[tuple[PackedBatch, list[int]]]:
         """Each batch with the numbers of its S responses."""
-        return [(batch, [self.responses[i] for i in batch.source_index]) for batch in self.batches]
+        return [(batch, [self.responses[i] for i in batch.sources]) for batch in self.batches]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from gspo_megatron.cli.launch import QUIET_TORCHRUN, become_ranks, layout_of
@@ -152,7 +152,7 @@ def report(diagnosis: Diagnosis, options: Options, console: Console | None = Non
 
 def _table(diagnosis: Diagnosis) -> Table:
     table = Table()
-    for title, justify in (
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
         ("", "left"),
         ("compared", "left"),
         ("rms", "right"),
@@ -161,7 +161,8 @@ def _table(diagnosis: Diagnosis) -> Table:
         ("rms/eps", "right"),
         ("this recipe", "left"),
         ("verdict", "left"),
-    ):
+    )
+    for title, justify in columns:
         table.add_column(title, justify=justify, no_wrap=title not in ("compared", "verdict"))
     for row in diagnosis.measured.rows:
         use = "relies on it" if row.key in diagnosis.relied_on else "for information"

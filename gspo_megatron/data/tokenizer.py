@@ -127,9 +127,12 @@ def _repeated(texts: list[str], enough: float) -> tuple[Counter, Counter]:
         for length in range(min(CONTEXT_LENGTHS), max(CONTEXT_LENGTHS) + 2):
             counts.update(pieces[i : i + length] for i in range(len(pieces) - length + 1))
 
-    segments, choices = Counter(), Counter()
+    segments: Counter[str] = Counter()
+    choices: Counter[str] = Counter()
     for pieces in cut:
-        runs, words, run = set(), set(), ""
+        runs: set[str] = set()
+        words: set[str] = set()
+        run = ""
         for i in range(1, len(pieces)):
             sides = _certainty(counts, pieces, i, enough) if pieces[i] != STOP else [0.0]
             if (min(sides) if _is_short(pieces[i]) else max(sides)) >= FIXED:

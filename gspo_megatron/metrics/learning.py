@@ -106,7 +106,7 @@ def failures(report: LearningReport, min_rise: float = 0.20, max_control_rise: f
     if not report.control and report.rise < min_rise - TOLERANCE:
         found.append(f"{report.run}: rise {report.rise:.3f} {span} is below {min_rise:.3f}")
     first, last = report.reward_first, report.reward_last
-    if not report.control and first is not None and last <= first:
+    if not report.control and first is not None and last is not None and last <= first:
         found.append(f"{report.run}: mean reward fell from {first:.3f} in the first quarter to {last:.3f} in the last")
     return found
 

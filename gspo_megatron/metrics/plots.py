@@ -6,7 +6,7 @@ What a panel shows is in panels.py. Left out: comparisons of several runs.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 
 from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.record import RunRecord, load_record
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # of matplotlib 3.11 on
 
 # File name -> panels from top to bottom; those without data are left out.
 CHARTS: dict[str, tuple[str, ...]] = {
@@ -40,7 +43,7 @@ OVERVIEW = (
     "warm_start_loss",
     "warm_start_accuracy",
 )
-LOOK: dict[str, Any] = {
+LOOK: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",

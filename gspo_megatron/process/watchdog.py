@@ -78,14 +78,17 @@ class Watchdog:
         shortest = min(config.heartbeat_timeout, config.collective_timeout)
         self.pause = min(shortest / LOOKS, LONGEST_PAUSE)
         self._stopped = threading.Event()
-        self._main = threading.main_thread().ident
+        main = threading.main_thread().ident
+        assert main is not None  # it has started
+        self._main = main
         self._waits_in: str | None = None
         self._seconds = 0.0  # in the same place
         self._answered = 0  # times that the store did
         self._threads: list[threading.Thread] = []
         if config.heartbeat_timeout and self.world_size > 1:
             # A client of its own: the main thread's may block in a wait.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()  # type: ignore[attr-defined]  # torch's own stubs leave it out
             for target in (self._talk, self._look):
                 self._threads.append(threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True))
                 self._threads[-1].start()

@@ -13,11 +13,12 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import ConfigError
@@ -45,11 +46,12 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
     )
     model = dataclasses.replace(config.model, hf_config=_find(config.model.hf_config, path, "config.json"))
     if model.load_hf is not None:
-        found = _find(model.load_hf, path, "config.json")
-        model = dataclasses.replace(model, load_hf=found.parent if found.is_file() else found)
+        start = _find(model.load_hf, path, "config.json")
+        model = dataclasses.replace(model, load_hf=start.parent if start.is_file() else start)
     preference = config.algorithm.preference
-    found = {name: _find(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
-    algorithm = dataclasses.replace(config.algorithm, preference=dataclasses.replace(preference, **found))
+    pairs, held_out = (given and _find(given, path) for given in (preference.path, preference.eval_path))
+    preference = dataclasses.replace(preference, path=pairs, eval_path=held_out)
+    algorithm = dataclasses.replace(config.algorithm, preference=preference)
     return dataclasses.replace(config, model=model, algorithm=algorithm.resolved())
 
 
@@ -80,7 +82,7 @@ def _read(path: Path) -> TrainConfig:
         raise ConfigError("\n".join(_message(item, path) for item in error.errors(include_url=False))) from None
 
 
-def _message(item: dict[str, Any], path: Path) -> str:
+def _message(item: ErrorDetails, path: Path) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "dataclass_type":
         return f"{name} = {item['input']!r}: must be a table. Write {{}} for its defaults, in {path}."
@@ -113,7 +115,7 @@ def _field_names(kind: type, prefix: str = "") -> list[str]:
             continue
         names.append(f"{prefix}{name}")
         for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 star = "" if inner is hint else ".*"
                 names += _field_names(inner, f"{prefix}{name}{star}.")
     return names

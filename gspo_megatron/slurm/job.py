@@ -111,7 +111,10 @@ def check(job: Job, config: TrainConfig) -> None:
 
 def seconds(limit: str) -> int:
     """Of Slurm's [days-][hours:]minutes:seconds."""
-    days, hours, minutes, rest = (int(part or 0) for part in TIME.match(limit).groups())
+    found = TIME.match(limit)
+    if found is None:
+        raise ValueError(f"{limit!r} is not [days-][hours:]minutes:seconds; check() refuses it")
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 

@@ -158,8 +158,13 @@ def _cell(results: list[RunResult], arm: str, lr: float, best: bool) -> Algorith
 
 def _conclude(best: list[AlgorithmCell], against: dict[str, Interval]) -> list[str]:
     """Only seeds that all reached count in the order: an algorithm that reached in some seeds alone is named apart."""
-    whole = sorted((c for c in best if c.reached == c.outcome.count), key=lambda c: c.tokens)
-    told = ", ".join(f"{c.arm} {c.steps:.0f} steps and {c.tokens / 1e3:.0f} thousand tokens" for c in whole)
+    whole = [
+        (c.arm, c.steps, c.tokens)
+        for c in best
+        if c.reached == c.outcome.count and c.steps is not None and c.tokens is not None
+    ]
+    whole.sort(key=lambda each: each[2])
+    told = ", ".join(f"{arm} {steps:.0f} steps and {tokens / 1e3:.0f} thousand tokens" for arm, steps, tokens in whole)
     partly = ", ".join(f"{c.arm} ({c.reached} of {c.outcome.count})" for c in best if c.reached < c.outcome.count)
     better = [arm for arm, found in against.items() if found.above_zero]
     worse = [arm for arm, found in against.items() if found.below_zero]

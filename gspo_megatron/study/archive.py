@@ -32,7 +32,11 @@ def pack(files: dict[str, bytes]) -> bytes:
 def unpack(packed: bytes) -> dict[str, bytes]:
     """What pack() was given. All of it is decompressed first, because tarfile would not miss the end of a cut file."""
     with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed)), mode="r:") as tar:
-        return {PurePosixPath(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+        return {
+            PurePosixPath(entry.name).name: file.read()
+            for entry in tar
+            if entry.isfile() and (file := tar.extractfile(entry))
+        }
 
 
 def read(folder: Path) -> dict[str, bytes]:

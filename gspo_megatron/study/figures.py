@@ -1,6 +1,8 @@
 """The pictures of a routing-replay report, drawn from the runs' rows. Colours mean arms, in all of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -183,7 +185,11 @@ def _forest(comparisons: Sequence[Comparison], title: str) -> Figure:
     ax.axvspan(-plan.EQUIVALENCE_MARGIN, plan.EQUIVALENCE_MARGIN, color=GREY, alpha=0.18, linewidth=0)
     ax.axvline(0, color=GREY, linewidth=1)
     for row, each in enumerate(comparisons):
-        look = {"color": BLUE, "alpha": 0.25 if each.reading == "floor" else 1.0, "solid_capstyle": "butt"}
+        look: dict[str, Any] = {
+            "color": BLUE,
+            "alpha": 0.25 if each.reading == "floor" else 1.0,
+            "solid_capstyle": "butt",
+        }
         ax.plot([each.difference.low, each.difference.high], [row, row], linewidth=1.2, **look)
         ax.plot([each.equivalence.low, each.equivalence.high], [row, row], linewidth=4.5, **look)
         ax.plot([each.equivalence.mean], [row], marker="D", markersize=6, markeredgecolor="white", **look)
@@ -204,9 +210,13 @@ def _clipping(results: list[RunResult], rates: list[float]) -> Figure:
         ("Responses", "Tokens"),
         strict=True,
     ):
-        _by_rate(ax, results, rates, lambda run, keys=keys: sum(100 * (run.mean(key) or 0.0) for key in keys))
+        _by_rate(ax, results, rates, partial(_clipped, keys))
         _finish(ax, f"{title} that lost gradient to the clip", "learning rate", "clipped (%)")
     return figure
+
+
+def _clipped(keys: Sequence[str], run: RunResult) -> float:
+    return sum(100 * (run.mean(key) or 0.0) for key in keys)
 
 
 def _by_rate(ax: Axes, results: list[RunResult], rates: Sequence[float], value: Callable[[RunResult], float]) -> None:

@@ -9,12 +9,15 @@ import dataclasses
 import itertools
 import statistics
 from dataclasses import dataclass
+from typing import TypeVar
 
 from gspo_megatron.metrics.record import series
 from gspo_megatron.study import plan
 from gspo_megatron.study.inference import Interval, interval, paired, read, together
 from gspo_megatron.study.results import RunResult, of
 from gspo_megatron.study.wording import READINGS, say
+
+Level = TypeVar("Level", int, float)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _largest_stable(cells: list[Cell], arm: str) -> float | None:
     return _last_before_collapse([(cell.lr, cell.collapsed) for cell in cells if cell.arm == arm])
 
 
-def _last_before_collapse(levels: list[tuple[float, int]]) -> float | None:
+def _last_before_collapse(levels: list[tuple[Level, int]]) -> Level | None:
     """Of (level, collapsed seeds): the largest level at which, and below which, no seed collapsed."""
     stable = itertools.takewhile(lambda level: level[1] == 0, sorted(levels))
     return max((level for level, _ in stable), default=None)
@@ -147,7 +150,8 @@ def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
 
 def _common(stable: dict[str, float | None], ours: str, theirs: str) -> float | None:
     """The largest learning rate that both are stable at."""
-    return None if None in (stable[ours], stable[theirs]) else min(stable[ours], stable[theirs])
+    first, second = stable[ours], stable[theirs]
+    return None if first is None or second is None else min(first, second)
 
 
 def _compare(
@@ -176,9 +180,10 @@ def _compare(
         decides = (setting, lr) == ("main", deciding)
         seeds = first.keys() & second.keys()
         one, two = ({seed: runs[seed].outcome for seed in seeds} for runs in (first, second))
-        collapsed = tuple(sum(runs[seed].collapsed for seed in seeds) for runs in (first, second))
+        collapsed = (sum(first[seed].collapsed for seed in seeds), sum(second[seed].collapsed for seed in seeds))
         wide = plan.CONFIDENCE if decides else together(plan.CONFIDENCE, others)
         equivalence, difference = paired(one, two, plan.EQUIVALENCE_CONFIDENCE), paired(one, two, wide)
+        assert equivalence is not None and difference is not None  # these pairs have seeds in common
         reading = read(equivalence, difference, plan.EQUIVALENCE_MARGIN, sum(collapsed) == 2 * len(seeds))
         found.append(Comparison(name, theirs, setting, lr, collapsed, equivalence, difference, decides, reading))
     return found

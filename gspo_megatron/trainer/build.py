@@ -72,7 +72,7 @@ def build_run(config: ResolvedConfig) -> Run:
         resumed=resumed,
     )
     if runtime.is_main:
-        run.reporter.console.header(_describe(run, shape))
+        run.reporter.header(_describe(run, shape))
     for note in notes:
         run.reporter.note(note)
     return run

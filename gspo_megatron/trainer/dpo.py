@@ -9,6 +9,7 @@ fit the data), and accuracy on the recipe's tasks, which the pairs need not be a
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -82,13 +83,13 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
     chosen = epoch_batch(config.seed, step, preference.batch_size, len(pairs))
     mine = share_of(chosen, topology.dp_rank, topology.dp_size)
     batches = run.microbatches(flat([pairs[i] for i in mine]), unit=2)
-    with clock.part("ref_logprobs"), run.reference.in_place():
+    with clock.part("ref_logprobs"), run.frozen_reference.in_place():
         policy.fill_ref_log_probs(batches)
     with clock.part("update"):
         counts = global_counts(batches, topology)
         result = policy.update(batches, loss, counts)
     log_ratios = gather_rows(result.stats.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
-    row = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
+    row: dict[str, Any] = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
     run.reporter.tell(step, sanity_checks.update_findings([result], row, config.faults.max_ratio))
     row |= {f"dpo/{name}": value for name, value in pair_metrics(log_ratios, preference).items() if name != "loss"}
     row |= clock.read()
@@ -105,7 +106,8 @@ def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
     policy.fill_old_log_probs(held.batches)
 
     def by_token(number: int) -> torch.Tensor:
-        return held.batches[number].old_logprobs.double() - held.batches[number].ref_logprobs.double()
+        batch = held.batches[number]
+        return batch.filled("old_logprobs").double() - batch.filled("ref_logprobs").double()
 
     sums = policy.sums_by_sequence(held.batches, by_token)
     log_ratios = gather_rows(unpacked(sums, held.batches).view(-1, 2), run.topology.dp_group)[: held.num_pairs]
@@ -137,7 +139,7 @@ def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict
 
 def unpacked(sums: torch.Tensor, batches: list[PackedBatch]) -> torch.Tensor:
     """Numbers of the batches' sequences, [S of all batches], in the order in which the sequences were given."""
-    order = torch.tensor([i for batch in batches for i in batch.source_index], device=sums.device)
+    order = torch.tensor([i for batch in batches for i in batch.sources], device=sums.device)
     return torch.empty_like(sums).index_copy(0, order, sums)
 
 
@@ -197,6 +199,6 @@ def pack_held_out(run: Run, pairs: list[EncodedPair]) -> HeldOut:
     unit = topology.dp_size * (topology.pp_size if topology.vp_size > 1 else 1)
     filled = pairs + [pairs[-1]] * (-len(pairs) % unit)
     batches = run.microbatches(flat(share_of(filled, topology.dp_rank, topology.dp_size)), unit=2)
-    with run.reference.in_place():
+    with run.frozen_reference.in_place():
         run.policy.fill_ref_log_probs(batches)
     return HeldOut(batches, len(pairs))

@@ -23,7 +23,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sampled = run.sampling_params()
     correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
     likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
-    metrics = {
+    metrics: dict[str, torch.Tensor | int] = {
         "eval/accuracy": correct.mean(),
         "eval/accuracy_greedy": likeliest.mean(),
         "eval/response_length": length.mean(),
@@ -48,5 +48,5 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
         for group in groups
         for reward, completion in zip(group.rewards, group.completions, strict=True)
     ]
-    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
-    return rows[: len(run.held_out) * samples].unbind(1)
+    everyone = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
+    return everyone[: len(run.held_out) * samples].unbind(1)

@@ -130,9 +130,9 @@ def prune(run_dir: Path, keep_last: int, keep_every: int, keep_best: bool) -> li
     kept = set(newest[:keep_last])
     if keep_every:
         kept |= {path for path in found if found[path].step % keep_every == 0}
-    scored = [path for path in newest if found[path].score is not None]
-    if keep_best and scored:
-        kept.add(max(scored, key=lambda path: found[path].score))  # the newest of equal ones
+    scores = {path: score for path in newest if (score := found[path].score) is not None}
+    if keep_best and scores:
+        kept.add(max(scores, key=lambda path: scores[path]))  # the newest of equal ones
     removed = [path for path in newest if path not in kept]
     for path in removed:
         # Out of sight first, so that a kill in between leaves nothing that looks complete.

@@ -4,6 +4,8 @@ What differs between ranks (their stage, their shard, their replica's prompts) i
 Where an algorithm's advantages come from is advantages/.
 """
 
+from typing import Any
+
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.engine.critic import Critic
 from gspo_megatron.backend.engine.microbatches import global_counts
@@ -81,7 +83,9 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
             results.append(policy.update(minibatch.batches, loss, counts, step, number))
             learned |= estimator.learn(minibatch, counts)
 
-    row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
+    row: dict[str, Any] = (
+        {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
+    )
     row |= group_metrics(groups, advantages, run.mixture.names, run.topology.dp_group, run.runtime.device)
     row |= step_routing(policy.routing.take(), policy.routing.topk, results, run.topology.dp_group)
     interval = config.routing.diagnostics_interval

@@ -57,6 +57,13 @@ class Run:
         """The checkpoint that this start goes on from is of a later phase."""
         return self.resumed is not None and self.resumed.phase != "warm_start"
 
+    @property
+    def frozen_reference(self) -> FrozenReference:
+        """Return the reference of a phase that cannot do without. Raise RuntimeError where none was made."""
+        if self.reference is None:
+            raise RuntimeError("the run has no reference: its phase makes one from the policy as it finds it")
+        return self.reference
+
     def restore(self, phase: str, critic: Critic | None = None) -> int:
         """Fill everything that trains in this phase from the checkpoint. A collective over all ranks.
 
@@ -65,6 +72,7 @@ class Run:
         """
         if self.resumed is None or self.resumed.phase != phase:
             return 0
+        assert self.checkpoint is not None  # build.py gives both or neither
         load(self._networks(critic), self.checkpoint, self.reference)
         self.prompts.load_state_dict({"position": self.resumed.prompts})
         return self.resumed.step + 1

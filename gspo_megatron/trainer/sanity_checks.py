@@ -62,10 +62,10 @@ def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float
 def is_stored_in_bf16(batches: Sequence[PackedBatch]) -> bool:
     """All trained old log-probs that are not 0, and at least ENOUGH of them, are what rounding to bf16 leaves. (Under
     context parallelism those of other ranks are 0.)"""
-    filled = [batch for batch in batches if batch.old_logprobs is not None]
-    if not filled:
+    trained = [batch.old_logprobs[batch.loss_mask > 0] for batch in batches if batch.old_logprobs is not None]
+    if not trained:
         return False
-    values = torch.cat([batch.old_logprobs[batch.loss_mask > 0] for batch in filled])
+    values = torch.cat(trained)
     values = values[values != 0]
     return values.numel() >= ENOUGH and bool((values.bfloat16().to(values.dtype) == values).all())
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.utils.tensor_bytes import memory
+
+Result = TypeVar("Result")
 
 AHEAD = 16  # writes that may wait; their tensors are held meanwhile
 
@@ -83,7 +86,7 @@ class FileWriter:
                 written = self._call(file, os.pwrite, self._open[file], view, offset)
                 view, offset = view[written:], offset + written
 
-    def _call(self, file: str, call: Callable, *args: object) -> int | None:
+    def _call(self, file: str, call: Callable[..., Result], *args: object) -> Result:
         try:
             return call(*args)
         except OSError as error:

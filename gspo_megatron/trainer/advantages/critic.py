@@ -16,7 +16,7 @@ from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
 from gspo_megatron.backend.engine.critic import Critic, ValueStatistics
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, PackedBatch, RolloutGroup
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.trainer.advantages.estimator import by_response, shaped_rewards
 
@@ -24,7 +24,7 @@ from gspo_megatron.trainer.advantages.estimator import by_response, shaped_rewar
 class CriticAdvantages:
     """An AdvantageEstimator that learns. The last stage alone computes; others get each response's mean."""
 
-    def __init__(self, config: TrainConfig, policy: Policy, critic: Critic):
+    def __init__(self, config: ResolvedConfig, policy: Policy, critic: Critic):
         self.config, self.policy, self.critic = config, policy, critic
         self._learned: list[ValueStatistics | None] = []  # of this rollout batch's minibatches so far
 
@@ -57,20 +57,21 @@ class CriticAdvantages:
         """rewards: [S] fp64, of whole responses."""
         critic = self.config.algorithm.critic
         penalty = self._prepare(batch)
+        values = batch.filled("values")
         ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
         last = last_tokens(batch.loss_mask, ids, batch.num_sequences)
         trained = last >= 0
         by_token = (-penalty).index_add(0, last[trained], rewards.to(penalty.device)[trained])
         advantages, returns = gae(
             by_token,
-            batch.values,
+            values,
             batch.loss_mask,
             batch.cu_seqlens,
             batch.num_sequences,
             critic.gamma,
             critic.gae_lambda,
         )
-        batch.advantages, batch.returns = advantages.to(batch.values.dtype), returns.to(batch.values.dtype)
+        batch.advantages, batch.returns = advantages.to(values.dtype), returns.to(values.dtype)
 
     def _prepare(self, batch: PackedBatch) -> torch.Tensor:
         """kl.coef * KL_t of old against reference, [T] fp64, 0 where the mask is 0 or the penalty is not the reward's.
@@ -79,12 +80,12 @@ class CriticAdvantages:
         tokens needs all of them: PPO alone pays for vectors of T numbers over that group, once a rollout batch.
         """
         kl = self.config.algorithm.kl
-        batch.values = self._whole(batch.values)
+        batch.values = self._whole(batch.filled("values"))
         if kl.place != "reward" or not kl.coef:
             return torch.zeros_like(batch.values, dtype=torch.float64)
         sampled = self.config.algorithm.old_logprobs == "rollout"  # every rank has all of these
-        old = batch.old_logprobs if sampled else self._whole(batch.old_logprobs)
-        delta = old.double() - self._whole(batch.ref_logprobs).double()
+        old = batch.filled("old_logprobs")
+        delta = (old if sampled else self._whole(old)).double() - self._whole(batch.filled("ref_logprobs")).double()
         return kl.coef * KL_ESTIMATORS[kl.estimator](torch.where(batch.loss_mask > 0, delta, 0.0))
 
     def _whole(self, own: torch.Tensor) -> torch.Tensor:

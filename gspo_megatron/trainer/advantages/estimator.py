@@ -15,13 +15,15 @@ from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
 from gspo_megatron.backend.engine.critic import Critic
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, RolloutGroup
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig, TrainConfig
 
 
 class AdvantageEstimator(Protocol):
     """Fills in advantages, and may learn from what it filled in."""
 
-    critic: Critic | None  # what learns
+    @property
+    def critic(self) -> Critic | None:
+        """Return the network that learns, if one does."""
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
         """Set `advantages` of every batch. Returns [P * G] fp64, one a response (its tokens' mean), on every rank."""
@@ -35,7 +37,7 @@ class GroupAdvantages:
 
     critic = None
 
-    def __init__(self, config: TrainConfig, policy: Policy):
+    def __init__(self, config: ResolvedConfig, policy: Policy):
         self.config, self.policy = config, policy
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
@@ -74,7 +76,7 @@ def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str)
 
     def by_token(number: int) -> torch.Tensor:
         batch = batches[number]
-        return estimate(batch.old_logprobs.double() - batch.ref_logprobs.double())
+        return estimate(batch.filled("old_logprobs").double() - batch.filled("ref_logprobs").double())
 
     rows = policy.sums_by_sequence(batches, by_token)
     return by_response(rows, minibatches)

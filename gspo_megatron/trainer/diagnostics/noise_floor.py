@@ -153,7 +153,9 @@ def _same_layout(bench: _Bench, policy: Policy) -> tuple[list[Row], torch.Tensor
     return rows, base
 
 
-def _update_that_changes_nothing(bench: _Bench, policy: Policy, mine: list[int], batches: list[PackedBatch]):
+def _update_that_changes_nothing(
+    bench: _Bench, policy: Policy, mine: list[int], batches: list[PackedBatch]
+) -> torch.Tensor:
     """log s [N] of an update whose advantages are all 0: its forward, its recomputation, but no gradient."""
     policy.start_optimizer()
     plain = AlgorithmConfig(name="gspo").resolved()  # without entropy bonus and KL term, which have a gradient
@@ -182,7 +184,7 @@ def _sequence_means(batch: PackedBatch) -> torch.Tensor:
     size, trained = batch.num_sequences, batch.loss_mask > 0
     ids = sequence_ids(batch.cu_seqlens[: size + 1], batch.num_tokens)
     sums = torch.zeros(2, size + 1, dtype=torch.float64, device=ids.device)
-    sums[0].index_add_(0, ids, torch.where(trained, batch.old_logprobs.double(), 0.0))
+    sums[0].index_add_(0, ids, torch.where(trained, batch.filled("old_logprobs").double(), 0.0))
     sums[1].index_add_(0, ids, trained.double())
     return (sums[0] / sums[1].clamp(min=1))[:-1]
 
@@ -198,7 +200,7 @@ def _by_response(
     total = torch.zeros(bench.size, dtype=torch.float64, device=policy.device)
     if policy.topology.is_last_stage and policy.topology.tp_rank == 0:
         for batch in batches:
-            total[[mine[i] for i in batch.source_index]] = values(batch)
+            total[[mine[i] for i in batch.sources]] = values(batch)
     dist.all_reduce(total)
     return total.cpu()
 
