@@ -1,4 +1,4 @@
-"""`gspo-megatron doctor --noise-floor`: its options and the printed table.
+"""`gspo-megatron doctor --noise-floor` has its options here, and the printed table.
 
 Left out: other examinations (memory, speed, the network between ranks).
 """
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """How far log s = mean over a response of (logp_a - logp_b) is from 0 while the weights stay what they are.
+    """Measure how far log s = mean over a response of (logp_a - logp_b) is from 0 while the weights stay what they are.
 
     Behind these options come the recipe and its overrides, as for train: [RECIPE.yaml] [--some.override VALUE ...].
     Exit status 0: every row that training with this recipe relies on is below epsilon / 3; 1: one is not; 2: bad input.
@@ -66,7 +66,7 @@ class Options:
 
 
 def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
-    """The doctor's own options, and what is left for recipe.load.
+    """Return the doctor's own options, and what is left for recipe.load.
 
     Raises:
         ConfigError: no examination was asked for, or there is no complete checkpoint at --checkpoint.

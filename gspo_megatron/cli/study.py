@@ -1,4 +1,4 @@
-"""The command `gspo-megatron study`: trains what a study still lacks, then writes its report.
+"""The command `gspo-megatron study` trains what a study still lacks, then writes its report.
 
 torch is imported by the trainings alone, which are processes of their own.
 """
@@ -60,7 +60,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Kind:
-    """One study: its runs, its report, and what it has by default."""
+    """Describes one study: its runs, its report, and what it has by default."""
 
     runs: Callable[[int, tuple[float, ...]], list[plan.RunSpec]]
     report: str  # a module with write(folder)
@@ -105,7 +105,7 @@ def _study(kind: Kind, options: Options) -> int:
 
 
 def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
-    """The runs of this call.
+    """Return the runs of this call.
 
     Raises:
         ConfigError: an option cannot work.

@@ -1,4 +1,4 @@
-"""Sequences to microbatches: packed end to end (THD), balanced by tokens, never splitting a sequence.
+"""Sequences become microbatches: packed end to end (THD), balanced by tokens, never splitting a sequence.
 
 A sequence stays whole because its ratio is a mean over all its tokens and is needed before its first backward. Balance
 counts tokens, not attention's squares: responses of one rollout are of similar length, and the linear layers dominate.
@@ -28,7 +28,7 @@ def pack(
     unit: int = 1,
     sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
+    """Make microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
 
     Args:
         max_tokens: of one microbatch, each sequence with its own padding.
@@ -58,7 +58,7 @@ def pack(
 def microbatches_needed(
     sequences: Sequence[TrainSequence], max_tokens: int, unit: int = 1, sequence_multiple: int = 1
 ) -> int:
-    """A number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
+    """Return a number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
 
     All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
     """
@@ -67,7 +67,7 @@ def microbatches_needed(
 
 
 def padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
-    """Tokens of each sequence as `pack` lays it out."""
+    """Return the tokens of each sequence as `pack` lays it out."""
     return [-(-len(sequence.token_ids) // multiple) * multiple for sequence in sequences]
 
 

@@ -1,4 +1,4 @@
-"""A small tokenizer that is made for the tasks at hand: boilerplate is cheap, everything else is spelled.
+"""This makes a small tokenizer for the tasks at hand: boilerplate is cheap, everything else is spelled.
 
 A model that starts from random weights cannot spell, count digits or sort if "nus" is one token here and two there.
 So the vocabulary has the 256 bytes, and no token that joins parts of an answer; but task prompts repeat long
@@ -55,7 +55,7 @@ START, STOP = "<start>", "<stop>"  # never equal to a piece, which is all letter
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each phrase that the texts repeat, bytes for the rest.
+    """Make a tokenizer with one token for each phrase that the texts repeat, bytes for the rest.
 
     `texts`: questions, and answers as texts of their own, of the training split; 250 or more of each task, for with
     less a phrase is not seen often enough to count.

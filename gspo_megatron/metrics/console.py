@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a header, a legend, one line a step, and a progress bar below them.
+"""A person watching a run sees a header, a legend, one line a step, and a progress bar below them.
 
 In a terminal the bar stays at the bottom and everything printed by the process goes above it. Elsewhere (a log file,
 a Slurm job) there are no control codes: plain lines, each with an estimate of the time left.
@@ -25,7 +25,7 @@ LINES_A_PAGE = 30  # the column titles are repeated after this many lines
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the step lines."""
+    """Describes one column of the step lines."""
 
     title: str
     width: int
@@ -102,7 +102,7 @@ class Console:
             self._rich = None if rich.is_dumb_terminal else rich
 
     def header(self, lines: dict[str, str]) -> None:
-        """What is about to run: name and value a line (run folder, layout, device, kernels, model size, ...)."""
+        """Say what is about to run: name and value a line (run folder, layout, device, kernels, model size, ...)."""
         width = max(map(len, lines), default=0)
         for name, value in lines.items():
             self._print((f"{name:<{width}}  ", "dim"), (value, ""))
@@ -119,7 +119,7 @@ class Console:
         self._phase.task = self._progress.add_task(f"{PHASE_TITLES[name]:<10}", total=total, completed=done)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One metric row of the phase begun last. A metric that is absent shows as "-", a rare one as blank."""
+        """Print one metric row of the phase begun last. A metric that is absent shows as "-", a rare one as blank."""
         phase, step = self._phase, row["step"]
         if phase is None or phase.name != row["phase"]:
             raise ValueError(f"a row of phase {row['phase']!r}: call phase({row['phase']!r}, total) before its steps")
@@ -135,11 +135,11 @@ class Console:
         self._print(*parts, (self._time_left(phase, step), "") if self._rich is None else ("", ""))
 
     def note(self, text: str) -> None:
-        """A sentence on its own line, for example where a checkpoint was written."""
+        """Print a sentence on its own line, for example where a checkpoint was written."""
         self._print((text, "cyan"))
 
     def warn(self, text: str) -> None:
-        """A sentence that the user should act on or know."""
+        """Print a sentence that the user should act on or know."""
         self._print((f"warning: {text}", "yellow"))
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class Console:
         self._print()
 
     def _time_left(self, phase: _Phase, step: int) -> str:
-        """From the pace since the phase began; nothing before the first step."""
+        """Estimate from the pace since the phase began; say nothing before the first step."""
         done = step - phase.first
         if done <= 0:
             return ""

@@ -1,4 +1,4 @@
-"""A run's charts: which panels make a file, the look they share, and the overview for a README.
+"""A run's charts are made here: which panels make a file, the look they share, and the overview for a README.
 
 Drawn from metrics.jsonl and config.yaml alone, so a run can be redrawn at any time, also while it is training.
 What a panel shows is in panels.py. Left out: comparisons of several runs.
@@ -88,7 +88,7 @@ def draw(run_dir: Path) -> list[Path]:
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
-    """The charts by file name, the overview last; empty for a run without a metric that is drawn."""
+    """Make the charts by file name, the overview last; none for a run without a metric that is drawn."""
     charts = {}
     for name, panels in CHARTS.items():
         shown = [panel for panel in panels if PANELS[panel].has_data(record)]
@@ -101,7 +101,7 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def run_title(record: RunRecord) -> str:
-    """The run in one line, as far as config.yaml tells it: "moe_gspo: gspo, seed 1, 32 prompts × 8 responses ..."."""
+    """Tell the run in one line, as far as config.yaml does: "moe_gspo: gspo, seed 1, 32 prompts × 8 responses ..."."""
     name = record.setting("name") or record.path.resolve().name
     prompts, group = record.setting("rollout.num_prompts"), record.setting("rollout.group_size")
     batch = None if prompts is None or group is None else f"{prompts} prompts × {group} responses a step"

@@ -48,7 +48,7 @@ VERDICT = "watchdog/verdict"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one rank last said of itself."""
+    """This is what one rank last said of itself."""
 
     count: int  # grows with every heartbeat
     clock: str  # of its own machine
@@ -65,10 +65,10 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Two threads of one rank: one talks to the store, the other looks at the main thread and at the first."""
+    """Has two threads of one rank: one talks to the store, the other looks at the main thread and at the first."""
 
     def __init__(self, name: str, config: FaultsConfig):
-        """Starts them, unless the recipe wants none or the rank is alone. The process group must exist.
+        """Start them, unless the recipe wants none or the rank is alone. The process group must exist.
 
         Args:
             name: this rank's coordinates, for people.
@@ -94,7 +94,7 @@ class Watchdog:
                 self._threads[-1].start()
 
     def stop(self) -> None:
-        """The rank ends in order. Before the process group is left."""
+        """Say that the rank ends in order, before the process group is left."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(LONGEST_PAUSE)
@@ -212,7 +212,7 @@ class Watchdog:
 
 
 def waits_in(frame: FrameType | None) -> str | None:
-    """The name of the collective or transfer that a thread at this frame waits in; None: it works."""
+    """Return the name of the collective or transfer that a thread at this frame waits in; None: it works."""
     innermost = frame
     while frame is not None:
         code = frame.f_code
@@ -226,7 +226,7 @@ def waits_in(frame: FrameType | None) -> str | None:
 
 
 def position(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
-    """Where in the code a thread is: the instruction of every frame."""
+    """Return where in the code a thread is: the instruction of every frame."""
     found = []
     while frame is not None:
         found.append((id(frame.f_code), frame.f_lasti))

@@ -1,4 +1,4 @@
-"""A recipe file and command-line overrides -> TrainConfig, and back to a file.
+"""A recipe file and command-line overrides become a TrainConfig here, and that becomes a file again.
 
 The order is: defaults of config/, then the YAML file, then overrides (`--optimizer.lr 1e-4`). The recipe says
 which tasks are trained; an override may change a weight or an option that the recipe spells out

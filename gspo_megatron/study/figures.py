@@ -1,4 +1,4 @@
-"""The pictures of a routing-replay report, drawn from the runs' rows. Colours mean arms, in all of them."""
+"""The pictures of a routing-replay report are drawn from the runs' rows. Colours mean arms, in all of them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +24,7 @@ WIDEST = 0.6  # difference of accuracy in a picture; intervals beyond it go off 
 
 
 def draw(results: list[RunResult], findings: Findings) -> dict[str, Figure]:
-    """By file name. Arms or learning rates without data are left out."""
+    """Draw all pictures, by file name. Arms or learning rates without data are left out."""
     rates = sorted({r.spec.lr for r in results if r.spec.setting == "main" and r.spec.arm in plan.MAIN_ARMS})
     with matplotlib.rc_context(LOOK):
         return {
@@ -112,7 +112,7 @@ def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str,
 
 
 def _seconds(run: RunResult) -> np.ndarray:
-    """At the end of each row's step, without evaluations."""
+    """Return the seconds of training at the end of each row's step, without evaluations."""
     return np.cumsum([row.get("time/step") or 0.0 for row in run.rows])
 
 

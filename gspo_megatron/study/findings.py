@@ -1,4 +1,4 @@
-"""What a routing-replay study found: tables, tests by the rules of plan.py, and a conclusion in words.
+"""What a routing-replay study found becomes tables, tests by the rules of plan.py, and a conclusion in words.
 
 The comparison that decides is made at the largest learning rate at which neither of its two arms collapses in any seed,
 which is where replay should help if it does. Everything else is shown beside it, at intervals that are wider by the
@@ -22,7 +22,7 @@ Level = TypeVar("Level", int, float)
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm at one learning rate in one setting."""
+    """Describes an arm at one learning rate in one setting."""
 
     arm: str
     setting: str
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, paired by seed: the first's outcome minus the second's."""
+    """Pairs two arms by seed: the first's outcome minus the second's."""
 
     ours: str
     theirs: str
@@ -52,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything the report shows."""
+    """Has everything the report shows."""
 
     cells: list[Cell]
     stable_lr: dict[str, float | None]  # arm -> largest learning rate at which, and below which, no seed collapsed
@@ -130,7 +130,7 @@ def _largest_stable(cells: list[Cell], arm: str) -> float | None:
 
 
 def _last_before_collapse(levels: list[tuple[Level, int]]) -> Level | None:
-    """Of (level, collapsed seeds): the largest level at which, and below which, no seed collapsed."""
+    """Return the largest level, of (level, collapsed seeds), at which, and below which, no seed collapsed."""
     stable = itertools.takewhile(lambda level: level[1] == 0, sorted(levels))
     return max((level for level, _ in stable), default=None)
 
@@ -162,7 +162,7 @@ def _compare(
     deciding: float | None = None,
     ranks: int = 1,
 ) -> list[Comparison]:
-    """In each (setting, learning rate) that has both.
+    """Compare in each (setting, learning rate) that has both.
 
     Args:
         deciding: the learning rate of the main setting's row that was chosen beforehand, which is one look; the others
@@ -190,7 +190,8 @@ def _compare(
 
 
 def _replay_time(results: list[RunResult]) -> dict[str, float]:
-    """Over pairs of runs that differ in replay alone and both lived: median of the ratios of their median steps."""
+    """Return the median of the ratios of median steps, over pairs of runs that differ in replay alone and both
+    lived."""
     found: dict[str, list[float]] = {}
     runs = {run.spec: run for run in results if run.spec.setting == "main" and not run.collapsed}
     for spec, replayed in runs.items():
@@ -213,7 +214,7 @@ def _starts_differ(results: list[RunResult]) -> bool:
 
 
 def conclude(findings: Findings) -> list[str]:
-    """The verdict first, then what it rests on; a sentence or two each."""
+    """Say the verdict first, then what it rests on; a sentence or two each."""
     deciding = next((each for each in findings.equivalence if each.decides), None)
     rates = [(arm, findings.stable_lr[arm]) for arm in plan.MAIN_ARMS]
     told = ", ".join(f"{arm} at none" if rate is None else f"{arm} up to {rate:g}" for arm, rate in rates)
@@ -271,7 +272,7 @@ def _against_grpo(comparisons: list[Comparison]) -> str:
 
 
 def _assay_told(comparisons: list[Comparison]) -> list[str]:
-    """Help and harm that are shown, and what is not excluded of the rest."""
+    """Tell help and harm that are shown, and what is not excluded of the rest."""
     by_reading: dict[str, list[Comparison]] = {name: [] for name in READINGS}
     for each in comparisons:
         by_reading[each.reading].append(each)

@@ -47,12 +47,12 @@ DIGITS = 4  # significant
 
 
 class StudyError(GspoError):
-    """A study that cannot go on."""
+    """Raised for a study that cannot go on."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study lives, and what its runs share."""
+    """Says where a study lives, and what its runs share."""
 
     recipe: Path
     folder: Path  # data, loose or packed, and the report
@@ -65,7 +65,7 @@ class Study:
 
     @property
     def fingerprint(self) -> str:
-        """Of the recipe's values and the common overrides: what all runs of a folder must share."""
+        """Return a hash of the recipe's values and the common overrides: what all runs of a folder must share."""
         shared = [yaml.safe_load(self.recipe.read_text(encoding="utf-8")), self.extra]
         return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -234,7 +234,7 @@ def _measured(row: dict) -> dict:
 
 
 def _digest(folder: Path) -> str:
-    """Of the starting weights' files, to tell whether two runs began alike."""
+    """Hash the starting weights' files, to tell whether two runs began alike."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         found.update(path.read_bytes())

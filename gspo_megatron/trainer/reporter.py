@@ -1,4 +1,4 @@
-"""What a run tells: the console for people, metrics.jsonl and TensorBoard for programs. From rank 0 alone."""
+"""A run tells people by the console, and programs by metrics.jsonl and TensorBoard. It does so from rank 0 alone."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from gspo_megatron.metrics.tracker import Tracker
 
 
 class Reporter:
-    """Console, metrics.jsonl and TensorBoard on rank 0; nothing on the others."""
+    """Has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others."""
 
     def __init__(self, run_dir: Path, is_main: bool):
         self.console: Console | None = None

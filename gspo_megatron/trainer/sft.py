@@ -1,4 +1,5 @@
-"""Supervised steps on gold answers, through the same Megatron path as RL, because random weights never earn a reward.
+"""The warm start takes supervised steps on gold answers, through RL's Megatron path: random weights never earn a
+reward.
 
 The labelled set is fixed, and stop_accuracy ends this phase while RL has room; RL then goes on with fresh prompts and
 rewards alone.

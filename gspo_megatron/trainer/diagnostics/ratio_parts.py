@@ -9,7 +9,7 @@ from gspo_megatron.routing.ratio_parts import log_ratio_parts, spread
 
 
 def ratio_parts(policy: Policy, batches: list[PackedBatch]) -> dict[str, float]:
-    """ratio_parts/* of batches that have old log-probs and old routes, at the weights as they are: two passes. A
+    """Return ratio_parts/* of batches that have old log-probs and old routes, at the weights as they are: two passes. A
     collective over all ranks."""
     free, fixed = policy.log_probs(batches), policy.log_probs_along_old_routes(batches)
     found: list[list[torch.Tensor]] = []  # of each batch, on the last stage
