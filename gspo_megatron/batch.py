@@ -1,4 +1,4 @@
-"""The records that cross a boundary between two rooms of the house. Nothing here computes.
+"""These records cross a boundary between two rooms of the house. Nothing here computes.
 
 Shape letters used everywhere: S sequences of a packed batch, T tokens of a packed batch, G responses of a
 group, V vocabulary, H hidden size. Per-token tensors are indexed by the TARGET token: logprobs[t] is
@@ -6,16 +6,19 @@ log p(tokens[t] | tokens before t in the same sequence); the first token of a se
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
 
+Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns"]  # of a PackedBatch
+
 
 @dataclass(frozen=True)
 class TaskItem:
-    """One question of one task, with what its scorer needs."""
+    """Has one question of one task, with what its scorer needs."""
 
     task: str  # key of the recipe's `tasks` table
     question: str
@@ -25,7 +28,7 @@ class TaskItem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
+    """Is a tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
 
     uid: int
     item: TaskItem
@@ -34,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled response; the stop token, when there is one, is its last token."""
+    """Is one sampled response; the stop token, when there is one, is its last token."""
 
     token_ids: list[int]
     logprobs: list[float]  # log p under the sampling policy at the rollout temperature, one a token
@@ -44,7 +47,7 @@ class Completion:
 
 @dataclass
 class RolloutGroup:
-    """G responses to one prompt with their rewards (`group_size` of the recipe)."""
+    """Has G responses to one prompt with their rewards (`group_size` of the recipe)."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -54,7 +57,7 @@ class RolloutGroup:
 
 @dataclass
 class TrainSequence:
-    """One prompt + response as the packer takes it."""
+    """Is one prompt + response as the packer takes it."""
 
     token_ids: list[int]  # prompt then response
     prompt_length: int  # the first prompt_length tokens have loss mask 0
@@ -73,7 +76,7 @@ class TrainSequence:
 
 @dataclass
 class PackedBatch:
-    """One microbatch, sequence after sequence (Megatron's THD layout).
+    """Is one microbatch, sequence after sequence (Megatron's THD layout).
 
     Padding of a sequence (to a multiple of 2 CP under context parallelism, to one length in a padded batch) lies at its
     end, inside its bounds, with mask 0. Padding needed for sequence parallelism is one more segment, added by the
@@ -107,27 +110,43 @@ class PackedBatch:
     def max_seqlen(self) -> int:
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
+    @property
+    def sources(self) -> list[int]:
+        """Return source_index. Raise RuntimeError where nobody packed this batch."""
+        if self.source_index is None:
+            raise RuntimeError("a batch has no source_index: the packer gives it (data/packing.py)")
+        return self.source_index
+
+    def filled(self, name: Fillable) -> torch.Tensor:
+        """Return what a pass fills in, [T]. Raise RuntimeError where none has done so on this rank."""
+        values = getattr(self, name)
+        if values is None:
+            raise RuntimeError(f"a batch has no {name} yet: the pass that fills them in has not come by on this rank")
+        return values
+
     def to(self, device: torch.device) -> "PackedBatch":
-        """A copy with every tensor on `device`."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        """Return a copy with every tensor on `device`."""
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()
+        }
         return PackedBatch(**moved)
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What one optimizer step learns from, on this data-parallel replica."""
+    """Is what one optimizer step learns from, on this data-parallel replica."""
 
     responses: list[int]  # numbers of the replica's responses, in the order in which they were given to the packer
     batches: list[PackedBatch]
 
     def numbered(self) -> list[tuple[PackedBatch, list[int]]]:
-        """Each batch with the numbers of its S responses."""
-        return [(batch, [self.responses[i] for i in batch.source_index]) for batch in self.batches]
+        """Return each batch with the numbers of its S responses."""
+        return [(batch, [self.responses[i] for i in batch.sources]) for batch in self.batches]
 
 
 @dataclass(frozen=True)
 class SequenceTable:
-    """Per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
+    """Has per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
 
     10 numbers a sequence, never a log-prob vector.
     """
@@ -148,13 +167,13 @@ class SequenceTable:
     )
 
     def column(self, name: str) -> torch.Tensor:
-        """[S] fp64."""
+        """Return one of COLUMNS, [S] fp64."""
         return self.values[:, self.COLUMNS.index(name)]
 
 
 @dataclass(frozen=True)
 class SequenceStats:
-    """What the last pipeline stage publishes of one optimizer step: the same on every stage of this replica."""
+    """Is what the last pipeline stage publishes of one optimizer step: the same on every stage of this replica."""
 
     step: int
     minibatch: int
@@ -164,7 +183,7 @@ class SequenceStats:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step, on every pipeline stage."""
+    """Describes one optimizer step, on every pipeline stage."""
 
     stats: SequenceStats  # of this data-parallel replica
     grad_norm: float  # before clipping, over all ranks

@@ -1,4 +1,4 @@
-"""`gspo-megatron check-learning`: finished runs held to the learning criteria.
+"""`gspo-megatron check-learning` holds finished runs to the learning criteria.
 
 Exit status: 0 all pass, 1 a criterion fails (named on stderr with both numbers), 2 bad input.
 The numbers and the criteria are in metrics/learning.py.

@@ -1,4 +1,4 @@
-"""gspo-megatron convert: a Hugging Face folder to a Megatron checkpoint, or back, on the CPU.
+"""`gspo-megatron convert` makes a Megatron checkpoint of a Hugging Face folder, or goes back, on the CPU.
 
 What SOURCE is decides the direction. torch is imported only after the options and the folders have been looked at.
 One process, or under torchrun several on one file system, each with a share of the tensors; the first one speaks.
@@ -148,7 +148,7 @@ def check(options: Options, direction: Direction | None) -> Direction:
 
 @contextmanager
 def bar(console: Console, name: str, is_first: bool = True) -> Iterator:
-    """A progress bar on a terminal, nothing elsewhere; of several ranks the first one's share."""
+    """Show a progress bar on a terminal, nothing elsewhere; of several ranks the first one's share."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (console.is_terminal and is_first)) as bar:
         task = bar.add_task(name, total=None)

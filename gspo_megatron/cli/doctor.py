@@ -1,4 +1,4 @@
-"""`gspo-megatron doctor --noise-floor`: its options and the printed table.
+"""`gspo-megatron doctor --noise-floor` has its options here, and the printed table.
 
 Left out: other examinations (memory, speed, the network between ranks).
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from gspo_megatron.cli.launch import QUIET_TORCHRUN, become_ranks, layout_of
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """How far log s = mean over a response of (logp_a - logp_b) is from 0 while the weights stay what they are.
+    """Measure how far log s = mean over a response of (logp_a - logp_b) is from 0 while the weights stay what they are.
 
     Behind these options come the recipe and its overrides, as for train: [RECIPE.yaml] [--some.override VALUE ...].
     Exit status 0: every row that training with this recipe relies on is below epsilon / 3; 1: one is not; 2: bad input.
@@ -66,7 +66,7 @@ class Options:
 
 
 def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
-    """The doctor's own options, and what is left for recipe.load.
+    """Return the doctor's own options, and what is left for recipe.load.
 
     Raises:
         ConfigError: no examination was asked for, or there is no complete checkpoint at --checkpoint.
@@ -152,7 +152,7 @@ def report(diagnosis: Diagnosis, options: Options, console: Console | None = Non
 
 def _table(diagnosis: Diagnosis) -> Table:
     table = Table()
-    for title, justify in (
+    columns: tuple[tuple[str, JustifyMethod], ...] = (
         ("", "left"),
         ("compared", "left"),
         ("rms", "right"),
@@ -161,7 +161,8 @@ def _table(diagnosis: Diagnosis) -> Table:
         ("rms/eps", "right"),
         ("this recipe", "left"),
         ("verdict", "left"),
-    ):
+    )
+    for title, justify in columns:
         table.add_column(title, justify=justify, no_wrap=title not in ("compared", "verdict"))
     for row in diagnosis.measured.rows:
         use = "relies on it" if row.key in diagnosis.relied_on else "for information"

@@ -1,4 +1,4 @@
-"""How many ranks a command runs on, and their start by torchrun. Nothing here imports torch.
+"""This decides how many ranks a command runs on, and starts them by torchrun. Nothing here imports torch.
 
 Started without torchrun, `train` and `doctor` check everything first and then start torchrun on this machine with the
 same command line: one rank a GPU, four on a CPU, or NPROC of them. Inside a rank every process checks for itself (that
@@ -36,7 +36,8 @@ except ChildFailedError as error:
 
 
 def gpu_count() -> int:
-    """GPUs that torch could use, without importing torch: by NVML, CUDA_VISIBLE_DEVICES and the build of torch."""
+    """Count GPUs that torch could use, without importing torch: by NVML, CUDA_VISIBLE_DEVICES and the build of
+    torch."""
     if importlib.metadata.version("torch").endswith("+cpu"):
         return 0
     count = ctypes.c_uint(0)
@@ -54,7 +55,7 @@ def gpu_count() -> int:
 
 
 def layout_of(config: TrainConfig) -> tuple[Layout, int]:
-    """Every size of the layout filled in, and the number of ranks there are or will be."""
+    """Return every size of the layout filled in, and the number of ranks there are or will be."""
     gpus = gpu_count()
     use_cuda = config.device != "cpu" and gpus > 0
     if "RANK" in os.environ:

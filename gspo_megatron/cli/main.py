@@ -1,4 +1,4 @@
-"""The command `gspo-megatron`: looks up the subcommand, and ends the process as lifecycle.guard says.
+"""The command `gspo-megatron` looks up the subcommand, and ends the process as lifecycle.guard says.
 
 A subcommand is a file of this folder with `main(argv)`; it is imported when it is called, and none imports torch before
 its checks have passed. Left out: the subcommands eval, plan and report.
@@ -45,7 +45,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit status of what ends normally."""
+    """Run the console script. Returns the exit status of what ends normally."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         if lifecycle.rank() == 0:

@@ -1,4 +1,4 @@
-"""`gspo-megatron plot`: a run's charts again, from its metrics.jsonl."""
+"""`gspo-megatron plot` draws a run's charts again, from its metrics.jsonl."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`gspo-megatron slurm`: a batch script for a recipe, checked against the nodes before it waits in a queue."""
+"""`gspo-megatron slurm` writes a batch script for a recipe, checked against the nodes before it waits in a queue."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The command `gspo-megatron study`: trains what a study still lacks, then writes its report.
+"""The command `gspo-megatron study` trains what a study still lacks, then writes its report.
 
 torch is imported by the trainings alone, which are processes of their own.
 """
@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Kind:
-    """One study: its runs, its report, and what it has by default."""
+    """Describes one study: its runs, its report, and what it has by default."""
 
     runs: Callable[[int, tuple[float, ...]], list[plan.RunSpec]]
     report: str  # a module with write(folder)
@@ -107,7 +107,7 @@ def _study(kind: Kind, options: Options) -> int:
 
 
 def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
-    """The runs of this call.
+    """Return the runs of this call.
 
     Raises:
         ConfigError: an option cannot work.
@@ -120,17 +120,11 @@ def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
         all(lr > 0 for lr in options.lr) and len(options.lr) > 0, "--lr", options.lr, "must be above 0", "Give 4e-4."
     )
     found = re.fullmatch(r"(\d+)/(\d+)", options.part)
-    require(
-        found is not None and 1 <= int(found[1]) <= int(found[2]),
-        "--part",
-        options.part,
-        "is no part of a whole",
-        "Write 1/8 to 8/8.",
-    )
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    require(1 <= number <= parts, "--part", options.part, "is no part of a whole", "Write 1/8 to 8/8.")
     try:
         pattern = re.compile(options.only)
     except re.error as error:
         require(False, "--only", options.only, f"is no regular expression ({error})", "Write '^gspo' or 'seed1$'.")
-    number, parts = int(found[1]), int(found[2])
     specs = kind.runs(options.seeds, options.lr)
     return [spec for spec in specs[number - 1 :: parts] if pattern.search(spec.name)]

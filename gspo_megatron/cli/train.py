@@ -1,4 +1,4 @@
-"""`gspo-megatron train`: reads and checks a recipe, starts the ranks, and hands over to what each of them runs."""
+"""`gspo-megatron train` reads and checks a recipe, starts the ranks, and hands over to what each of them runs."""
 
 import sys
 

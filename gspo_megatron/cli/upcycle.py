@@ -1,4 +1,4 @@
-"""gspo-megatron upcycle: a dense Hugging Face folder to that of a Mixture-of-Experts model with copied experts.
+"""`gspo-megatron upcycle` makes a Mixture-of-Experts model with copied experts of a dense Hugging Face folder.
 
 torch is imported only after the options have been looked at. The work is done by hf/upcycle.py.
 """

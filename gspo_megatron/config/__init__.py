@@ -1,4 +1,4 @@
-"""The recipe's dataclasses, one file a section. They import nothing of the package but its errors."""
+"""A recipe's dataclasses are here, one file a section. They import nothing of the package but its errors."""
 
 from gspo_megatron.config.algorithm import AlgorithmConfig, ResolvedAlgorithm
 from gspo_megatron.config.checkpoint import CheckpointConfig

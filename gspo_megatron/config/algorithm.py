@@ -1,4 +1,5 @@
-"""The recipe's `algorithm` section, and the literal table of what each algorithm fills in where it says nothing."""
+"""The recipe's `algorithm` section is here, and the literal table of what each algorithm fills in where it says
+nothing."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -127,7 +128,7 @@ class AlgorithmConfig:
         )
 
     def resolved(self) -> "ResolvedAlgorithm":
-        """Every None that stands for the algorithm's own value is replaced by it."""
+        """Return it with the algorithm's own value in place of every None that stands for it."""
         own: dict[str, Any] = {}
         kl: dict[str, Any] = {}
         for name, value in ALGORITHMS[self.name].items():
@@ -139,7 +140,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class ResolvedAlgorithm(AlgorithmConfig):
-    """An AlgorithmConfig in which the algorithm's own values stand where the recipe gave none.
+    """Has the algorithm's own values where the recipe of an AlgorithmConfig gave none.
 
     overlong_buffer may still be None, which is a fifth of rollout.max_response_length.
     """
@@ -154,6 +155,6 @@ class ResolvedAlgorithm(AlgorithmConfig):
 
 
 def _filled(given: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass, with the algorithm's own value where one is None."""
+    """Return the fields of a dataclass, with the algorithm's own value where one is None."""
     values = {entry.name: getattr(given, entry.name) for entry in fields(given)}
     return {name: own.get(name) if value is None else value for name, value in values.items()}

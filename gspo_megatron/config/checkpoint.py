@@ -1,4 +1,4 @@
-"""The recipe's `checkpoint` section: when a run writes what it needs to go on, and what it keeps of that."""
+"""The recipe's `checkpoint` section says when a run writes what it needs to go on, and what it keeps of that."""
 
 from dataclasses import dataclass
 

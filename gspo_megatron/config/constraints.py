@@ -1,4 +1,4 @@
-"""How a recipe's dataclasses refuse a bad value: one form of message, and no unknown fields."""
+"""A recipe's dataclasses refuse a bad value by one form of message, and allow no unknown fields."""
 
 from pydantic import ConfigDict
 

@@ -1,4 +1,4 @@
-"""The recipe's `algorithm.critic` section."""
+"""The recipe's `algorithm.critic` section configures PPO's critic."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The recipe's `tasks` and `data` sections: where prompts come from, and the tokenizer."""
+"""The recipe's `tasks` and `data` sections say where prompts come from, and how large the tokenizer is."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""The recipe's limits on what may go wrong before a run stops: field names, defaults, and what they must satisfy."""
+"""The recipe's limits say what may go wrong before a run stops: field names, defaults, and what they must satisfy."""
 
 from dataclasses import dataclass
 

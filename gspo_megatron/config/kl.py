@@ -1,4 +1,4 @@
-"""The recipe's `algorithm.kl` section, and the same with every value filled in."""
+"""The recipe's `algorithm.kl` section has the KL term; ResolvedKl is the same with every value filled in."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,7 +34,7 @@ class KlConfig:
 
 @dataclass(frozen=True)
 class ResolvedKl(KlConfig):
-    """A KlConfig in which the algorithm's own values stand where the recipe gave none."""
+    """Has the algorithm's own values where the recipe of a KlConfig gave none."""
 
     coef: float = 0.0
     estimator: Estimator = "k3"

@@ -1,4 +1,4 @@
-"""The recipe's `algorithm.mismatch` section."""
+"""The recipe's `algorithm.mismatch` section weighs the gap between rollout and training log-probs."""
 
 from dataclasses import dataclass
 from typing import Literal

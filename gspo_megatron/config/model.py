@@ -1,4 +1,4 @@
-"""The recipe's `model` section: the policy network, and the parts of MoE routing that GSPO leaves alone."""
+"""The recipe's `model` section has the policy network, and the parts of MoE routing that GSPO leaves alone."""
 
 from dataclasses import dataclass
 from pathlib import Path

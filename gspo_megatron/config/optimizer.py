@@ -1,4 +1,4 @@
-"""The recipe's `optimizer` section."""
+"""The recipe's `optimizer` section configures Adam in RL."""
 
 from dataclasses import dataclass
 

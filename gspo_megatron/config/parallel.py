@@ -1,4 +1,4 @@
-"""The recipe's `parallel` section: how the world is cut. Names are Megatron-Core's.
+"""The recipe's `parallel` section says how the world is cut. Names are Megatron-Core's.
 
 `Layout` is the same with every size filled in, as recipe/check.py resolves it.
 """
@@ -53,7 +53,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Layout(ParallelConfig):
-    """A ParallelConfig with every size filled in. Virtual stages stay None where they are off, as in Megatron."""
+    """Has every size of a ParallelConfig filled in. Virtual stages stay None where they are off, as in Megatron."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -62,5 +62,5 @@ class Layout(ParallelConfig):
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that train one copy of the model together: tensor x context x pipeline."""
+        """Return how many ranks train one copy of the model together: tensor x context x pipeline."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""The recipe's `algorithm.preference` section."""
+"""The recipe's `algorithm.preference` section has DPO's data and loss."""
 
 from dataclasses import dataclass
 from pathlib import Path

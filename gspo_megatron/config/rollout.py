@@ -1,4 +1,4 @@
-"""The recipe's `rollout` section: how responses are sampled."""
+"""The recipe's `rollout` section says how responses are sampled."""
 
 from dataclasses import dataclass
 

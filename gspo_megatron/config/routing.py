@@ -1,4 +1,4 @@
-"""The recipe's `routing` section: what is watched of MoE routing, and replay, which is there for comparison alone."""
+"""The recipe's `routing` section says what is watched of MoE routing, and has replay, which is for comparison alone."""
 
 from dataclasses import dataclass
 from typing import Literal

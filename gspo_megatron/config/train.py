@@ -1,4 +1,5 @@
-"""The whole recipe: one dataclass a section, each of which validates itself before a process group or a model exists.
+"""The whole recipe has one dataclass a section, each of which validates itself before a process group or a model
+exists.
 
 A recipe is a YAML file with the same nesting as `TrainConfig`; command-line overrides (`--optimizer.lr 1e-4`)
 come on top. Each dataclass checks its own fields in __post_init__; what needs two sections, the model's shape or the
@@ -75,14 +76,14 @@ class TrainConfig:
         )
 
     def resolved(self, layout: Layout) -> "ResolvedConfig":
-        """The recipe as ranks train it: on this layout, with the algorithm's own values filled in."""
+        """Return the recipe as ranks train it: on this layout, with the algorithm's own values filled in."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return ResolvedConfig(**values | {"parallel": layout, "algorithm": self.algorithm.resolved()})
 
 
 @dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
-    """A TrainConfig in which nothing is left to be chosen."""
+    """Is a TrainConfig in which nothing is left to be chosen."""
 
     parallel: Layout = field(default_factory=Layout)
     algorithm: ResolvedAlgorithm = field(default_factory=lambda: AlgorithmConfig().resolved())

@@ -1,4 +1,4 @@
-"""The recipe's `warm_start` section: supervised steps before reinforcement learning."""
+"""The recipe's `warm_start` section has supervised steps before reinforcement learning."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""From questions to token ids, and from token ids to packed batches."""
+"""Questions become token ids here, and token ids packed batches."""

@@ -1,4 +1,4 @@
-"""Which examples of a fixed set an optimizer step sees: epochs of seeded permutations, end to end.
+"""An optimizer step sees these examples of a fixed set: epochs of seeded permutations, end to end.
 
 A pure function of seed and step, the same on every rank, so nothing is saved for a resumed run. Left out: streams of
 fresh prompts (prompts.py).
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def epoch_batch(seed: int, step: int, size: int, num_examples: int) -> list[int]:
-    """Example numbers of one step (from 1) over all ranks; the batch of a step may span two epochs or more."""
+    """Return example numbers of one step (from 1) over all ranks; its batch may span two epochs or more."""
     numbers = []
     for position in range((step - 1) * size, step * size):
         epoch, place = divmod(position, num_examples)
@@ -19,7 +19,7 @@ def epoch_batch(seed: int, step: int, size: int, num_examples: int) -> list[int]
 
 
 def share_of(items: list, rank: int, replicas: int) -> list:
-    """The items of one data-parallel replica; `replicas` divides their number."""
+    """Return the items of one data-parallel replica; `replicas` divides their number."""
     share = len(items) // replicas
     return items[rank * share : (rank + 1) * share]
 

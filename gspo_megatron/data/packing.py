@@ -1,4 +1,4 @@
-"""Sequences to microbatches: packed end to end (THD), balanced by tokens, never splitting a sequence.
+"""Sequences become microbatches: packed end to end (THD), balanced by tokens, never splitting a sequence.
 
 A sequence stays whole because its ratio is a mean over all its tokens and is needed before its first backward. Balance
 counts tokens, not attention's squares: responses of one rollout are of similar length, and the linear layers dominate.
@@ -28,7 +28,7 @@ def pack(
     unit: int = 1,
     sequence_multiple: int = 1,
 ) -> list[PackedBatch]:
-    """Microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
+    """Make microbatches of at most `max_tokens` tokens each, as equal in tokens as a greedy choice makes them.
 
     Args:
         max_tokens: of one microbatch, each sequence with its own padding.
@@ -58,7 +58,7 @@ def pack(
 def microbatches_needed(
     sequences: Sequence[TrainSequence], max_tokens: int, unit: int = 1, sequence_multiple: int = 1
 ) -> int:
-    """A number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
+    """Return a number of microbatches for which `pack` works, as does every larger one up to len(sequences) / unit.
 
     All data-parallel ranks run the maximum of their numbers. Raises RolloutError as `pack` does.
     """
@@ -67,7 +67,7 @@ def microbatches_needed(
 
 
 def padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
-    """Tokens of each sequence as `pack` lays it out."""
+    """Return the tokens of each sequence as `pack` lays it out."""
     return [-(-len(sequence.token_ids) // multiple) * multiple for sequence in sequences]
 
 
@@ -212,15 +212,17 @@ def _join(
     lengths = padded_lengths(chosen, sequence_multiple)
     padding = -sum(lengths) % pad_to_multiple
     segments = [*lengths, padding] if padding else lengths
-    tokens, mask, rollout = [], [], []
+    tokens: list[int] = []
+    mask: list[int] = []
+    rollout: list[float] = []
     for sequence, length in zip(chosen, lengths, strict=True):
         fill = [0] * (length - len(sequence.token_ids))
         trained = [1] * sequence.response_length if sequence.loss_mask is None else sequence.loss_mask
         tokens += sequence.token_ids + fill
         mask += [0] * sequence.prompt_length + trained + fill
-        rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or []) + fill
+        rollout += [0.0] * sequence.prompt_length + (sequence.rollout_logprobs or []) + [0.0] * len(fill)
     has_rollout = chosen[0].rollout_logprobs is not None
-    routes = [s.routes.padded(n) for s, n in zip(chosen, lengths, strict=True)] if chosen[0].routes else []
+    routes, layers = _join_routes(chosen, lengths, padding)
     fill = [0] * padding
     return PackedBatch(
         tokens=torch.tensor(tokens + fill, dtype=torch.int64),
@@ -229,11 +231,22 @@ def _join(
         num_sequences=len(chosen),
         loss_mask=torch.tensor(mask + fill, dtype=torch.float32),
         advantages=torch.tensor([sequence.advantage for sequence in chosen], dtype=torch.float32),
-        rollout_logprobs=torch.tensor(rollout + fill, dtype=torch.float32) if has_rollout else None,
-        rollout_routes=pad(torch.cat(routes, dim=1), (0, 0, 0, padding), value=UNKNOWN) if routes else None,
-        rollout_layers=chosen[0].routes.layers if routes else (),
+        rollout_logprobs=torch.tensor(rollout + [0.0] * padding, dtype=torch.float32) if has_rollout else None,
+        rollout_routes=routes,
+        rollout_layers=layers,
         rewards=torch.tensor([sequence.reward for sequence in chosen], dtype=torch.float32),
         group_id=torch.tensor([sequence.group_id for sequence in chosen], dtype=torch.int64),
         truncated=torch.tensor([sequence.truncated for sequence in chosen], dtype=torch.bool),
         source_index=list(indices),
     )
+
+
+def _join_routes(
+    chosen: list[TrainSequence], lengths: list[int], padding: int
+) -> tuple[torch.Tensor | None, tuple[int, ...]]:
+    """Return rollout_routes and rollout_layers of a batch, None and () where its rollout recorded none."""
+    if chosen[0].routes is None:
+        return None, ()
+    recorded = [sequence.routes for sequence in chosen if sequence.routes is not None]
+    padded = [routes.padded(length) for routes, length in zip(recorded, lengths, strict=True)]
+    return pad(torch.cat(padded, dim=1), (0, 0, 0, padding), value=UNKNOWN), recorded[0].layers

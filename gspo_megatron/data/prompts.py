@@ -1,4 +1,4 @@
-"""The stream of prompts: questions of one split, through the chat template, as token ids.
+"""The stream of prompts has the questions of one split, through the chat template, as token ids.
 
 Every rank builds the same stream from the same mixture, so prompts need no broadcast and the state of a stream is one
 integer. Left out: epochs (questions are generated, the stream has no end) and cutting a long prompt (it would ask
@@ -16,7 +16,7 @@ from gspo_megatron.tasks.mixture import TaskMixture
 
 
 def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Token ids of a question through the chat template, up to where the response begins."""
+    """Return token ids of a question through the chat template, up to where the response begins."""
     messages = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # The template has written the special tokens, so the tokenizer must not add its own.
@@ -24,12 +24,12 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[i
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of a given response: its text and the end-of-text token."""
+    """Return token ids of a given response: its text and the end-of-text token."""
     return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 class PromptSource:
-    """Endless prompts of one split, in an order that the mixture's seed fixes.
+    """Gives endless prompts of one split, in an order that the mixture's seed fixes.
 
     `tokenizer`: any Hugging Face tokenizer with a chat template and an end-of-text token. `max_prompt_length`: in
     tokens, chat template included. Raises ConfigError for a tokenizer that lacks one of the two.
@@ -57,17 +57,17 @@ class PromptSource:
         self.position = 0
 
     def next(self, n: int) -> list[Prompt]:
-        """The following n prompts. Raises RolloutError, and stays where it is, when one is too long."""
+        """Return the following n prompts. Raises RolloutError, and stays where it is, when one is too long."""
         prompts = [self._prompt(uid) for uid in range(self.position, self.position + n)]
         self.position += n
         return prompts
 
     def fixed(self, n: int) -> list[Prompt]:
-        """Prompts 0 to n - 1, wherever the stream is: the same set at each evaluation."""
+        """Return prompts 0 to n - 1, wherever the stream is: the same set at each evaluation."""
         return [self._prompt(uid) for uid in range(n)]
 
     def encode_prompt(self, item: TaskItem) -> list[int]:
-        """Token ids of a question up to where the response begins.
+        """Return token ids of a question up to where the response begins.
 
         Raises RolloutError for more than max_prompt_length tokens.
         """
@@ -81,7 +81,7 @@ class PromptSource:
         return token_ids
 
     def encode_answer(self, item: TaskItem) -> list[int]:
-        """Token ids of the gold answer and the end-of-text token: the response of a supervised example.
+        """Return token ids of the gold answer and the end-of-text token: the response of a supervised example.
 
         Raises RolloutError for a task that has a scorer but no gold answer.
         """
@@ -93,7 +93,7 @@ class PromptSource:
         return answer_tokens(self.tokenizer, item.answer)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream is; the rest comes from the recipe."""
+        """Return where the stream is; the rest comes from the recipe."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

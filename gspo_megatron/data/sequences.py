@@ -1,4 +1,4 @@
-"""From rewarded groups to training sequences, and their division into minibatches."""
+"""Rewarded groups become training sequences, which are divided into minibatches."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from gspo_megatron.batch import RolloutGroup, TrainSequence
 
 
 def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
-    """One sequence a response, group after group. Advantages come later (trainer/advantages/)."""
+    """Make one sequence a response, group after group. Advantages come later (trainer/advantages/)."""
     return [
         TrainSequence(
             token_ids=group.prompt.token_ids + completion.token_ids,
@@ -23,7 +23,7 @@ def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
 
 
 def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:
-    """Numbers of this replica's responses in each of `count` minibatches, the same share of every group in each.
+    """Return numbers of this replica's responses in each of `count` minibatches, the same share of every group in each.
 
     Responses of a group are shuffled by (seed, its prompt's uid) and dealt out in turn, so who is in which minibatch
     does not depend on how many replicas there are.

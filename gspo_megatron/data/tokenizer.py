@@ -1,4 +1,4 @@
-"""A small tokenizer that is made for the tasks at hand: boilerplate is cheap, everything else is spelled.
+"""This makes a small tokenizer for the tasks at hand: boilerplate is cheap, everything else is spelled.
 
 A model that starts from random weights cannot spell, count digits or sort if "nus" is one token here and two there.
 So the vocabulary has the 256 bytes, and no token that joins parts of an answer; but task prompts repeat long
@@ -55,7 +55,7 @@ START, STOP = "<start>", "<stop>"  # never equal to a piece, which is all letter
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each phrase that the texts repeat, bytes for the rest.
+    """Make a tokenizer with one token for each phrase that the texts repeat, bytes for the rest.
 
     `texts`: questions, and answers as texts of their own, of the training split; 250 or more of each task, for with
     less a phrase is not seen often enough to count.
@@ -127,9 +127,12 @@ def _repeated(texts: list[str], enough: float) -> tuple[Counter, Counter]:
         for length in range(min(CONTEXT_LENGTHS), max(CONTEXT_LENGTHS) + 2):
             counts.update(pieces[i : i + length] for i in range(len(pieces) - length + 1))
 
-    segments, choices = Counter(), Counter()
+    segments: Counter[str] = Counter()
+    choices: Counter[str] = Counter()
     for pieces in cut:
-        runs, words, run = set(), set(), ""
+        runs: set[str] = set()
+        words: set[str] = set()
+        run = ""
         for i in range(1, len(pieces)):
             sides = _certainty(counts, pieces, i, enough) if pieces[i] != STOP else [0.0]
             if (min(sides) if _is_short(pieces[i]) else max(sides)) >= FIXED:

@@ -42,7 +42,7 @@ def check_batch(batch: PackedBatch) -> None:
 
 
 def first_not_finite(batch: PackedBatch, logprobs: torch.Tensor) -> str | None:
-    """The first trained token whose log-prob, or first sequence or token whose advantage, is not finite; in words.
+    """Name the first trained token whose log-prob, or first sequence or token whose advantage, is not finite.
 
     Where all are, the trained token with the largest log-ratio, if its exponential overflows in fp32.
     """

@@ -1,1 +1,1 @@
-"""What a run leaves behind for people: metric rows, the console, charts and the verdict on learning."""
+"""A run leaves these behind for people: metric rows, the console, charts and the verdict on learning."""

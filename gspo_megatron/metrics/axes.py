@@ -1,4 +1,4 @@
-"""What panels share: colours that keep their meaning, smoothing, bands, ticks and labels.
+"""Panels share this: colours that keep their meaning, smoothing, bands, ticks and labels.
 
 Colours are told apart in colour-blindness (Okabe and Ito's).
 """
@@ -20,7 +20,7 @@ FEW = 15  # up to this many points each gets a marker; a single one would be inv
 
 
 def smooth(values: list[float], window: int | None = None) -> np.ndarray:
-    """Local line through the `window` values nearest to each (default: a tenth of them, at most 50).
+    """Fit a local line through the `window` values nearest to each (default: a tenth of them, at most 50).
 
     Inside the run this is the moving mean. At the ends, where one side is missing, a mean would flatten a steep start
     and a narrower window would end on noise.
@@ -38,7 +38,7 @@ def smooth(values: list[float], window: int | None = None) -> np.ndarray:
 
 
 def smoothed(ax: Axes, steps: list[int], values: list[float], colour: str, label: str, style: str = "-") -> None:
-    """Each step lightly, and the smoothed curve over it."""
+    """Draw each step lightly, and the smoothed curve over it."""
     ax.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
     ax.plot(steps, smooth(values), color=colour, linestyle=style, marker=marker(steps), label=label)
 
@@ -55,14 +55,14 @@ def marker(steps: list[int]) -> str:
 
 
 def share_limits(ax: Axes) -> None:
-    """From 0, and to little more than 1 at most, where all that is drawn lies between 0 and 1."""
+    """Let the axis run from 0 to little more than 1 at most, where all that is drawn lies between 0 and 1."""
     low, high = ax.dataLim.intervaly
     if low >= 0 and high <= 1:
         ax.set_ylim(0, min(1.02, ax.get_ylim()[1]))
 
 
 def decade_ticks(ax: Axes, linear: float) -> None:
-    """Ticks at 0 and at powers of ten on both sides, for example +0.001."""
+    """Put ticks at 0 and at powers of ten on both sides, for example +0.001."""
     largest = max(map(abs, ax.get_ylim()))
     first = int(np.ceil(np.log10(linear)))
     decades = [10.0**power for power in range(first, max(first, int(np.floor(np.log10(max(largest, linear))))) + 1)]

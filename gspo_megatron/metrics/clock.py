@@ -1,4 +1,4 @@
-"""Seconds of the parts of one step."""
+"""A clock counts the seconds of the parts of one step."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class StepClock:
         self._parts[name] = self._parts.get(name, 0.0) + self._now() - started
 
     def read(self) -> dict[str, float]:
-        """time/<part>, time/other and time/step, in seconds since the clock was made."""
+        """Return time/<part>, time/other and time/step, in seconds since the clock was made."""
         total = self._now() - self._started
         times = {f"time/{name}": seconds for name, seconds in self._parts.items()}
         return times | {"time/other": total - sum(self._parts.values()), "time/step": total}

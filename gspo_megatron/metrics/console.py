@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a header, a legend, one line a step, and a progress bar below them.
+"""A person watching a run sees a header, a legend, one line a step, and a progress bar below them.
 
 In a terminal the bar stays at the bottom and everything printed by the process goes above it. Elsewhere (a log file,
 a Slurm job) there are no control codes: plain lines, each with an estimate of the time left.
@@ -25,7 +25,7 @@ LINES_A_PAGE = 30  # the column titles are repeated after this many lines
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the step lines."""
+    """Describes one column of the step lines."""
 
     title: str
     width: int
@@ -102,7 +102,7 @@ class Console:
             self._rich = None if rich.is_dumb_terminal else rich
 
     def header(self, lines: dict[str, str]) -> None:
-        """What is about to run: name and value a line (run folder, layout, device, kernels, model size, ...)."""
+        """Say what is about to run: name and value a line (run folder, layout, device, kernels, model size, ...)."""
         width = max(map(len, lines), default=0)
         for name, value in lines.items():
             self._print((f"{name:<{width}}  ", "dim"), (value, ""))
@@ -119,27 +119,27 @@ class Console:
         self._phase.task = self._progress.add_task(f"{PHASE_TITLES[name]:<10}", total=total, completed=done)
 
     def step(self, row: dict[str, Any]) -> None:
-        """One metric row of the phase begun last. A metric that is absent shows as "-", a rare one as blank."""
+        """Print one metric row of the phase begun last. A metric that is absent shows as "-", a rare one as blank."""
         phase, step = self._phase, row["step"]
         if phase is None or phase.name != row["phase"]:
             raise ValueError(f"a row of phase {row['phase']!r}: call phase({row['phase']!r}, total) before its steps")
         if self._progress is not None:
             self._progress.update(phase.task, completed=step)
-        if phase.name != "rl" and not self._is_shown(row):
+        if phase.name != "rl" and not _is_shown(phase, row):
             return
         columns = COLUMNS[phase.name]
         if phase.lines % LINES_A_PAGE == 0:
             self._print(*[(f"{column.title:>{column.width}}", "bold") for column in columns])
         phase.lines += 1
         parts = [(_cell(column, row), column.style) for column in columns]
-        self._print(*parts, (self._time_left(step), "") if self._rich is None else ("", ""))
+        self._print(*parts, (self._time_left(phase, step), "") if self._rich is None else ("", ""))
 
     def note(self, text: str) -> None:
-        """A sentence on its own line, for example where a checkpoint was written."""
+        """Print a sentence on its own line, for example where a checkpoint was written."""
         self._print((text, "cyan"))
 
     def warn(self, text: str) -> None:
-        """A sentence that the user should act on or know."""
+        """Print a sentence that the user should act on or know."""
         self._print((f"warning: {text}", "yellow"))
 
     def close(self) -> None:
@@ -162,18 +162,12 @@ class Console:
                 self._print((f"  {column.title:<9}", ""), (column.meaning, "dim"))
         self._print()
 
-    def _is_shown(self, row: dict[str, Any]) -> bool:
-        every = max(1, self._phase.total // LINES_OF_SHORT_STEPS)
-        step = row["step"]
-        measured = any(row.get(column.key) is not None for column in COLUMNS[self._phase.name] if column.is_rare)
-        return step == 1 or step % every == 0 or step == self._phase.total or measured
-
-    def _time_left(self, step: int) -> str:
-        """From the pace since the phase began; nothing before the first step."""
-        done = step - self._phase.first
+    def _time_left(self, phase: _Phase, step: int) -> str:
+        """Estimate from the pace since the phase began; say nothing before the first step."""
+        done = step - phase.first
         if done <= 0:
             return ""
-        left = (self._clock() - self._phase.began) / done * max(0, self._phase.total - step)
+        left = (self._clock() - phase.began) / done * max(0, phase.total - step)
         return f"  {timedelta(seconds=round(left))} left"
 
     def _print(self, *parts: tuple[str, str]) -> None:
@@ -182,6 +176,13 @@ class Console:
         else:
             # soft_wrap: a line wider than the terminal continues below instead of losing its end.
             self._rich.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _is_shown(phase: _Phase, row: dict[str, Any]) -> bool:
+    every = max(1, phase.total // LINES_OF_SHORT_STEPS)
+    step = row["step"]
+    measured = any(row.get(column.key) is not None for column in COLUMNS[phase.name] if column.is_rare)
+    return step == 1 or step % every == 0 or step == phase.total or measured
 
 
 def _cell(column: Column, row: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ TOLERANCE = 1e-9  # 0.7 - 0.5 is 0.19999999999999996 in binary and must pass for
 
 @dataclass(frozen=True)
 class LearningReport:
-    """One run's row of the table. Accuracies and rewards are shares or means, not percent."""
+    """This is one run's row of the table. Accuracies and rewards are shares or means, not percent."""
 
     run: str
     control: bool  # advantages were shuffled
@@ -48,12 +48,13 @@ class LearningReport:
 
 
 def standard_error(share: float, count: float) -> float:
-    """Of a share of `count` independent yes/no outcomes (binomial)."""
+    """Return that of a share of `count` independent yes/no outcomes (binomial)."""
     return math.sqrt(share * (1 - share) / count)
 
 
 def wilson_interval(share: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share, 95% by default; unlike share +- 2 s.e. it stays inside [0, 1]."""
+    """Return Wilson's score interval of a binomial share, 95% by default; unlike share +- 2 s.e. it stays inside [0,
+    1]."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -93,7 +94,7 @@ def summarise(run_dir: Path) -> LearningReport:
 
 
 def failures(report: LearningReport, min_rise: float = 0.20, max_control_rise: float = 0.05) -> list[str]:
-    """The criteria this run does not meet, each as a sentence with both numbers; empty where it passes.
+    """Return each criterion this run does not meet as a sentence with both numbers; nothing where it passes.
 
     A run that stopped before its recipe's last step fails too: the step it stopped at must not be a free choice.
     """
@@ -106,13 +107,13 @@ def failures(report: LearningReport, min_rise: float = 0.20, max_control_rise: f
     if not report.control and report.rise < min_rise - TOLERANCE:
         found.append(f"{report.run}: rise {report.rise:.3f} {span} is below {min_rise:.3f}")
     first, last = report.reward_first, report.reward_last
-    if not report.control and first is not None and last <= first:
+    if not report.control and first is not None and last is not None and last <= first:
         found.append(f"{report.run}: mean reward fell from {first:.3f} in the first quarter to {last:.3f} in the last")
     return found
 
 
 def summarise_all(runs: Sequence[Path], controls: Sequence[Path] = ()) -> list[LearningReport]:
-    """Reports of the runs, then of the controls. Raises MetricsError where a run is given in the other's place."""
+    """Read the runs, then the controls. Raises MetricsError where a run is given in the other's place."""
     reports = [summarise(path) for path in [*runs, *controls]]
     for position, report in enumerate(reports):
         expected = position >= len(runs)
@@ -125,7 +126,7 @@ def summarise_all(runs: Sequence[Path], controls: Sequence[Path] = ()) -> list[L
 
 
 def markdown_table(reports: Sequence[LearningReport], verdicts: Sequence[str]) -> str:
-    """A Markdown table with aligned columns, one row a run; `verdicts` fills the last column."""
+    """Make a Markdown table with aligned columns, one row a run; `verdicts` fills the last column."""
     titles = [
         "run",
         "seed",
@@ -179,7 +180,8 @@ def _optional(value: float | None, form: str = ".3f") -> str:
 
 
 def _gain_over_last_third(record: RunRecord) -> float | None:
-    """Last evaluation minus the last one at or before two thirds of its step (or the first, where all are later)."""
+    """Return the last evaluation minus the last one at or before two thirds of its step (or the first, where all are
+    later)."""
     steps, accuracies = series(record.warm_start, ACCURACY)
     if len(steps) < 2:
         return None
@@ -188,5 +190,5 @@ def _gain_over_last_third(record: RunRecord) -> float | None:
 
 
 def _minutes(record: RunRecord, phase: str) -> float:
-    """Steps and evaluations; time/step does not contain time/eval."""
+    """Add up steps and evaluations; time/step does not contain time/eval."""
     return sum(sum(series(record.rows(phase), key)[1]) for key in ("time/step", "time/eval")) / 60

@@ -1,4 +1,4 @@
-"""One panel of a chart each: draws one question's answer from a run's rows on one Axes.
+"""Each function here draws one panel of a chart: one question's answer from a run's rows on one Axes.
 
 `PANELS` says what a panel needs; a panel is drawn when at least one of its metrics was logged and copes with the
 others missing. What they share is in axes.py; those about routing are in routing_panels.py.
@@ -40,7 +40,7 @@ TIME_PARTS = (
 
 @dataclass(frozen=True)
 class Panel:
-    """How to draw, whose rows, and the metrics of which at least one must be there."""
+    """Says how to draw, whose rows, and the metrics of which at least one must be there."""
 
     draw: Callable[[Axes, RunRecord], None]
     phase: str
@@ -60,7 +60,7 @@ class Panel:
 
 
 def reward(ax: Axes, record: RunRecord) -> None:
-    """Training reward, held-out accuracy with its 95% interval, and the accuracy that the warm start reached."""
+    """Draw training reward, held-out accuracy with its 95% interval, and the accuracy that the warm start reached."""
     steps, values = series(record.rl, "reward/mean")
     if steps:
         smoothed(ax, steps, values, BLUE, "training reward, smoothed")
@@ -73,7 +73,8 @@ def reward(ax: Axes, record: RunRecord) -> None:
 
 
 def clip_fraction(ax: Axes, record: RunRecord) -> None:
-    """What share of responses (in some token, where tokens have ratios) and of tokens lost gradient to the clip."""
+    """Draw what share of responses (in some token, where tokens have ratios) and of tokens lost gradient to the
+    clip."""
     for key, label, colour in (
         ("clip/seq_low", "responses, ratio too low", BLUE),
         ("clip/seq_high", "responses, ratio too high", RED),
@@ -88,7 +89,8 @@ def clip_fraction(ax: Axes, record: RunRecord) -> None:
 
 
 def ratio(ax: Axes, record: RunRecord) -> None:
-    """Spread of the sequence ratio around 1 against the clip range, which is a thousand times narrower than GRPO's."""
+    """Draw the sequence ratio's spread around 1 against the clip range, which is a thousand times narrower than
+    GRPO's."""
     rows = record.rl
     low_steps, low = series(rows, "ratio/min")
     high_steps, high = series(rows, "ratio/max")
@@ -116,7 +118,7 @@ def ratio(ax: Axes, record: RunRecord) -> None:
 
 
 def response_length(ax: Axes, record: RunRecord) -> None:
-    """Mean and longest response of each step, and the mean on held-out prompts."""
+    """Draw mean and longest response of each step, and the mean on held-out prompts."""
     for key, label, colour, width in (
         ("response/length_max", "longest", SKY, 1.0),
         ("response/length", "mean", BLUE, 1.8),
@@ -132,7 +134,7 @@ def response_length(ax: Axes, record: RunRecord) -> None:
 
 
 def truncated(ax: Axes, record: RunRecord) -> None:
-    """Responses cut at the length limit."""
+    """Draw the share of responses cut at the length limit."""
     steps, values = series(record.rl, "response/truncated")
     ax.plot(steps, [100 * value for value in values], color=RED, marker=marker(steps))
     titled(ax, "Cut at the length limit", "RL step", "responses (%)")
@@ -140,7 +142,7 @@ def truncated(ax: Axes, record: RunRecord) -> None:
 
 
 def step_time(ax: Axes, record: RunRecord) -> None:
-    """Where the seconds of a step go, stacked."""
+    """Draw where the seconds of a step go, stacked."""
     parts = [(series(record.rl, key), label, colour) for key, label, colour in TIME_PARTS]
     logged = sorted({step for (steps, _), _, _ in parts for step in steps})
     edges = np.arange(logged[0], logged[-1] + 2) - 0.5
@@ -156,7 +158,7 @@ def step_time(ax: Axes, record: RunRecord) -> None:
 
 
 def warm_start_loss(ax: Axes, record: RunRecord) -> None:
-    """Supervised loss on the gold answers."""
+    """Draw the supervised loss on the gold answers."""
     steps, values = series(record.warm_start, "loss")
     smoothed(ax, steps, values, BLUE, "loss, smoothed")
     titled(ax, "Warm start: loss", "warm-start step", "nats a token")
@@ -164,21 +166,21 @@ def warm_start_loss(ax: Axes, record: RunRecord) -> None:
 
 
 def warm_start_accuracy(ax: Axes, record: RunRecord) -> None:
-    """Held-out accuracy on the way; it should have levelled off before RL begins."""
+    """Draw held-out accuracy on the way; it should have levelled off before RL begins."""
     _accuracy_points(ax, record, "warm_start")
     titled(ax, "Warm start: held-out accuracy", "warm-start step", "accuracy (share)")
     share_limits(ax)
 
 
 def dpo_margin(ax: Axes, record: RunRecord) -> None:
-    """How much more than the reference the policy prefers the chosen answers."""
+    """Draw how much more than the reference the policy prefers the chosen answers."""
     _trained_and_held_out(ax, record, "margin")
     ax.axhline(0.0, color=GREY, linestyle="--", linewidth=1.2, label="reference")
     titled(ax, "DPO: margin", "DPO step", "β h, mean over pairs (nats)")
 
 
 def dpo_accuracy(ax: Axes, record: RunRecord) -> None:
-    """Share of pairs whose margin is above 0; half of them by chance."""
+    """Draw the share of pairs whose margin is above 0; half of them by chance."""
     _trained_and_held_out(ax, record, "accuracy")
     ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1.2, label="chance")
     titled(ax, "DPO: pairs told apart", "DPO step", "share of pairs")
@@ -186,7 +188,7 @@ def dpo_accuracy(ax: Axes, record: RunRecord) -> None:
 
 
 def dpo_log_ratios(ax: Axes, record: RunRecord) -> None:
-    """Both answers' log-ratio to the reference. The margin may also grow while both fall."""
+    """Draw both answers' log-ratio to the reference. The margin may also grow while both fall."""
     for name, colour in (("chosen", GREEN), ("rejected", RED)):  # always logged together
         smoothed(ax, *series(record.dpo, f"dpo/{name}"), colour, name)
     titled(ax, "DPO: log-ratio to the reference", "DPO step", "nats an answer")

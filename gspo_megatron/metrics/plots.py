@@ -1,4 +1,4 @@
-"""A run's charts: which panels make a file, the look they share, and the overview for a README.
+"""A run's charts are made here: which panels make a file, the look they share, and the overview for a README.
 
 Drawn from metrics.jsonl and config.yaml alone, so a run can be redrawn at any time, also while it is training.
 What a panel shows is in panels.py. Left out: comparisons of several runs.
@@ -6,7 +6,7 @@ What a panel shows is in panels.py. Left out: comparisons of several runs.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 
 from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.record import RunRecord, load_record
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # of matplotlib 3.11 on
 
 # File name -> panels from top to bottom; those without data are left out.
 CHARTS: dict[str, tuple[str, ...]] = {
@@ -40,7 +43,7 @@ OVERVIEW = (
     "warm_start_loss",
     "warm_start_accuracy",
 )
-LOOK: dict[str, Any] = {
+LOOK: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -85,7 +88,7 @@ def draw(run_dir: Path) -> list[Path]:
 
 
 def figures(record: RunRecord) -> dict[str, Figure]:
-    """The charts by file name, the overview last; empty for a run without a metric that is drawn."""
+    """Make the charts by file name, the overview last; none for a run without a metric that is drawn."""
     charts = {}
     for name, panels in CHARTS.items():
         shown = [panel for panel in panels if PANELS[panel].has_data(record)]
@@ -98,7 +101,7 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 
 def run_title(record: RunRecord) -> str:
-    """The run in one line, as far as config.yaml tells it: "moe_gspo: gspo, seed 1, 32 prompts × 8 responses ..."."""
+    """Tell the run in one line, as far as config.yaml does: "moe_gspo: gspo, seed 1, 32 prompts × 8 responses ..."."""
     name = record.setting("name") or record.path.resolve().name
     prompts, group = record.setting("rollout.num_prompts"), record.setting("rollout.group_size")
     batch = None if prompts is None or group is None else f"{prompts} prompts × {group} responses a step"

@@ -1,4 +1,4 @@
-"""A finished or running run as its readers see it: recipe and rows, split by phase and in order of steps.
+"""Readers see a finished or running run like this: recipe and rows, split by phase and in order of steps.
 
 Left out: any judgement (learning.py) and any drawing (panels.py).
 """
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder, read."""
+    """This is one run folder, read."""
 
     path: Path
     config: dict[str, Any]  # config.yaml as written; empty where the folder has none
@@ -25,7 +25,7 @@ class RunRecord:
     dpo: list[Row] = field(default_factory=list)  # likewise, of a run that has DPO in place of RL
 
     def setting(self, dotted: str, default: Any = None) -> Any:
-        """A value of config.yaml, for example setting("algorithm.clip_ratio_low")."""
+        """Return a value of config.yaml, for example setting("algorithm.clip_ratio_low")."""
         value: Any = self.config
         for part in dotted.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -34,7 +34,7 @@ class RunRecord:
         return value
 
     def rows(self, phase: str) -> list[Row]:
-        """The rows of one of tracker.PHASES."""
+        """Return the rows of one of tracker.PHASES."""
         return {"warm_start": self.warm_start, "rl": self.rl, "dpo": self.dpo}[phase]
 
 
@@ -50,7 +50,7 @@ def load_record(run_dir: Path) -> RunRecord:
 
 
 def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric; rows where it is absent or null (it was not finite) are left out."""
+    """Return steps and values of one metric; rows where it is absent or null (it was not finite) are left out."""
     kept = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in kept], [value for _, value in kept]
 

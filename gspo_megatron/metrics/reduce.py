@@ -1,4 +1,4 @@
-"""From what each data-parallel replica saw to the numbers of the whole step. Collectives over data parallelism.
+"""What each data-parallel replica saw becomes the numbers of the whole step, by collectives over data parallelism.
 
 Sums and extremes are taken over the gathered rows; a mean of the ranks' means would weigh ranks, not responses.
 """
@@ -12,7 +12,7 @@ from gspo_megatron.batch import SequenceTable, UpdateResult
 
 
 def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[n, k] of each rank -> [ranks * n, k] in rank order; n must be the same on all."""
+    """Gather [n, k] of each rank to [ranks * n, k] in rank order; n must be the same on all."""
     size = dist.get_world_size(group)
     if size == 1:
         return rows
@@ -22,7 +22,8 @@ def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 
 def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:
-    """Mean over optimizer steps of the whole step's loss, of which each replica has its share. A collective."""
+    """Return the mean over optimizer steps of the whole step's loss, of which each replica has its share. A
+    collective."""
     device = results[0].stats.table.values.device
     loss = torch.tensor([result.stats.loss for result in results], dtype=torch.float64, device=device)
     dist.all_reduce(loss, group=group)
@@ -30,7 +31,7 @@ def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:
 
 
 def optimizer_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
-    """Loss, gradient norm and learning rate of one or more updates; how many of them changed nothing. A collective.
+    """Return loss, gradient norm and learning rate of one or more updates; how many changed nothing. A collective.
 
     update/not_finite counts those that were skipped for a number that is not finite; the rest is of the others.
     """
@@ -49,13 +50,13 @@ def _finite(results: list[UpdateResult]) -> list[UpdateResult]:
 
 
 def published(results: list[UpdateResult], group: dist.ProcessGroup) -> SequenceTable:
-    """The sequences of several updates, of all replicas in rank order. A collective over data parallelism."""
+    """Return the sequences of several updates, of all replicas in rank order. A collective over data parallelism."""
     return SequenceTable(gather_rows(torch.cat([result.stats.table.values for result in results]), group))
 
 
 def _noise_floor(first: UpdateResult, group: dist.ProcessGroup) -> dict[str, float]:
-    """ratio/noise_floor: rms of log s in the first minibatch, whose weights are those of the old log-probs. It is 0 but
-    for noise, which must stay far below the clip range."""
+    """Return ratio/noise_floor: rms of log s in the first minibatch, whose weights are those of the old log-probs. It
+    is 0 but for noise, which must stay far below the clip range."""
     table = published([first], group)
     log_ratio = table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)
     log_ratio = log_ratio[(table.column("num_tokens") > 0) & torch.isfinite(log_ratio)]
@@ -63,7 +64,7 @@ def _noise_floor(first: UpdateResult, group: dist.ProcessGroup) -> dict[str, flo
 
 
 def update_metrics(results: list[UpdateResult], group: dist.ProcessGroup) -> dict[str, float]:
-    """Ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
+    """Return ratio, clipping, KL and optimizer metrics of one rollout batch (all its minibatches).
 
     Args:
         results: one a minibatch, of this replica.

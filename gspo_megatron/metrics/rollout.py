@@ -1,4 +1,4 @@
-"""reward/*, advantage/* and response/* of one RL step, over all replicas."""
+"""This computes reward/*, advantage/* and response/* of one RL step, over all replicas."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from gspo_megatron.metrics.reduce import gather_rows
 def group_metrics(
     groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str], group: dist.ProcessGroup, device: torch.device
 ) -> dict[str, float]:
-    """Reward, advantage and response metrics over all replicas. A collective.
+    """Return reward, advantage and response metrics over all replicas. A collective.
 
     Args:
         values: [P * G] fp64, advantages in the order of the responses.

@@ -1,4 +1,4 @@
-"""route/* of one RL step: routing counts beside the ratios and clip flags that the last stage published."""
+"""This computes route/* of one RL step: routing counts beside ratios and clip flags that the last stage published."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from gspo_megatron.routing.statistics import MinibatchRouting, routing_metrics
 def step_routing(
     counted: list[MinibatchRouting], topk: int, results: list[UpdateResult], group: dist.ProcessGroup
 ) -> dict:
-    """Routing metrics of the updates in `results`, one a minibatch. A collective; the same on every stage.
+    """Return routing metrics of the updates in `results`, one a minibatch. A collective; the same on every stage.
 
     Args:
         counted: sums over all ranks, by minibatch (RoutingStatistics.take).
@@ -27,7 +27,7 @@ def step_routing(
 
 
 def change_beside_ratio(sequences: torch.Tensor, table: SequenceTable) -> dict[str, float]:
-    """Does routing change explain clipping? Of the minibatches after the first, over all replicas.
+    """Tell whether routing change explains clipping, in the minibatches after the first, over all replicas.
 
     Args:
         sequences: [N, 2] fp64, changed and compared pairs.

@@ -1,4 +1,4 @@
-"""The panels about routing: how it changes, and how experts are loaded."""
+"""These panels are about routing: how it changes, and how experts are loaded."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,7 +9,7 @@ from gspo_megatron.metrics.record import RunRecord, series
 
 
 def load_imbalance(ax: Axes, record: RunRecord) -> None:
-    """Tokens of the busiest expert over the mean of a layer's experts."""
+    """Draw the tokens of the busiest expert over the mean of a layer's experts."""
     for key, label, colour in (
         ("route/load_imbalance_max", "worst layer", ORANGE),
         ("route/load_imbalance", "mean over layers", BLUE),
@@ -23,7 +23,7 @@ def load_imbalance(ax: Axes, record: RunRecord) -> None:
 
 
 def dead_experts(ax: Axes, record: RunRecord) -> None:
-    """Experts that no token of the step was sent to."""
+    """Draw the number of experts that no token of the step was sent to."""
     steps, values = series(record.rl, "route/dead_experts")
     ax.plot(steps, values, color=RED, marker=marker(steps))
     titled(ax, "Experts without a token", "RL step", "experts")
@@ -32,7 +32,7 @@ def dead_experts(ax: Axes, record: RunRecord) -> None:
 
 
 def routing_change(ax: Axes, record: RunRecord) -> None:
-    """Activated experts that the policy in training no longer chooses as the sampling policy did."""
+    """Draw the activated experts that the policy in training no longer chooses as the sampling policy did."""
     for key, label, colour in (
         ("route/changed_experts", "all updates of a batch but the first", BLUE),
         ("route/changed_experts_one_update", "one update", ORANGE),
@@ -45,7 +45,7 @@ def routing_change(ax: Axes, record: RunRecord) -> None:
 
 
 def routing_map(ax: Axes, record: RunRecord) -> None:
-    """The same by layer and step; a dense layer's row is blank."""
+    """Draw the same by layer and step; a dense layer's row is blank."""
     key = "route/by_layer/changed_experts"
     rows = [row for row in record.rl if row.get(key)]
     values = np.array([[np.nan if value is None else 100 * value for value in row[key]] for row in rows]).T

@@ -1,4 +1,4 @@
-"""The run's metric rows: written to metrics.jsonl and TensorBoard, read back by everything that looks at a run.
+"""A run's metric rows are written to metrics.jsonl and TensorBoard, and read back by everything that looks at a run.
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
 a list of them (by layer, by minibatch)}. TensorBoard is a view of the same rows, without the lists. samples.jsonl holds
@@ -22,7 +22,7 @@ PHASES = ("warm_start", "rl", "dpo")
 
 
 class MetricsError(GspoError):
-    """A run folder whose metrics are missing, corrupt or do not answer the question that was asked."""
+    """Raised where a run folder's metrics are missing, corrupt or do not answer the question that was asked."""
 
 
 class Tracker:
@@ -90,7 +90,7 @@ class Tracker:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every row of a run's metrics.jsonl in file order; a step that a resumed run went over again is there twice.
+    """Read every row of a run's metrics.jsonl in file order; a step that a resumed run went over again is there twice.
 
     An unfinished last line (the run was killed, or is writing now) is left out with a warning. Raises MetricsError
     that names file and line for any other line that is not a row, and where there is no file.
@@ -116,14 +116,14 @@ def _append(file: BinaryIO, row: dict[str, Any]) -> None:
 
 
 def _number(value: Any) -> int | float | list | None:
-    """A JSON number of a Python, NumPy or one-element torch value, or a list of them; None stays None."""
+    """Return a JSON number of a Python, NumPy or one-element torch value, or a list of them; None stays None."""
     if isinstance(value, list):
         return [_number(each) for each in value]
     return value if value is None or isinstance(value, int) else float(value)
 
 
 def _finite(value: Any) -> Any:
-    """None in place of what JSON has no word for."""
+    """Put None in place of what JSON has no word for."""
     if isinstance(value, list):
         return [_finite(each) for each in value]
     return None if _not_finite(value) else value

@@ -1,1 +1,1 @@
-"""How a rank lives and ends: signals, exit status and messages, the watchdog, and where its main thread is."""
+"""A rank lives and ends here: signals, exit status and messages, the watchdog, and where its main thread is."""

@@ -1,4 +1,4 @@
-"""How a rank ends: promptly, with one message, whatever it is blocked in.
+"""A rank ends promptly, with one message, whatever it is blocked in.
 
 A rank spends most of its life inside C++ (a Gloo or NCCL wait), where Python runs no signal handler, and the
 destructors of a process group whose peers are gone can hang. So signals are answered by a thread of their own, and
@@ -45,13 +45,13 @@ _is_asking = threading.Event()  # something looks at the other one now and then
 
 
 def is_told_to_stop() -> bool:
-    """This rank got SIGUSR1 or SIGTERM, and should write a checkpoint and end."""
+    """Tell whether this rank got SIGUSR1 or SIGTERM, and should write a checkpoint and end."""
     _is_asking.set()
     return _told_to_stop.is_set()
 
 
 def rank() -> int:
-    """This process's rank as its launcher says, 0 without one."""
+    """Return this process's rank as its launcher says, 0 without one."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -123,7 +123,7 @@ def leave(status: int, message: str | None = None) -> None:
 
 
 def say(message: str) -> None:
-    """A line on stderr that no buffer holds back and no other rank's line cuts in two."""
+    """Print a line on stderr that no buffer holds back and no other rank's line cuts in two."""
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())
 

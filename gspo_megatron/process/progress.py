@@ -1,4 +1,4 @@
-"""Where this process's main thread is, in the words of the training loop; the watchdog tells it of a rank that hangs.
+"""This says where the main thread is, in the words of the training loop; the watchdog tells it of a rank that hangs.
 
 One process is in one place, so this is a module and no object that every layer would have to hand on. Written by the
 main thread alone; other threads read it.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Place:
-    """What the main thread does."""
+    """Says what the main thread does."""
 
     phase: str = "start"  # one of metrics.tracker.PHASES once training runs
     step: int | None = None
@@ -32,23 +32,23 @@ def here() -> Place:
 
 
 def moves() -> int:
-    """Grows whenever the main thread comes to another place: equal numbers mean that it did not get on."""
+    """Return what grows when the main thread comes to another place: equal numbers mean that it did not get on."""
     return _moves
 
 
 def step(phase: str, number: int) -> None:
-    """The main thread begins a step of the training loop."""
+    """Note that the main thread begins a step of the training loop."""
     _go(Place(phase, number))
 
 
 def detail(text: str) -> None:
-    """It got on within the part."""
+    """Note that it got on within the part."""
     _go(replace(_here, detail=text))
 
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """It does this inside the block."""
+    """Note that it does this inside the block."""
     before = _here
     _go(replace(before, part=name, detail=""))
     yield  # an error leaves the place as it is, for whoever asks where it came from

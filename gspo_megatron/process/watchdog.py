@@ -48,7 +48,7 @@ VERDICT = "watchdog/verdict"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one rank last said of itself."""
+    """This is what one rank last said of itself."""
 
     count: int  # grows with every heartbeat
     clock: str  # of its own machine
@@ -65,10 +65,10 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Two threads of one rank: one talks to the store, the other looks at the main thread and at the first."""
+    """Has two threads of one rank: one talks to the store, the other looks at the main thread and at the first."""
 
     def __init__(self, name: str, config: FaultsConfig):
-        """Starts them, unless the recipe wants none or the rank is alone. The process group must exist.
+        """Start them, unless the recipe wants none or the rank is alone. The process group must exist.
 
         Args:
             name: this rank's coordinates, for people.
@@ -78,20 +78,23 @@ class Watchdog:
         shortest = min(config.heartbeat_timeout, config.collective_timeout)
         self.pause = min(shortest / LOOKS, LONGEST_PAUSE)
         self._stopped = threading.Event()
-        self._main = threading.main_thread().ident
+        main = threading.main_thread().ident
+        assert main is not None  # it has started
+        self._main = main
         self._waits_in: str | None = None
         self._seconds = 0.0  # in the same place
         self._answered = 0  # times that the store did
         self._threads: list[threading.Thread] = []
         if config.heartbeat_timeout and self.world_size > 1:
             # A client of its own: the main thread's may block in a wait.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()  # type: ignore[attr-defined]  # torch's own stubs leave it out
             for target in (self._talk, self._look):
                 self._threads.append(threading.Thread(target=target, name=f"watchdog{target.__name__}", daemon=True))
                 self._threads[-1].start()
 
     def stop(self) -> None:
-        """The rank ends in order. Before the process group is left."""
+        """Say that the rank ends in order, before the process group is left."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(LONGEST_PAUSE)
@@ -209,7 +212,7 @@ class Watchdog:
 
 
 def waits_in(frame: FrameType | None) -> str | None:
-    """The name of the collective or transfer that a thread at this frame waits in; None: it works."""
+    """Return the name of the collective or transfer that a thread at this frame waits in; None: it works."""
     innermost = frame
     while frame is not None:
         code = frame.f_code
@@ -223,7 +226,7 @@ def waits_in(frame: FrameType | None) -> str | None:
 
 
 def position(frame: FrameType | None) -> tuple[tuple[int, int], ...]:
-    """Where in the code a thread is: the instruction of every frame."""
+    """Return where in the code a thread is: the instruction of every frame."""
     found = []
     while frame is not None:
         found.append((id(frame.f_code), frame.f_lasti))

@@ -1,1 +1,1 @@
-"""From YAML and a command line to a recipe that has been checked, before anything imports torch."""
+"""YAML and a command line become a recipe that has been checked, before anything imports torch."""

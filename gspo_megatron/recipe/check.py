@@ -1,4 +1,4 @@
-"""What needs two parts of a recipe, the model's shape or the world size, checked before anything heavy is imported.
+"""This checks what needs two parts of a recipe, the model's shape or the world size, before anything heavy is imported.
 
 `check` refuses what the trainer would refuse later, or would train wrongly; how the model is cut is layout.py. Nothing
 here imports torch.

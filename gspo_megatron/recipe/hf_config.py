@@ -1,4 +1,4 @@
-"""The model's Hugging Face config.json, read and checked before anything heavy is imported.
+"""The model's Hugging Face config.json is read and checked before anything heavy is imported.
 
 Left out: whether a layout can cut the model (check.py), the model itself (backend/model/builder.py), and the weights
 of a folder beyond their being there (hf/load.py).
@@ -18,7 +18,7 @@ WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 
 
 def read_shape(model: ModelConfig) -> Architecture:
-    """What the Hugging Face config says.
+    """Return what the Hugging Face config says.
 
     Raises:
         ConfigError: it is missing, not a JSON object, of an unsupported family, or lacks a size; or there are no
@@ -53,12 +53,12 @@ def read_shape(model: ModelConfig) -> Architecture:
 
 
 def config_path(model: ModelConfig) -> Path:
-    """Of the folder to start from, where there is one."""
+    """Return the path of config.json: in the folder to start from, where there is one."""
     return Path(model.hf_config) if model.load_hf is None else model.load_hf / "config.json"
 
 
 def read_json(path: Path, field: str) -> dict:
-    """A config.json as a dict. Raises ConfigError, which names the option `field`."""
+    """Read a config.json as a dict. Raises ConfigError, which names the option `field`."""
     value = str(path)
     try:
         shape = json.loads(path.read_text(encoding="utf-8"))

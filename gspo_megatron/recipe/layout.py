@@ -1,4 +1,4 @@
-"""The parallel layout: what a recipe leaves open is filled in, and what the model or the world cannot be cut into is
+"""The parallel layout is filled in where a recipe leaves it open, and what the model or the world cannot be cut into is
 refused. Nothing here imports torch."""
 
 import dataclasses

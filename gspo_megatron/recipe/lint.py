@@ -1,4 +1,5 @@
-"""What of a recipe works, but is hardly meant. What cannot work is refused in check.py. Nothing here imports torch."""
+"""This warns of what works in a recipe, but is hardly meant. What cannot work is refused in check.py. Nothing here
+imports torch."""
 
 import dataclasses
 
@@ -9,7 +10,7 @@ GRPO_EPSILON = 0.01  # clip ranges of token ratios are 0.1 and more, those of se
 
 
 def warnings(config: TrainConfig) -> list[str]:
-    """What works, but is hardly meant; one sentence or two each."""
+    """Return what works, but is hardly meant; one sentence or two each."""
     found = _unused_by_dpo(config) if config.algorithm.name == "dpo" else _ratio_warnings(config)
     if config.model.moe_aux_loss_coeff > 0:
         found.append(

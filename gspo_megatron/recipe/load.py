@@ -1,4 +1,4 @@
-"""A recipe file and command-line overrides -> TrainConfig, and back to a file.
+"""A recipe file and command-line overrides become a TrainConfig here, and that becomes a file again.
 
 The order is: defaults of config/, then the YAML file, then overrides (`--optimizer.lr 1e-4`). The recipe says
 which tasks are trained; an override may change a weight or an option that the recipe spells out
@@ -13,11 +13,12 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import ConfigError
@@ -46,11 +47,12 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
     )
     model = dataclasses.replace(config.model, hf_config=find_file(config.model.hf_config, path, "config.json"))
     if model.load_hf is not None:
-        found = find_file(model.load_hf, path, "config.json")
-        model = dataclasses.replace(model, load_hf=found.parent if found.is_file() else found)
+        start = find_file(model.load_hf, path, "config.json")
+        model = dataclasses.replace(model, load_hf=start.parent if start.is_file() else start)
     preference = config.algorithm.preference
-    found = {name: find_file(given, path) for name in ("path", "eval_path") if (given := getattr(preference, name))}
-    algorithm = dataclasses.replace(config.algorithm, preference=dataclasses.replace(preference, **found))
+    pairs, held_out = (given and find_file(given, path) for given in (preference.path, preference.eval_path))
+    preference = dataclasses.replace(preference, path=pairs, eval_path=held_out)
+    algorithm = dataclasses.replace(config.algorithm, preference=preference)
     return dataclasses.replace(config, model=model, algorithm=algorithm.resolved())
 
 
@@ -81,7 +83,7 @@ def _read(path: Path) -> TrainConfig:
         raise ConfigError("\n".join(_message(item, path) for item in error.errors(include_url=False))) from None
 
 
-def _message(item: dict[str, Any], path: Path) -> str:
+def _message(item: ErrorDetails, path: Path) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "dataclass_type":
         return f"{name} = {item['input']!r}: must be a table. Write {{}} for its defaults, in {path}."
@@ -114,7 +116,7 @@ def _field_names(kind: type, prefix: str = "") -> list[str]:
             continue
         names.append(f"{prefix}{name}")
         for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 star = "" if inner is hint else ".*"
                 names += _field_names(inner, f"{prefix}{name}{star}.")
     return names

@@ -1,4 +1,4 @@
-"""What a Slurm job is asked to be, checked against its recipe before it waits in a queue."""
+"""A Slurm job is described here, and checked against its recipe before it waits in a queue."""
 
 import re
 import sys
@@ -110,13 +110,16 @@ def check(job: Job, config: TrainConfig) -> None:
 
 
 def seconds(limit: str) -> int:
-    """Of Slurm's [days-][hours:]minutes:seconds."""
-    days, hours, minutes, rest = (int(part or 0) for part in TIME.match(limit).groups())
+    """Return those of Slurm's [days-][hours:]minutes:seconds."""
+    found = TIME.match(limit)
+    if found is None:
+        raise ValueError(f"{limit!r} is not [days-][hours:]minutes:seconds; check() refuses it")
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def warnings(job: Job, layout: Layout) -> list[str]:
-    """What works, but slowly."""
+    """Return what works, but slowly."""
     tensor = layout.tensor_model_parallel_size * layout.context_parallel_size
     if tensor <= job.ranks_per_node and job.ranks_per_node % tensor == 0:
         return []
@@ -127,7 +130,7 @@ def warnings(job: Job, layout: Layout) -> list[str]:
 
 
 def summary(job: Job, config: TrainConfig, layout: Layout, target: Path) -> str:
-    """What the job will be, for people."""
+    """Say what the job will be, for people."""
     stages = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
     kind = "CPU, Gloo" if config.device == "cpu" else "GPU, NCCL"
     jobs = f", one job for each seed of {job.array}" if job.array else ""

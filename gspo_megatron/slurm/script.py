@@ -1,4 +1,4 @@
-"""The batch script of a job: one torchrun a node through srun.
+"""A job's batch script starts one torchrun a node through srun.
 
 What it relies on is in docs/slurm.md; examples/slurm/train.sbatch is what this module writes for the example recipe, so
 the two cannot differ. Left out: containers (wrap the python line), several recipes in one job, and following the job:
@@ -76,7 +76,7 @@ exit $status
 
 
 def render(job: Job, config: TrainConfig, overrides: list[str]) -> str:
-    """The batch script.
+    """Return the batch script.
 
     Args:
         overrides: words of the command line that change the recipe.

@@ -1,4 +1,4 @@
-"""The study of algorithms: what each needs to reach the same held-out accuracy, at its own best learning rate.
+"""The study of algorithms asks what each needs to reach the same held-out accuracy, at its own best learning rate.
 
 Left out: DPO, which has no rollouts and so no reward by step.
 """
@@ -26,7 +26,7 @@ COLOURS = dict(zip(plan.ALGORITHM_ARMS, (BLUE, SKY, RED, ORANGE, GREEN, PURPLE),
 
 @dataclass(frozen=True)
 class Reached:
-    """What one run needed to reach plan.THRESHOLD; None: it did not."""
+    """Says what one run needed to reach plan.THRESHOLD; where it did not, None stands in its place."""
 
     steps: int
     tokens: float  # sampled and trained on, prompts included
@@ -35,7 +35,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class AlgorithmCell:
-    """One algorithm at one learning rate."""
+    """Describes one algorithm at one learning rate."""
 
     arm: str
     lr: float
@@ -99,7 +99,7 @@ COLUMNS = [
 
 
 def reached(run: RunResult) -> Reached | None:
-    """At the first evaluation with an accuracy of plan.THRESHOLD or more."""
+    """Return what the first evaluation with an accuracy of plan.THRESHOLD or more took; None where there was none."""
     tokens = seconds = 0.0
     for row in run.rows:
         step_seconds = row.get("time/step") or 0.0
@@ -128,7 +128,7 @@ def find(results: list[RunResult]) -> AlgorithmFindings:
 
 
 def _best_rate(results: list[RunResult], arm: str) -> float:
-    """By mean outcome, of the rates that have as many seeds as any."""
+    """Choose by mean outcome, of the rates that have as many seeds as any."""
     outcomes: dict[float, list[float]] = {}
     for run in results:
         if run.spec.arm == arm:
@@ -158,8 +158,13 @@ def _cell(results: list[RunResult], arm: str, lr: float, best: bool) -> Algorith
 
 def _conclude(best: list[AlgorithmCell], against: dict[str, Interval]) -> list[str]:
     """Only seeds that all reached count in the order: an algorithm that reached in some seeds alone is named apart."""
-    whole = sorted((c for c in best if c.reached == c.outcome.count), key=lambda c: c.tokens)
-    told = ", ".join(f"{c.arm} {c.steps:.0f} steps and {c.tokens / 1e3:.0f} thousand tokens" for c in whole)
+    whole = [
+        (c.arm, c.steps, c.tokens)
+        for c in best
+        if c.reached == c.outcome.count and c.steps is not None and c.tokens is not None
+    ]
+    whole.sort(key=lambda each: each[2])
+    told = ", ".join(f"{arm} {steps:.0f} steps and {tokens / 1e3:.0f} thousand tokens" for arm, steps, tokens in whole)
     partly = ", ".join(f"{c.arm} ({c.reached} of {c.outcome.count})" for c in best if c.reached < c.outcome.count)
     better = [arm for arm, found in against.items() if found.above_zero]
     worse = [arm for arm, found in against.items() if found.below_zero]
@@ -185,7 +190,7 @@ def _row(cell: AlgorithmCell) -> list[str]:
 
 
 def _picture(results: list[RunResult], findings: AlgorithmFindings) -> Figure:
-    """Mean held-out accuracy by step and by seconds, each algorithm at its best learning rate."""
+    """Draw mean held-out accuracy by step and by seconds, each algorithm at its best learning rate."""
     figure = Figure(figsize=(11.0, 4.2))
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for cell in (cell for cell in findings.cells if cell.best):
@@ -206,6 +211,6 @@ def _picture(results: list[RunResult], findings: AlgorithmFindings) -> Figure:
 
 
 def _clock(run: RunResult) -> dict[int, float]:
-    """Seconds of training, without evaluations, by step."""
+    """Return seconds of training, without evaluations, by step."""
     total = np.cumsum([row.get("time/step") or 0.0 for row in run.rows])
     return {row["step"]: seconds for row, seconds in zip(run.rows, total.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""A study's data as one file: data.tar.xz, beside the report that was made from it.
+"""A study's data become one file: data.tar.xz, beside the report that was made from it.
 
 Trainings write loose files into data/, one a run, so that a study which is cut short goes on with what is missing, and
 so that the jobs of a Slurm array can share the folder. Hundreds of them would crowd a repository. Writing a report
@@ -19,7 +19,7 @@ PACKED = "data.tar.xz"
 
 
 def pack(files: dict[str, bytes]) -> bytes:
-    """A tar.xz of the files, by name, in a folder data/. The same files make the same bytes."""
+    """Make a tar.xz of the files, by name, in a folder data/. The same files make the same bytes."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz") as tar:
         for name in sorted(files):
@@ -30,14 +30,19 @@ def pack(files: dict[str, bytes]) -> bytes:
 
 
 def unpack(packed: bytes) -> dict[str, bytes]:
-    """What pack() was given. All of it is decompressed first, because tarfile would not miss the end of a cut file."""
+    """Return what pack() was given. All of it is decompressed first, because tarfile would not miss the end of a cut
+    file."""
     with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed)), mode="r:") as tar:
-        return {PurePosixPath(entry.name).name: tar.extractfile(entry).read() for entry in tar if entry.isfile()}
+        return {
+            PurePosixPath(entry.name).name: file.read()
+            for entry in tar
+            if entry.isfile() and (file := tar.extractfile(entry))
+        }
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """The data file of every run in a study's folder, sorted by name. A loose one counts before a packed one, because
-    it is newer.
+    """Return the data file of every run in a study's folder, sorted by name. A loose one counts before a packed one,
+    because it is newer.
 
     Raises:
         GspoError: the packed file is damaged.

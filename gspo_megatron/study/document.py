@@ -1,5 +1,5 @@
-"""A study's report as files: report.html (self-contained), README.md with plots beside it, findings.json, and the data
-that it was made from."""
+"""A study's report becomes files: report.html (self-contained), README.md with plots beside it, findings.json, and the
+data that it was made from."""
 
 import base64
 import dataclasses
@@ -19,7 +19,7 @@ DPI = 110
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text, a table and pictures, as the templates show it."""
+    """Has a heading with text, a table and pictures, as the templates show it."""
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """What a report says. The first sentence of the conclusion is the verdict."""
+    """Holds what a report says. The first sentence of the conclusion is the verdict."""
 
     title: str
     summary: str
@@ -41,7 +41,7 @@ class Document:
 
 
 def write(document: Document, folder: Path) -> None:
-    """Over older files."""
+    """Write the files over older ones."""
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     images = {}

@@ -1,6 +1,8 @@
-"""The pictures of a routing-replay report, drawn from the runs' rows. Colours mean arms, in all of them."""
+"""The pictures of a routing-replay report are drawn from the runs' rows. Colours mean arms, in all of them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +24,7 @@ WIDEST = 0.6  # difference of accuracy in a picture; intervals beyond it go off 
 
 
 def draw(results: list[RunResult], findings: Findings) -> dict[str, Figure]:
-    """By file name. Arms or learning rates without data are left out."""
+    """Draw all pictures, by file name. Arms or learning rates without data are left out."""
     rates = sorted({r.spec.lr for r in results if r.spec.setting == "main" and r.spec.arm in plan.MAIN_ARMS})
     with matplotlib.rc_context(LOOK):
         return {
@@ -110,7 +112,7 @@ def _band(ax: Axes, runs: list[RunResult], key: str, by_time: bool, colour: str,
 
 
 def _seconds(run: RunResult) -> np.ndarray:
-    """At the end of each row's step, without evaluations."""
+    """Return the seconds of training at the end of each row's step, without evaluations."""
     return np.cumsum([row.get("time/step") or 0.0 for row in run.rows])
 
 
@@ -183,7 +185,11 @@ def _forest(comparisons: Sequence[Comparison], title: str) -> Figure:
     ax.axvspan(-plan.EQUIVALENCE_MARGIN, plan.EQUIVALENCE_MARGIN, color=GREY, alpha=0.18, linewidth=0)
     ax.axvline(0, color=GREY, linewidth=1)
     for row, each in enumerate(comparisons):
-        look = {"color": BLUE, "alpha": 0.25 if each.reading == "floor" else 1.0, "solid_capstyle": "butt"}
+        look: dict[str, Any] = {
+            "color": BLUE,
+            "alpha": 0.25 if each.reading == "floor" else 1.0,
+            "solid_capstyle": "butt",
+        }
         ax.plot([each.difference.low, each.difference.high], [row, row], linewidth=1.2, **look)
         ax.plot([each.equivalence.low, each.equivalence.high], [row, row], linewidth=4.5, **look)
         ax.plot([each.equivalence.mean], [row], marker="D", markersize=6, markeredgecolor="white", **look)
@@ -204,9 +210,13 @@ def _clipping(results: list[RunResult], rates: list[float]) -> Figure:
         ("Responses", "Tokens"),
         strict=True,
     ):
-        _by_rate(ax, results, rates, lambda run, keys=keys: sum(100 * (run.mean(key) or 0.0) for key in keys))
+        _by_rate(ax, results, rates, partial(_clipped, keys))
         _finish(ax, f"{title} that lost gradient to the clip", "learning rate", "clipped (%)")
     return figure
+
+
+def _clipped(keys: Sequence[str], run: RunResult) -> float:
+    return sum(100 * (run.mean(key) or 0.0) for key in keys)
 
 
 def _by_rate(ax: Axes, results: list[RunResult], rates: Sequence[float], value: Callable[[RunResult], float]) -> None:

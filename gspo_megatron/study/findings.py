@@ -1,4 +1,4 @@
-"""What a routing-replay study found: tables, tests by the rules of plan.py, and a conclusion in words.
+"""What a routing-replay study found becomes tables, tests by the rules of plan.py, and a conclusion in words.
 
 The comparison that decides is made at the largest learning rate at which neither of its two arms collapses in any seed,
 which is where replay should help if it does. Everything else is shown beside it, at intervals that are wider by the
@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import statistics
 from dataclasses import dataclass
+from typing import TypeVar
 
 from gspo_megatron.metrics.record import series
 from gspo_megatron.study import plan
@@ -16,10 +17,12 @@ from gspo_megatron.study.inference import Interval, interval, paired, read, toge
 from gspo_megatron.study.results import RunResult, of
 from gspo_megatron.study.wording import READINGS, say
 
+Level = TypeVar("Level", int, float)
+
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm at one learning rate in one setting."""
+    """Describes an arm at one learning rate in one setting."""
 
     arm: str
     setting: str
@@ -34,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, paired by seed: the first's outcome minus the second's."""
+    """Pairs two arms by seed: the first's outcome minus the second's."""
 
     ours: str
     theirs: str
@@ -49,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything the report shows."""
+    """Has everything the report shows."""
 
     cells: list[Cell]
     stable_lr: dict[str, float | None]  # arm -> largest learning rate at which, and below which, no seed collapsed
@@ -126,8 +129,8 @@ def _largest_stable(cells: list[Cell], arm: str) -> float | None:
     return _last_before_collapse([(cell.lr, cell.collapsed) for cell in cells if cell.arm == arm])
 
 
-def _last_before_collapse(levels: list[tuple[float, int]]) -> float | None:
-    """Of (level, collapsed seeds): the largest level at which, and below which, no seed collapsed."""
+def _last_before_collapse(levels: list[tuple[Level, int]]) -> Level | None:
+    """Return the largest level, of (level, collapsed seeds), at which, and below which, no seed collapsed."""
     stable = itertools.takewhile(lambda level: level[1] == 0, sorted(levels))
     return max((level for level, _ in stable), default=None)
 
@@ -147,7 +150,8 @@ def _stable_minibatches(cells: list[Cell]) -> dict[str, int | None]:
 
 def _common(stable: dict[str, float | None], ours: str, theirs: str) -> float | None:
     """The largest learning rate that both are stable at."""
-    return None if None in (stable[ours], stable[theirs]) else min(stable[ours], stable[theirs])
+    first, second = stable[ours], stable[theirs]
+    return None if first is None or second is None else min(first, second)
 
 
 def _compare(
@@ -158,7 +162,7 @@ def _compare(
     deciding: float | None = None,
     ranks: int = 1,
 ) -> list[Comparison]:
-    """In each (setting, learning rate) that has both.
+    """Compare in each (setting, learning rate) that has both.
 
     Args:
         deciding: the learning rate of the main setting's row that was chosen beforehand, which is one look; the others
@@ -176,16 +180,18 @@ def _compare(
         decides = (setting, lr) == ("main", deciding)
         seeds = first.keys() & second.keys()
         one, two = ({seed: runs[seed].outcome for seed in seeds} for runs in (first, second))
-        collapsed = tuple(sum(runs[seed].collapsed for seed in seeds) for runs in (first, second))
+        collapsed = (sum(first[seed].collapsed for seed in seeds), sum(second[seed].collapsed for seed in seeds))
         wide = plan.CONFIDENCE if decides else together(plan.CONFIDENCE, others)
         equivalence, difference = paired(one, two, plan.EQUIVALENCE_CONFIDENCE), paired(one, two, wide)
+        assert equivalence is not None and difference is not None  # these pairs have seeds in common
         reading = read(equivalence, difference, plan.EQUIVALENCE_MARGIN, sum(collapsed) == 2 * len(seeds))
         found.append(Comparison(name, theirs, setting, lr, collapsed, equivalence, difference, decides, reading))
     return found
 
 
 def _replay_time(results: list[RunResult]) -> dict[str, float]:
-    """Over pairs of runs that differ in replay alone and both lived: median of the ratios of their median steps."""
+    """Return the median of the ratios of median steps, over pairs of runs that differ in replay alone and both
+    lived."""
     found: dict[str, list[float]] = {}
     runs = {run.spec: run for run in results if run.spec.setting == "main" and not run.collapsed}
     for spec, replayed in runs.items():
@@ -208,7 +214,7 @@ def _starts_differ(results: list[RunResult]) -> bool:
 
 
 def conclude(findings: Findings) -> list[str]:
-    """The verdict first, then what it rests on; a sentence or two each."""
+    """Say the verdict first, then what it rests on; a sentence or two each."""
     deciding = next((each for each in findings.equivalence if each.decides), None)
     rates = [(arm, findings.stable_lr[arm]) for arm in plan.MAIN_ARMS]
     told = ", ".join(f"{arm} at none" if rate is None else f"{arm} up to {rate:g}" for arm, rate in rates)
@@ -266,7 +272,7 @@ def _against_grpo(comparisons: list[Comparison]) -> str:
 
 
 def _assay_told(comparisons: list[Comparison]) -> list[str]:
-    """Help and harm that are shown, and what is not excluded of the rest."""
+    """Tell help and harm that are shown, and what is not excluded of the rest."""
     by_reading: dict[str, list[Comparison]] = {name: [] for name in READINGS}
     for each in comparisons:
         by_reading[each.reading].append(each)

@@ -1,5 +1,5 @@
-"""Intervals over seeds, by Student's t, and what an interval says. Seeds are the only source of chance that is repeated
-here.
+"""Intervals over seeds are by Student's t, and read() says what they show. Seeds are the only source of chance that is
+repeated here.
 """
 
 import math
@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval around it."""
+    """Has a mean and the interval around it."""
 
     mean: float
     low: float
@@ -33,12 +33,12 @@ class Interval:
         return -margin < self.low and self.high < margin
 
     def cut(self, low: float, high: float) -> "Interval":
-        """Where the mean is known to lie between these two."""
+        """Return the part between these two, where the mean is known to lie."""
         return Interval(self.mean, max(self.low, low), min(self.high, high), self.count)
 
 
 def interval(values: Sequence[float], confidence: float) -> Interval:
-    """Of the mean, two-sided; without bounds for a single value."""
+    """Return the interval of the mean, two-sided; without bounds for a single value."""
     count = len(values)
     mean = sum(values) / count
     if count == 1:
@@ -49,18 +49,19 @@ def interval(values: Sequence[float], confidence: float) -> Interval:
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float], confidence: float) -> Interval | None:
-    """Of the mean difference ours - theirs, of shares, over the seeds that both have; None where there is none."""
+    """Return that of the mean difference ours - theirs, of shares, over the seeds that both have; None where there is
+    none."""
     seeds = sorted(ours.keys() & theirs.keys())
     return interval([ours[seed] - theirs[seed] for seed in seeds], confidence).cut(-1, 1) if seeds else None
 
 
 def together(confidence: float, looks: int) -> float:
-    """The confidence of each of several intervals that all hold together with the one given (Bonferroni)."""
+    """Return the confidence of each of several intervals that all hold together with the one given (Bonferroni)."""
     return 1 - (1 - confidence) / max(looks, 1)
 
 
 def read(equivalence: Interval, difference: Interval, margin: float, floor: bool) -> str:
-    """What two arms' difference shows: a key of wording.READINGS.
+    """Say what two arms' difference shows: a key of wording.READINGS.
 
     Args:
         equivalence: the interval that must be within the margin.

@@ -1,4 +1,4 @@
-"""What is trained in a study: literal tables of arms and settings, and the runs that they make.
+"""What is trained in a study stands here: literal tables of arms and settings, and the runs that they make.
 
 The margins and rules by which findings.py judges are here too, so that they stand before the first run.
 """
@@ -40,7 +40,7 @@ THRESHOLD = 0.6  # held-out accuracy that the algorithms are timed to
 
 @dataclass(frozen=True)
 class Setting:
-    """How a group of runs differs from the recipe, whatever the arm."""
+    """Says how a group of runs differs from the recipe, whatever the arm."""
 
     about: str
     model: dict[str, Any] = field(default_factory=dict)  # changes to the model's config.json
@@ -66,7 +66,7 @@ PP2_EP2 = {"parallel.pipeline-model-parallel-size": 2, "parallel.expert-model-pa
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training run of a study."""
+    """Names one training run of a study."""
 
     arm: str
     setting: str
@@ -76,13 +76,13 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Of its data file."""
+        """Return the name of its data file."""
         layout = "" if self.ranks == 1 else f".ranks{self.ranks}"
         return f"{self.arm}.{self.setting}.lr{self.lr:g}.seed{self.seed}{layout}"
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Of the recipe, but for where the run starts and is written."""
+        """Return the recipe's overrides, but for where the run starts and is written."""
         layout = PP2_EP2 if self.ranks > 1 else {}
         return {
             **ARMS[self.arm],
@@ -99,7 +99,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class StartSpec:
-    """The weights that all arms of a seed start from: a warm start of the setting's model."""
+    """Names the weights that all arms of a seed start from: a warm start of the setting's model."""
 
     setting: str
     seed: int
@@ -110,8 +110,8 @@ class StartSpec:
 
 
 def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> list[RunSpec]:
-    """{gspo, grpo} x {free, R2} at every learning rate; further arms, harder settings and four ranks at one of them;
-    what was added.
+    """Return {gspo, grpo} x {free, R2} at every learning rate; further arms, harder settings and four ranks at one of
+    them; what was added.
 
     In the order in which they are best run: seed by seed, so that a study that is cut short has whole seeds.
     """
@@ -136,10 +136,10 @@ def routing_replay(seeds: int, rates: tuple[float, ...] = LEARNING_RATES) -> lis
 
 
 def was_added(spec: RunSpec) -> bool:
-    """Of the study that this repository keeps: planned after its first runs were seen."""
+    """Tell whether a run, of the study that this repository keeps, was planned after its first runs were seen."""
     return (spec.setting, spec.lr) == (HARDER, HARDER_LEARNING_RATE) or spec.seed > FIRST_SEEDS
 
 
 def algorithms(seeds: int, rates: tuple[float, ...] = ALGORITHM_LEARNING_RATES) -> list[RunSpec]:
-    """Every algorithm with rollouts, routing free, at every learning rate."""
+    """Return every algorithm with rollouts, routing free, at every learning rate."""
     return [RunSpec(arm, "main", lr, seed) for seed in range(1, seeds + 1) for lr in rates for arm in ALGORITHM_ARMS]

@@ -1,4 +1,4 @@
-"""The report of the routing-replay study: its tables and pictures, in order."""
+"""The report of the routing-replay study has its tables and pictures in order."""
 
 import dataclasses
 from pathlib import Path

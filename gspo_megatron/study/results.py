@@ -1,4 +1,4 @@
-"""Finished runs of a study, read from its data."""
+"""A study's data are read here as its finished runs."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from gspo_megatron.study.plan import COLLAPSE, OUTCOME_FROM, RunSpec
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run."""
+    """This is one run."""
 
     spec: RunSpec
     about: dict[str, Any]  # the first line of its file
@@ -20,13 +20,13 @@ class RunResult:
 
     @property
     def start(self) -> float:
-        """Held-out accuracy before RL."""
+        """Return held-out accuracy before RL."""
         return series(self.rows, "eval/accuracy")[1][0]
 
     @property
     def outcome(self) -> float:
-        """Held-out accuracy, mean over the evaluations after OUTCOME_FROM of the steps; 0 where the run did not reach
-        them because its numbers were no longer finite."""
+        """Return held-out accuracy, mean over the evaluations after OUTCOME_FROM of the steps; 0 where the run did not
+        reach them because its numbers were no longer finite."""
         steps, values = series(self.rows, "eval/accuracy")
         last = int(self.about.get("steps") or steps[-1])
         late = [value for step, value in zip(steps, values, strict=True) if step > OUTCOME_FROM * last]
@@ -37,13 +37,13 @@ class RunResult:
         return self.about["status"] != "finished" or self.outcome < COLLAPSE * self.start
 
     def mean(self, key: str) -> float | None:
-        """Over the steps that have the metric."""
+        """Return the mean over the steps that have the metric."""
         values = series(self.rows, key)[1]
         return sum(values) / len(values) if values else None
 
 
 def load(folder: Path) -> list[RunResult]:
-    """All finished runs, by name."""
+    """Read all finished runs, by name."""
     return [_read(data) for data in archive.read(folder).values()]
 
 
@@ -56,7 +56,7 @@ def _read(data: bytes) -> RunResult:
 def of(
     results: list[RunResult], arm: str, setting: str = "main", lr: float | None = None, ranks: int = 1
 ) -> dict[int, RunResult]:
-    """By seed."""
+    """Return those of an arm in a setting, by seed."""
     return {
         r.spec.seed: r
         for r in results

@@ -47,12 +47,12 @@ DIGITS = 4  # significant
 
 
 class StudyError(GspoError):
-    """A study that cannot go on."""
+    """Raised for a study that cannot go on."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Where a study lives, and what its runs share."""
+    """Says where a study lives, and what its runs share."""
 
     recipe: Path
     folder: Path  # data, loose or packed, and the report
@@ -65,7 +65,7 @@ class Study:
 
     @property
     def fingerprint(self) -> str:
-        """Of the recipe's values and the common overrides: what all runs of a folder must share."""
+        """Return a hash of the recipe's values and the common overrides: what all runs of a folder must share."""
         shared = [yaml.safe_load(self.recipe.read_text(encoding="utf-8")), self.extra]
         return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -190,17 +190,17 @@ def _model(study: Study, start: StartSpec) -> Path | None:
 
 
 def _finish(study: Study, job: _Running) -> list[str]:
-    status, log = job.process.returncode, study.work / f"{job.spec.name}.log"
+    spec, status, log = job.spec, job.process.returncode, study.work / f"{job.spec.name}.log"
     text = log.read_text(encoding="utf-8", errors="replace")
-    if isinstance(job.spec, StartSpec):
+    if isinstance(spec, StartSpec):
         if status != 0:
-            raise StudyError(f"{log}: the start of seed {job.spec.seed} failed:\n{_last_words(text)}")
+            raise StudyError(f"{log}: the start of seed {spec.seed} failed:\n{_last_words(text)}")
         return []
     collapsed = status != 0 and NOT_FINITE in text
     if status != 0 and not collapsed:
-        return [f"{log}: run {job.spec.name} failed with status {status}:\n{_last_words(text)}"]
-    _keep(study, job, "not finite" if collapsed else "finished")
-    _remove(study.work / job.spec.name)
+        return [f"{log}: run {spec.name} failed with status {status}:\n{_last_words(text)}"]
+    _keep(study, spec, job.began, "not finite" if collapsed else "finished")
+    _remove(study.work / spec.name)
     return []
 
 
@@ -208,16 +208,16 @@ def _last_words(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.strip().splitlines()[-12:])
 
 
-def _keep(study: Study, job: _Running, status: str) -> None:
+def _keep(study: Study, spec: RunSpec, began: float, status: str) -> None:
     """Write the data file aside, then rename it."""
-    spec, run = job.spec, study.work / job.spec.name
+    run = study.work / spec.name
     about = {
         **asdict(spec),
         "overrides": {k: str(v) for k, v in spec.overrides.items()},
         "status": status,
         "recipe": study.fingerprint,
         "start": _digest(_weights(study, spec.start)),
-        "seconds": round(time.monotonic() - job.began, 1),
+        "seconds": round(time.monotonic() - began, 1),
     }
     rows = [row for row in read_metrics(run) if row["phase"] == "rl"]
     lines = [about, *(_measured(row) for row in rows)]
@@ -234,7 +234,7 @@ def _measured(row: dict) -> dict:
 
 
 def _digest(folder: Path) -> str:
-    """Of the starting weights' files, to tell whether two runs began alike."""
+    """Hash the starting weights' files, to tell whether two runs began alike."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         found.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The prose of the reports. `say` fills in numbers and joins the lines."""
+"""The prose of the reports stands here. `say` fills in numbers and joins the lines."""
 
 TEXTS = {
     "summary": """{runs} training runs, up to {seeds} seeds an arm, {hours:.1f} hours of them in all. All runs of a seed

@@ -1,1 +1,1 @@
-"""A training run. READ FIRST: train.py, then rl.py, where one step stands in the order in which it happens."""
+"""This is a training run. READ FIRST: train.py, then rl.py, where one step stands in the order in which it happens."""

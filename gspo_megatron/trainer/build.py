@@ -1,4 +1,5 @@
-"""From a resolved recipe to a run: which folder and checkpoint, process groups, tokenizer, model, and the header."""
+"""A run is built from a resolved recipe: its folder and checkpoint, process groups, tokenizer, model, and the
+header."""
 
 import importlib.metadata
 import sys
@@ -36,7 +37,7 @@ TOKENIZER_EXAMPLES_PER_TASK = 400
 
 
 def build_run(config: ResolvedConfig) -> Run:
-    """Process groups, data, model and run folder."""
+    """Build process groups, data, model and run folder."""
     runtime = runtimes.init_process_group(config.device)
     topology = topologies.initialize_model_parallel(config.parallel, config.seed)
     plan, lock = _plan(config, runtime)
@@ -72,7 +73,7 @@ def build_run(config: ResolvedConfig) -> Run:
         resumed=resumed,
     )
     if runtime.is_main:
-        run.reporter.console.header(_describe(run, shape))
+        run.reporter.header(_describe(run, shape))
     for note in notes:
         run.reporter.note(note)
     return run
@@ -81,7 +82,7 @@ def build_run(config: ResolvedConfig) -> Run:
 def build_policy(
     config: TrainConfig, shape: ModelShape, topology: Topology, runtime: Runtime, dtype: torch.dtype | None = None
 ) -> Policy:
-    """The policy with random weights, or with those of the folder that the recipe starts from.
+    """Return the policy with random weights, or with those of the folder that the recipe starts from.
 
     Args:
         dtype: overrides the recipe's params_dtype.
@@ -100,7 +101,7 @@ def close_run(run: Run) -> None:
 
 
 def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | None]:
-    """Rank 0's plan on every rank, and rank 0's hold on the folder."""
+    """Return rank 0's plan on every rank, and rank 0's hold on the folder."""
     chosen: list = [None]
     error = lock = None
     if runtime.is_main:
@@ -118,7 +119,7 @@ def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | 
 
 
 def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, and what to tell the user. A collective."""
+    """Return the newest checkpoint whose files are as they were written, and what to tell the user. A collective."""
     notes = list(plan.notes)
     for path in plan.checkpoints:
         try:
@@ -136,8 +137,8 @@ def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, lis
 
 
 def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
-    """That of the folder to start from; else one trained on warm-start questions and answers, in every rank alike:
-    that is cheaper than to wait for one."""
+    """Return the tokenizer of the folder to start from; else train one on warm-start questions and answers, in every
+    rank alike: that is cheaper than to wait for one."""
     if config.model.load_hf is not None:
         return AutoTokenizer.from_pretrained(config.model.load_hf)
     count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
@@ -146,7 +147,7 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
 
 
 def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
-    """The header lines."""
+    """Return the header lines."""
     runtime, arch, status = run.runtime, shape.architecture, library.status()
     experts = f"{arch.num_experts} experts (top-{arch.num_experts_per_tok})" if arch.num_experts else "dense"
     one = f"{shape.num_parameters() / 1e6:.1f} M parameters"

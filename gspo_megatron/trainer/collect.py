@@ -1,4 +1,4 @@
-"""The rollouts of one RL step: sample, score, and, where the recipe asks for it, sample anew what has no signal.
+"""One RL step's rollouts are sampled and scored, and, where the recipe asks for it, what has no signal is sampled anew.
 
 Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. Each
 further round takes as many fresh prompts as the first; a replica keeps its groups with signal until it has its share.
@@ -17,7 +17,7 @@ from gspo_megatron.trainer.run import Run
 
 
 def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """This replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
+    """Return this replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
     limit = run.config.algorithm.resampling_rounds
     groups = _round(run, seed, clock)
     if limit == 0:
@@ -35,7 +35,8 @@ def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], 
 
 
 def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share: int) -> dict[str, float]:
-    """Over all replicas. reward/mean is of the groups that are trained on; reward/sampled of all that were sampled."""
+    """Count over all replicas. reward/mean is of the groups that are trained on; reward/sampled of all that were
+    sampled."""
     rewards = [reward for group in kept + flat for reward in group.rewards]
     sums = torch.tensor(
         [len(kept), len(flat), max(share - len(kept), 0), max(len(kept) - share, 0), share, sum(rewards), len(rewards)],
@@ -67,7 +68,8 @@ def _has_signal(group: RolloutGroup) -> bool:
 
 
 def _most_missing(run: Run, missing: int) -> int:
-    """Over replicas: all of them sample while one needs it, for their experts and prompts are shared."""
+    """Return the most over replicas: all of them sample while one needs it, for their experts and prompts are
+    shared."""
     most = torch.tensor([missing], device=run.runtime.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=run.topology.dp_group)
     return int(most)

@@ -1,4 +1,5 @@
-"""DPO: optimizer steps on pairs of a better and a worse answer, against a frozen reference. No rollouts, no rewards.
+"""DPO takes optimizer steps on pairs of a better and a worse answer, against a frozen reference: no rollouts, no
+rewards.
 
 Sequences 2p and 2p + 1 of what a replica packs are the chosen and the rejected answer of its pair p, and `unit=2` keeps
 them in one microbatch. The reference is the policy as this phase finds it. Every rank tokenizes all pairs (a pass over
@@ -9,6 +10,7 @@ fit the data), and accuracy on the recipe's tasks, which the pairs need not be a
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ from gspo_megatron.trainer.run import Run
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Both answers after the same prompt."""
+    """Has both answers after the same prompt."""
 
     chosen: TrainSequence
     rejected: TrainSequence
@@ -43,20 +45,21 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """This replica's held-out pairs, packed once; the reference's log-probs stay as they are."""
+    """Holds this replica's held-out pairs, packed once; the reference's log-probs stay as they are."""
 
     batches: list[PackedBatch]
     num_pairs: int  # of all replicas, without the fillers that give each replica as many
 
 
 def encode_pairs(run: Run) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """(training pairs, held-out pairs) as tokens. Raises RolloutError, on every rank, for one that is too long."""
+    """Return (training pairs, held-out pairs) as tokens. Raises RolloutError, on every rank, for one that is too
+    long."""
     data = load_pairs(run.config.algorithm.preference)
     return encode_all(data.train, run), encode_all(data.held_out, run)
 
 
 def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair]]) -> None:
-    """All DPO steps, with evaluations before, between and after. Rows go to the metrics under phase "dpo"."""
+    """Take all DPO steps, with evaluations before, between and after. Rows go to the metrics under phase "dpo"."""
     config = run.config
     train, held_out = pairs
     run.policy.start_optimizer()
@@ -75,20 +78,20 @@ def train_preferences(run: Run, pairs: tuple[list[EncodedPair], list[EncodedPair
 
 
 def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
-    """One optimizer step on preference.batch_size pairs over all replicas. Returns the metric row."""
+    """Take one optimizer step on preference.batch_size pairs over all replicas. Returns the metric row."""
     config, policy, topology = run.config, run.policy, run.topology
     preference = config.algorithm.preference
     clock = StepClock(run.runtime.device)
     chosen = epoch_batch(config.seed, step, preference.batch_size, len(pairs))
     mine = share_of(chosen, topology.dp_rank, topology.dp_size)
     batches = run.microbatches(flat([pairs[i] for i in mine]), unit=2)
-    with clock.part("ref_logprobs"), run.reference.in_place():
+    with clock.part("ref_logprobs"), run.frozen_reference.in_place():
         policy.fill_ref_log_probs(batches)
     with clock.part("update"):
         counts = global_counts(batches, topology)
         result = policy.update(batches, loss, counts)
     log_ratios = gather_rows(result.stats.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
-    row = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
+    row: dict[str, Any] = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
     run.reporter.tell(step, sanity_checks.update_findings([result], row, config.faults.max_ratio))
     row |= {f"dpo/{name}": value for name, value in pair_metrics(log_ratios, preference).items() if name != "loss"}
     row |= clock.read()
@@ -99,13 +102,14 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
 
 @torch.no_grad()
 def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
-    """dpo/eval_*, by a forward pass, and route/* of the last update. A collective over all ranks."""
+    """Return dpo/eval_*, by a forward pass, and route/* of the last update. A collective over all ranks."""
     clock = StepClock(run.runtime.device)
     policy = run.policy
     policy.fill_old_log_probs(held.batches)
 
     def by_token(number: int) -> torch.Tensor:
-        return held.batches[number].old_logprobs.double() - held.batches[number].ref_logprobs.double()
+        batch = held.batches[number]
+        return batch.filled("old_logprobs").double() - batch.filled("ref_logprobs").double()
 
     sums = policy.sums_by_sequence(held.batches, by_token)
     log_ratios = gather_rows(unpacked(sums, held.batches).view(-1, 2), run.topology.dp_group)[: held.num_pairs]
@@ -115,7 +119,7 @@ def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
 
 
 def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict[str, float]:
-    """Means over pairs of what DPO looks at.
+    """Return means over pairs of what DPO looks at.
 
     A tie counts as half right: before the first step every h is 0, and rounding would decide elsewhere.
 
@@ -136,18 +140,18 @@ def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict
 
 
 def unpacked(sums: torch.Tensor, batches: list[PackedBatch]) -> torch.Tensor:
-    """Numbers of the batches' sequences, [S of all batches], in the order in which the sequences were given."""
-    order = torch.tensor([i for batch in batches for i in batch.source_index], device=sums.device)
+    """Put numbers of the batches' sequences, [S of all batches], into the order in which the sequences were given."""
+    order = torch.tensor([i for batch in batches for i in batch.sources], device=sums.device)
     return torch.empty_like(sums).index_copy(0, order, sums)
 
 
 def flat(pairs: list[EncodedPair]) -> list[TrainSequence]:
-    """Chosen and rejected in turn, as dpo_loss wants them."""
+    """Return chosen and rejected in turn, as dpo_loss wants them."""
     return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
 
 
 def encode_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> EncodedPair:
-    """The prompt through the chat template, each answer with the end-of-text token, which is trained on."""
+    """Encode the prompt through the chat template, and each answer with the end-of-text token, which is trained on."""
     prompt = question_tokens(tokenizer, pair.prompt)
     answers = (answer_tokens(tokenizer, text) for text in (pair.chosen, pair.rejected))
     return EncodedPair(*(TrainSequence(prompt + answer, len(prompt)) for answer in answers))
@@ -182,7 +186,7 @@ def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: 
 
 
 def encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
-    """Every pair as token ids. Raises RolloutError, on every rank alike, for one that is too long."""
+    """Return every pair as token ids. Raises RolloutError, on every rank alike, for one that is too long."""
     encoded = [encode_pair(pair, run.tokenizer) for pair in pairs]
     positions = run.policy.models[0].max_sequence_length
     for pair, both in zip(pairs, encoded, strict=True):
@@ -191,12 +195,12 @@ def encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
 
 
 def pack_held_out(run: Run, pairs: list[EncodedPair]) -> HeldOut:
-    """This replica's share, packed, with the reference's log-probs: the weights as run.reference has them. Fillers at
-    the end make it the same number on every replica, and with virtual stages one that their schedule can cut."""
+    """Pack this replica's share, with the reference's log-probs: the weights as run.reference has them. Fillers at the
+    end make it the same number on every replica, and with virtual stages one that their schedule can cut."""
     topology = run.topology
     unit = topology.dp_size * (topology.pp_size if topology.vp_size > 1 else 1)
     filled = pairs + [pairs[-1]] * (-len(pairs) % unit)
     batches = run.microbatches(flat(share_of(filled, topology.dp_rank, topology.dp_size)), unit=2)
-    with run.reference.in_place():
+    with run.frozen_reference.in_place():
         run.policy.fill_ref_log_probs(batches)
     return HeldOut(batches, len(pairs))

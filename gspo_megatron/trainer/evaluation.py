@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts."""
+"""A policy is evaluated by its accuracy on held-out prompts."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ SEED = 20_250_718  # the same random numbers at every evaluation of every run
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Accuracy on the held-out prompts. A collective over all ranks.
+    """Measure accuracy on the held-out prompts. A collective over all ranks.
 
     eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
     rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right.
@@ -23,7 +23,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sampled = run.sampling_params()
     correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
     likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
-    metrics = {
+    metrics: dict[str, torch.Tensor | int] = {
         "eval/accuracy": correct.mean(),
         "eval/accuracy_greedy": likeliest.mean(),
         "eval/response_length": length.mean(),
@@ -36,7 +36,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Tensor, ...]:
-    """(correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
+    """Return (correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
     topology, device = run.topology, run.runtime.device
     # Every replica must get as many prompts; the fillers are not counted.
     filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
@@ -48,5 +48,5 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
         for group in groups
         for reward, completion in zip(group.rewards, group.completions, strict=True)
     ]
-    rows = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
-    return rows[: len(run.held_out) * samples].unbind(1)
+    everyone = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
+    return everyone[: len(run.held_out) * samples].unbind(1)

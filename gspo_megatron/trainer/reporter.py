@@ -1,4 +1,4 @@
-"""What a run tells: the console for people, metrics.jsonl and TensorBoard for programs. From rank 0 alone."""
+"""A run tells people by the console, and programs by metrics.jsonl and TensorBoard. It does so from rank 0 alone."""
 
 from pathlib import Path
 
@@ -7,18 +7,25 @@ from gspo_megatron.metrics.tracker import Tracker
 
 
 class Reporter:
-    """Console, metrics.jsonl and TensorBoard on rank 0; nothing on the others."""
+    """Has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others."""
 
     def __init__(self, run_dir: Path, is_main: bool):
-        self.console = Console() if is_main else None
-        self.tracker = Tracker(run_dir, warn=self.console.warn) if is_main else None
+        self.console: Console | None = None
+        self.tracker: Tracker | None = None
+        if is_main:
+            self.console = Console()
+            self.tracker = Tracker(run_dir, warn=self.console.warn)
+
+    def header(self, lines: dict[str, str]) -> None:
+        if self.console:
+            self.console.header(lines)
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         if self.console:
             self.console.phase(name, total, done)
 
     def row(self, row: dict) -> None:
-        if self.console:
+        if self.console and self.tracker:
             self.tracker.log(row)
             self.console.step(row)
 
@@ -39,6 +46,6 @@ class Reporter:
             self.warn(f"step {step}: {sentence}")
 
     def close(self) -> None:
-        if self.console:
+        if self.console and self.tracker:
             self.console.close()
             self.tracker.close()

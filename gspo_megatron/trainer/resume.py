@@ -1,4 +1,4 @@
-"""Going on where a run ended: which folder and checkpoint to take, and what of the run's record to keep.
+"""A run goes on where it ended: here is which folder and checkpoint to take, and what of the run's record to keep.
 
 A run that was ended at any moment goes on from its newest intact checkpoint and repeats the steps after it. On the same
 layout they are the same to the bit, because every draw is seeded by the run's seed and the step; so nothing of them
@@ -44,7 +44,7 @@ FOLDERS = {"warm_start": "warm_start_{:06d}", "rl": "step_{:06d}", "dpo": "step_
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a checkpoint's run had come; the last step that it contains."""
+    """Says how far a checkpoint's run had come: the last step that it contains."""
 
     phase: str  # one of metrics.tracker.PHASES
     step: int
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a start will do. Made on rank 0 alone."""
+    """Says what a start will do. Made on rank 0 alone."""
 
     folder: Path
     checkpoints: tuple[Path, ...] = ()  # to be tried in this order, newest first; none: a new run
@@ -71,7 +71,8 @@ class Plan:
 
 
 def plan(config: TrainConfig) -> Plan:
-    """Which folder this start takes: an unfinished run's, or the next free one (output_dir/name, name-2, name-3, ...).
+    """Choose the folder of this start: an unfinished run's, or the next free one (output_dir/name, name-2, name-3,
+    ...).
 
     Raises:
         CheckpointError: the newest run's config.yaml cannot be read.
@@ -112,7 +113,7 @@ def hold(run_dir: Path) -> TextIO:
 
 
 def checkpoints(run_dir: Path) -> dict[Path, Progress]:
-    """Every complete checkpoint of a run. One whose progress cannot be read is none."""
+    """Return every complete checkpoint of a run. One whose progress cannot be read is none."""
     found = {}
     for path in sorted((run_dir / "checkpoints").glob("*/progress.json")):
         if path.parent.suffix != ".unfinished":
@@ -130,9 +131,9 @@ def prune(run_dir: Path, keep_last: int, keep_every: int, keep_best: bool) -> li
     kept = set(newest[:keep_last])
     if keep_every:
         kept |= {path for path in found if found[path].step % keep_every == 0}
-    scored = [path for path in newest if found[path].score is not None]
-    if keep_best and scored:
-        kept.add(max(scored, key=lambda path: found[path].score))  # the newest of equal ones
+    scores = {path: score for path in newest if (score := found[path].score) is not None}
+    if keep_best and scores:
+        kept.add(max(scores, key=lambda path: scores[path]))  # the newest of equal ones
     removed = [path for path in newest if path not in kept]
     for path in removed:
         # Out of sight first, so that a kill in between leaves nothing that looks complete.
@@ -170,7 +171,7 @@ def _is_free(run_dir: Path) -> bool:
 
 
 def _folders(config: TrainConfig) -> tuple[Path | None, Path]:
-    """(the newest folder of this name or None, the next free one)."""
+    """Return (the newest folder of this name or None, the next free one)."""
     newest, folder, number = None, config.output_dir / config.name, 1
     while folder.exists():
         number += 1
@@ -179,7 +180,7 @@ def _folders(config: TrainConfig) -> tuple[Path | None, Path]:
 
 
 def _difference(config: TrainConfig, path: Path) -> str | None:
-    """The first value of the recipe that is another one there than here, in words."""
+    """Return the first value of the recipe that is another one there than here, in words."""
     try:
         there = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError) as error:

@@ -1,8 +1,10 @@
-"""Reinforcement learning: all steps, and one step in the order in which it happens.
+"""Reinforcement learning stands here: all steps, and one step in the order in which it happens.
 
 What differs between ranks (their stage, their shard, their replica's prompts) is inside Policy and MegatronEngine.
 Where an algorithm's advantages come from is advantages/.
 """
+
+from typing import Any
 
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.engine.critic import Critic
@@ -28,7 +30,7 @@ SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
 
 def reinforce(run: Run) -> None:
-    """All RL steps, with evaluations before, between and after."""
+    """Take all RL steps, with evaluations before, between and after."""
     config = run.config
     run.policy.start_optimizer()
     if config.algorithm.kl.coef:
@@ -56,7 +58,7 @@ def make_estimator(run: Run) -> AdvantageEstimator:
 
 
 def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
-    """One RL step: sample, score, compare within groups, and optimize in minibatches. Returns the metric row."""
+    """Take one RL step: sample, score, compare within groups, and optimize in minibatches. Returns the metric row."""
     config, policy = run.config, run.policy
     clock = StepClock(run.runtime.device)
     seed = step_seed(config, step)
@@ -81,7 +83,9 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
             results.append(policy.update(minibatch.batches, loss, counts, step, number))
             learned |= estimator.learn(minibatch, counts)
 
-    row = {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
+    row: dict[str, Any] = (
+        {"phase": "rl", "step": step} | update_metrics(results, run.topology.dp_group) | sampling | learned
+    )
     row |= group_metrics(groups, advantages, run.mixture.names, run.topology.dp_group, run.runtime.device)
     row |= step_routing(policy.routing.take(), policy.routing.topk, results, run.topology.dp_group)
     interval = config.routing.diagnostics_interval
@@ -110,7 +114,8 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
 
 
 def fill_log_probs(run: Run, minibatches: list[Minibatch]) -> None:
-    """Old log-probs as the recipe chooses them (algorithm.old_logprobs), and the reference's where there is one."""
+    """Fill in old log-probs as the recipe chooses them (algorithm.old_logprobs), and the reference's if there is
+    one."""
     choice = run.config.algorithm.old_logprobs
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
     if choice == "rollout":
@@ -126,12 +131,12 @@ def fill_log_probs(run: Run, minibatches: list[Minibatch]) -> None:
 
 
 def held_out_accuracy(run: Run) -> dict[str, float]:
-    """eval/* metrics with the seconds they took."""
+    """Return eval/* metrics with the seconds they took."""
     clock = StepClock(run.runtime.device)
     with progress.part("evaluation"):
         return evaluate(run) | {"time/eval": clock.read()["time/step"]}
 
 
 def step_seed(config: TrainConfig, step: int) -> int:
-    """The seed of a step's samples is another one for every (seed, step), the same in every layout."""
+    """Return the seed of a step's samples: another one for every (seed, step), the same in every layout."""
     return config.seed * 1_000_003 + step

@@ -1,4 +1,4 @@
-"""Everything one rank holds during a run, and the checkpoints that it writes of it. Made by build.py."""
+"""A Run is everything one rank holds during a run, and writes checkpoints of it. build.py makes it."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from gspo_megatron.trainer.reporter import Reporter
 
 @dataclass
 class Run:
-    """One training run as one rank sees it."""
+    """This is one training run as one rank sees it."""
 
     config: ResolvedConfig
     runtime: Runtime
@@ -57,6 +57,13 @@ class Run:
         """The checkpoint that this start goes on from is of a later phase."""
         return self.resumed is not None and self.resumed.phase != "warm_start"
 
+    @property
+    def frozen_reference(self) -> FrozenReference:
+        """Return the reference of a phase that cannot do without. Raise RuntimeError where none was made."""
+        if self.reference is None:
+            raise RuntimeError("the run has no reference: its phase makes one from the policy as it finds it")
+        return self.reference
+
     def restore(self, phase: str, critic: Critic | None = None) -> int:
         """Fill everything that trains in this phase from the checkpoint. A collective over all ranks.
 
@@ -65,6 +72,7 @@ class Run:
         """
         if self.resumed is None or self.resumed.phase != phase:
             return 0
+        assert self.checkpoint is not None  # build.py gives both or neither
         load(self._networks(critic), self.checkpoint, self.reference)
         self.prompts.load_state_dict({"position": self.resumed.prompts})
         return self.resumed.step + 1
@@ -119,7 +127,7 @@ class Run:
             resume.prune(self.folder, config.keep_last, config.keep_every, config.keep_best)
 
     def hf_files(self) -> tuple[dict, list[Path]]:
-        """The policy's Hugging Face config, and folders with its tokenizer and generation config."""
+        """Return the policy's Hugging Face config, and folders with its tokenizer and generation config."""
         hf, source = self.policy.shape.hf, self.config.model.load_hf
         if source is not None:
             return hf, [self.folder / "tokenizer", source]
@@ -127,7 +135,7 @@ class Run:
         return hf | ids, [self.folder / "tokenizer"]
 
     def _any(self, flag: bool) -> bool:
-        """It is true on any rank. A collective: all must do the same after the same step."""
+        """Tell whether it is true on any rank. A collective: all must do the same after the same step."""
         on_any = torch.tensor([float(flag)], device=self.runtime.device)
         dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
         return bool(on_any)
@@ -136,16 +144,16 @@ class Run:
         return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})
 
     def microbatches(self, sequences: list[TrainSequence], unit: int = 1) -> list[PackedBatch]:
-        """This replica's share of one optimizer step, packed. A collective over data parallelism."""
+        """Pack this replica's share of one optimizer step. A collective over data parallelism."""
         limit = self.config.max_tokens_per_microbatch
         return microbatches.microbatches(sequences, limit, self.topology, self.runtime.device, unit)
 
     def sampling_params(self) -> SamplingParams:
-        """How rollouts and evaluations sample."""
+        """Return how rollouts and evaluations sample."""
         return sampling_params(self.config.rollout, self.tokenizer)
 
 
 def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
-    """A recipe's sampling; the tokenizer's end-of-text token stops a response."""
+    """Return a recipe's sampling; the tokenizer's end-of-text token stops a response."""
     stop = (tokenizer.eos_token_id,)
     return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)

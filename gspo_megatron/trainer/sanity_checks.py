@@ -1,4 +1,4 @@
-"""What is wrong with a run's numbers though training goes on, in sentences for the user.
+"""These checks say, in sentences for the user, what is wrong with a run's numbers though training goes on.
 
 `findings` looks at the first step, once, for what works but spoils the ratio; `update_findings` at every step. Only the
 last pipeline stage has old log-probs, so it tells the others whether it found something, by the channel that results of
@@ -21,7 +21,7 @@ ENOUGH = 64  # fp32 numbers that are all bf16 numbers by chance: 2^-16 each
 
 
 def findings(policy: Policy, minibatches: Sequence[Minibatch], sequences: Sequence[TrainSequence]) -> list[str]:
-    """Sentences for the user, the same on every rank of a replica. A collective over pipeline stages.
+    """Return sentences for the user, the same on every rank of a replica. A collective over pipeline stages.
 
     Args:
         minibatches: with old log-probs filled in (None: the update takes its own forward's).
@@ -42,7 +42,7 @@ def findings(policy: Policy, minibatches: Sequence[Minibatch], sequences: Sequen
 
 
 def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float) -> list[str]:
-    """Sentences about updates that were skipped for a number that is not finite, and about a ratio above max_ratio."""
+    """Return sentences about updates skipped for a number that is not finite, and about a ratio above max_ratio."""
     found = [
         f"update {number} of {len(results)} was skipped on all ranks: {result.not_finite}"
         for number, result in enumerate(results, 1)
@@ -60,18 +60,19 @@ def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float
 
 
 def is_stored_in_bf16(batches: Sequence[PackedBatch]) -> bool:
-    """All trained old log-probs that are not 0, and at least ENOUGH of them, are what rounding to bf16 leaves. (Under
-    context parallelism those of other ranks are 0.)"""
-    filled = [batch for batch in batches if batch.old_logprobs is not None]
-    if not filled:
+    """Tell whether all trained old log-probs that are not 0, at least ENOUGH of them, are what rounding to bf16 leaves.
+    (Under context parallelism those of other ranks are 0.)"""
+    trained = [batch.old_logprobs[batch.loss_mask > 0] for batch in batches if batch.old_logprobs is not None]
+    if not trained:
         return False
-    values = torch.cat([batch.old_logprobs[batch.loss_mask > 0] for batch in filled])
+    values = torch.cat(trained)
     values = values[values != 0]
     return values.numel() >= ENOUGH and bool((values.bfloat16().to(values.dtype) == values).all())
 
 
 def mask_findings(minibatches: Sequence[Minibatch], sequences: Sequence[TrainSequence]) -> list[str]:
-    """A sentence with the first response whose trained tokens are not all of its tokens: |y| would be another."""
+    """Return a sentence with the first response whose trained tokens are not all of its tokens: |y| would be
+    another."""
     for minibatch in minibatches:
         for batch, numbers in minibatch.numbered():
             size = batch.num_sequences

@@ -1,8 +1,11 @@
-"""Supervised steps on gold answers, through the same Megatron path as RL, because random weights never earn a reward.
+"""The warm start takes supervised steps on gold answers, through RL's Megatron path: random weights never earn a
+reward.
 
 The labelled set is fixed, and stop_accuracy ends this phase while RL has room; RL then goes on with fresh prompts and
 rewards alone.
 """
+
+from typing import Any
 
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.backend.engine.microbatches import global_counts
@@ -33,7 +36,8 @@ def warm_start(run: Run) -> None:
         batches = run.microbatches([examples[i] for i in mine])
         counts = global_counts(batches, run.topology)
         result = run.policy.update(batches, supervised_loss, counts)
-        row = {"phase": "warm_start", "step": step} | optimizer_metrics([result], run.topology.dp_group) | clock.read()
+        row: dict[str, Any] = {"phase": "warm_start", "step": step}
+        row |= optimizer_metrics([result], run.topology.dp_group) | clock.read()
         run.reporter.tell(step, sanity_checks.update_findings([result], row, run.config.faults.max_ratio))
         if step % config.eval_interval == 0 or step == config.steps:
             clock = StepClock(run.runtime.device)

@@ -1,4 +1,4 @@
-"""READ FIRST. A training run from start to end.
+"""READ FIRST: this is a training run from start to end.
 
 Every rank runs this file. The phases are sft.py (warm start), rl.py (reinforcement learning, one step in the order in
 which it happens) and dpo.py, which has no rollouts. What a rank holds is run.py, made by build.py; where a run goes on
@@ -16,7 +16,7 @@ from gspo_megatron.trainer.sft import warm_start
 
 
 def train(config: TrainConfig, layout: Layout) -> None:
-    """Warm start, then RL or DPO. `layout` has been checked (recipe/check.py)."""
+    """Run the warm start, then RL or DPO. `layout` has been checked (recipe/check.py)."""
     run = build.build_run(config.resolved(layout))
     watchdog = Watchdog(run.topology.coordinates, config.faults)
     if config.algorithm.name == "dpo":

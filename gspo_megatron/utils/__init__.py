@@ -1,1 +1,1 @@
-"""Helpers for bytes and files that know nothing of the rooms above."""
+"""These helpers for bytes and files know nothing of the rooms above."""

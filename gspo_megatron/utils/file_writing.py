@@ -1,4 +1,4 @@
-"""Large files, written while the caller goes on: a thread copies to the system, and the end waits for the disk.
+"""Large files are written while the caller goes on: a thread copies to the system, and the end waits for the disk.
 
 Left out: several threads that copy (one fills what a disk takes, and other work needs the cores), and asking the disk
 early: fdatasync in the middle was seen to cost up to half as much again, and Linux begins by itself where much waits.
@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.utils.tensor_bytes import memory
 
+Result = TypeVar("Result")
+
 AHEAD = 16  # writes that may wait; their tensors are held meanwhile
 
 
 class Ahead:
-    """Calls one after another in a thread of its own. What one raises is raised by a later submit, or by finish."""
+    """Makes calls one after another in a thread of its own. What one raises is raised by a later submit, or by
+    finish."""
 
     def __init__(self, name: str, depth: int):
         self._thread = ThreadPoolExecutor(1, name)
@@ -29,25 +33,25 @@ class Ahead:
         self._depth = depth
 
     def submit(self, call: Callable, *args: object) -> None:
-        """Waits while `depth` calls are waiting."""
+        """Hand over a call; waits while `depth` calls are waiting."""
         while self._waiting and (len(self._waiting) >= self._depth or self._waiting[0].done()):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(call, *args))
 
     def finish(self) -> None:
-        """Waits for all calls and ends the thread."""
+        """Wait for all calls and end the thread."""
         while self._waiting:
             self._waiting.popleft().result()
         self._thread.shutdown()
 
     def abandon(self) -> None:
-        """Ends the thread after the call that runs now; nothing is raised."""
+        """End the thread after the call that runs now; nothing is raised."""
         self._thread.shutdown(cancel_futures=True)
         self._waiting.clear()
 
 
 class FileWriter:
-    """Bytes to their places in files of one folder.
+    """Writes bytes to their places in files of one folder.
 
     Every method raises OSError with the file's name, for example because the disk is full; also of an earlier write.
     """
@@ -58,17 +62,17 @@ class FileWriter:
         self._copies = Ahead("copies", AHEAD)
 
     def create(self, file: str, size: int = 0) -> None:
-        """An empty file, or one of zeros, so that a disk that is too small is found out here."""
+        """Make an empty file, or one of zeros, so that a disk that is too small is found out here."""
         self._open[file] = os.open(self._folder / file, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         if size:
             self._call(file, os.posix_fallocate, self._open[file], 0, size)
 
     def join(self, file: str) -> None:
-        """A file that another process has created, to write other places of it."""
+        """Open a file that another process has created, to write other places of it."""
         self._open[file] = os.open(self._folder / file, os.O_RDWR)
 
     def write(self, file: str, parts: Sequence[bytes | torch.Tensor], offset: int) -> int:
-        """Parts one behind the other from `offset` on. Returns where they end.
+        """Write parts one behind the other from `offset` on. Returns where they end.
 
         Args:
             parts: contiguous CPU tensors, which nobody changes any more, stand for their memory.
@@ -83,14 +87,14 @@ class FileWriter:
                 written = self._call(file, os.pwrite, self._open[file], view, offset)
                 view, offset = view[written:], offset + written
 
-    def _call(self, file: str, call: Callable, *args: object) -> int | None:
+    def _call(self, file: str, call: Callable[..., Result], *args: object) -> Result:
         try:
             return call(*args)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._folder / file)) from None
 
     def close(self, file: str) -> None:
-        """No more is written to this file: it is closed once it is on the disk, while the caller goes on."""
+        """Say that no more is written to this file: it is closed once it is on the disk, while the caller goes on."""
         self._copies.submit(self._sync, file)
 
     def _sync(self, file: str) -> None:
@@ -112,7 +116,7 @@ class FileWriter:
 
 @contextmanager
 def reported(folder: Path) -> Iterator[None]:
-    """A block whose OSError becomes a ConversionError that names the folder to be written, and the file."""
+    """Turn an OSError of the block into a ConversionError that names the folder to be written, and the file."""
     try:
         yield
     except OSError as error:

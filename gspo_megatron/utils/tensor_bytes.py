@@ -1,4 +1,4 @@
-"""A tensor's memory as bytes."""
+"""A tensor's memory is seen here as bytes."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ import torch
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy; the tensor must outlive them.
+    """Return the bytes of a contiguous CPU tensor, without a copy; the tensor must outlive them.
 
     numpy() would forbid for ever to release the tensor's memory, and knows no bf16.
     """

@@ -1,1 +1,1 @@
-"""Where advantages come from: each rollout batch's own groups, or a critic."""
+"""Advantages come from each rollout batch's own groups, or from a critic."""

@@ -1,4 +1,4 @@
-"""PPO's advantages: generalised advantage estimation over a critic's values, and the critic's learning.
+"""PPO estimates advantages over a critic's values (generalised advantage estimation), and the critic learns.
 
 Left out: a reward for each step of a response (there is one, at its last token), and updates of the critic alone before
 the policy's first.
@@ -16,21 +16,21 @@ from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
 from gspo_megatron.backend.engine.critic import Critic, ValueStatistics
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, PackedBatch, RolloutGroup
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.trainer.advantages.estimator import by_response, shaped_rewards
 
 
 class CriticAdvantages:
-    """An AdvantageEstimator that learns. The last stage alone computes; others get each response's mean."""
+    """This AdvantageEstimator learns. The last stage alone computes; others get each response's mean."""
 
-    def __init__(self, config: TrainConfig, policy: Policy, critic: Critic):
+    def __init__(self, config: ResolvedConfig, policy: Policy, critic: Critic):
         self.config, self.policy, self.critic = config, policy, critic
         self._learned: list[ValueStatistics | None] = []  # of this rollout batch's minibatches so far
 
     @torch.no_grad()
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
-        """See AdvantageEstimator. Sets values, advantages and returns [T] of every batch on the last stage."""
+        """Set values, advantages and returns [T] of every batch on the last stage; else see AdvantageEstimator."""
         self._learned.clear()
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]
         self.critic.fill_values(batches)
@@ -47,48 +47,51 @@ class CriticAdvantages:
         return by_response(rows, minibatches)
 
     def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
-        """One critic step; value/* of the minibatches since `fill`, so that the last ones are the whole batch's."""
+        """Take one critic step. Returns value/* of the minibatches since `fill`, so that the last ones are the whole
+        batch's."""
         self._learned.append(self.critic.update(minibatch.batches, counts))
         done = [step for step in self._learned if step is not None]
         metrics = functools.reduce(operator.add, done).metrics() if done else {}
         return metrics | {"value/not_finite": float(len(self._learned) - len(done))}
 
     def _estimate(self, batch: PackedBatch, rewards: torch.Tensor) -> None:
-        """rewards: [S] fp64, of whole responses."""
+        """Set advantages and returns of a batch from rewards [S] fp64 of whole responses."""
         critic = self.config.algorithm.critic
         penalty = self._prepare(batch)
+        values = batch.filled("values")
         ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
         last = last_tokens(batch.loss_mask, ids, batch.num_sequences)
         trained = last >= 0
         by_token = (-penalty).index_add(0, last[trained], rewards.to(penalty.device)[trained])
         advantages, returns = gae(
             by_token,
-            batch.values,
+            values,
             batch.loss_mask,
             batch.cu_seqlens,
             batch.num_sequences,
             critic.gamma,
             critic.gae_lambda,
         )
-        batch.advantages, batch.returns = advantages.to(batch.values.dtype), returns.to(batch.values.dtype)
+        batch.advantages, batch.returns = advantages.to(values.dtype), returns.to(values.dtype)
 
     def _prepare(self, batch: PackedBatch) -> torch.Tensor:
-        """kl.coef * KL_t of old against reference, [T] fp64, 0 where the mask is 0 or the penalty is not the reward's.
+        """Return kl.coef * KL_t of old against reference, [T] fp64, 0 where the mask is 0 or the penalty is not the
+        reward's.
 
         Under context parallelism a rank knows values and log-probs of its own targets alone, but the sum over later
         tokens needs all of them: PPO alone pays for vectors of T numbers over that group, once a rollout batch.
         """
         kl = self.config.algorithm.kl
-        batch.values = self._whole(batch.values)
+        batch.values = self._whole(batch.filled("values"))
         if kl.place != "reward" or not kl.coef:
             return torch.zeros_like(batch.values, dtype=torch.float64)
         sampled = self.config.algorithm.old_logprobs == "rollout"  # every rank has all of these
-        old = batch.old_logprobs if sampled else self._whole(batch.old_logprobs)
-        delta = old.double() - self._whole(batch.ref_logprobs).double()
+        old = batch.filled("old_logprobs")
+        delta = (old if sampled else self._whole(old)).double() - self._whole(batch.filled("ref_logprobs")).double()
         return kl.coef * KL_ESTIMATORS[kl.estimator](torch.where(batch.loss_mask > 0, delta, 0.0))
 
     def _whole(self, own: torch.Tensor) -> torch.Tensor:
-        """[T] that is 0 at other context-parallel ranks' targets -> [T] with all of them."""
+        """Return [T] with all targets of [T] that is 0 at other context-parallel ranks' targets."""
         topology = self.policy.topology
         if topology.cp_size == 1:
             return own
@@ -98,7 +101,7 @@ class CriticAdvantages:
 
 
 def whiten(batches: list[PackedBatch], group: dist.ProcessGroup) -> None:
-    """Mean 0 and sample standard deviation 1 over all trained tokens of all batches and replicas; 0 at other tokens.
+    """Give all trained tokens of all batches and replicas mean 0 and sample standard deviation 1, other tokens 0.
 
     Context-parallel ranks hold the same whole vectors, so `group` is the data-parallel one without them.
     """
@@ -119,7 +122,7 @@ def whiten(batches: list[PackedBatch], group: dist.ProcessGroup) -> None:
 
 
 def _means(batch: PackedBatch) -> torch.Tensor:
-    """[S] fp64: mean advantage over each response's trained tokens, 0 where it has none."""
+    """Return [S] fp64: the mean advantage over each response's trained tokens, 0 where it has none."""
     ids = sequence_ids(batch.cu_seqlens[: batch.num_sequences + 1], batch.num_tokens)
     trained = (batch.loss_mask > 0).double()
     sums = trained.new_zeros(batch.num_sequences + 1, 2)

@@ -1,4 +1,4 @@
-"""Where advantages come from: each rollout batch's own groups, or a critic. rl.py asks whichever the recipe names.
+"""Advantages come from each rollout batch's own groups, or from a critic. rl.py asks whichever the recipe names.
 
 Both see the packed minibatches after old and reference log-probs are there, so that a KL penalty can be part of the
 reward. GroupAdvantages is here; CriticAdvantages, which also learns, is in advantages/critic.py.
@@ -15,31 +15,34 @@ from gspo_megatron.algorithms.surrogate import KL_ESTIMATORS
 from gspo_megatron.backend.engine.critic import Critic
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, RolloutGroup
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import ResolvedConfig, TrainConfig
 
 
 class AdvantageEstimator(Protocol):
     """Fills in advantages, and may learn from what it filled in."""
 
-    critic: Critic | None  # what learns
+    @property
+    def critic(self) -> Critic | None:
+        """Return the network that learns, if one does."""
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
         """Set `advantages` of every batch. Returns [P * G] fp64, one a response (its tokens' mean), on every rank."""
 
     def learn(self, minibatch: Minibatch, counts: GlobalCounts) -> dict[str, float]:
-        """One optimizer step of its own on the minibatch that the policy has just learned from; metrics."""
+        """Take one optimizer step of its own on the minibatch that the policy has just learned from. Returns
+        metrics."""
 
 
 class GroupAdvantages:
-    """Rewards compared within each group. Nothing to learn."""
+    """Compares rewards within each group. It has nothing to learn."""
 
     critic = None
 
-    def __init__(self, config: TrainConfig, policy: Policy):
+    def __init__(self, config: ResolvedConfig, policy: Policy):
         self.config, self.policy = config, policy
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
-        """See AdvantageEstimator. The reward is the task's plus the penalties of the recipe."""
+        """Do as AdvantageEstimator says. The reward is the task's plus the penalties of the recipe."""
         algorithm = self.config.algorithm
         rewards = shaped_rewards(groups, self.config)
         if algorithm.kl.place == "reward" and algorithm.kl.coef:
@@ -58,7 +61,7 @@ class GroupAdvantages:
 
 
 def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Tensor:
-    """[P * G] fp64: the task's reward, less what the soft length penalty takes (DAPO)."""
+    """Return [P * G] fp64: the task's reward, less what the soft length penalty takes (DAPO)."""
     algorithm = config.algorithm
     rewards = torch.tensor([r for group in groups for r in group.rewards], dtype=torch.float64)
     lengths = torch.tensor([len(c.token_ids) for group in groups for c in group.completions])
@@ -68,26 +71,26 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
 
 
 def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
-    """sum_t m_t KL_t of old against reference, [P * G] fp64 in the order of responses, on every stage."""
+    """Return sum_t m_t KL_t of old against reference, [P * G] fp64 in the order of responses, on every stage."""
     estimate = KL_ESTIMATORS[estimator]
     batches = [batch for minibatch in minibatches for batch in minibatch.batches]
 
     def by_token(number: int) -> torch.Tensor:
         batch = batches[number]
-        return estimate(batch.old_logprobs.double() - batch.ref_logprobs.double())
+        return estimate(batch.filled("old_logprobs").double() - batch.filled("ref_logprobs").double())
 
     rows = policy.sums_by_sequence(batches, by_token)
     return by_response(rows, minibatches)
 
 
 def by_response(rows: torch.Tensor, minibatches: list[Minibatch]) -> torch.Tensor:
-    """[P * G] fp64 in the order of packing -> in the order of responses, on the CPU."""
+    """Put [P * G] fp64 in the order of packing into the order of responses, on the CPU."""
     numbers = [number for minibatch in minibatches for _, numbers in minibatch.numbered() for number in numbers]
     return torch.empty_like(rows, device="cpu").index_copy(0, torch.tensor(numbers), rows.cpu())
 
 
 def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> torch.Tensor:
-    """The control run: each group's advantages in another order, whatever the layout."""
+    """Put each group's advantages in another order, whatever the layout: the control run."""
     parts = values.split([len(group.completions) for group in groups])
     shuffled = []
     for group, part in zip(groups, parts, strict=True):

@@ -1,4 +1,4 @@
-"""How far log-probs of the same weights are apart, measured on the recipe's own model, layout and responses.
+"""This measures how far log-probs of the same weights are apart, on the recipe's own model, layout and responses.
 
 Every comparison gives one number a response, log s = (1/|y|) sum_t (logp_a - logp_b), which should be 0. What one rank
 computed travels to all as [N] fp64, so each of them ends with the same rows (rows.py names and judges them).
@@ -53,19 +53,19 @@ class _Bench:
         return len(self.sequences)
 
     def share(self, policy: Policy, order: list[int] | None = None) -> list[int]:
-        """Numbers of this replica's responses."""
+        """Return the numbers of this replica's responses."""
         order = list(range(self.size)) if order is None else order
         cut = policy.topology
         return [number for number in order if number % cut.dp_size == cut.dp_rank]
 
     def packed(self, policy: Policy, mine: list[int], limit: int) -> list[PackedBatch]:
-        """A collective over data parallelism."""
+        """Pack the responses of these numbers. A collective over data parallelism."""
         chosen = [self.sequences[i] for i in mine]
         return packing.microbatches(chosen, limit, policy.topology, policy.device)
 
 
 def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: Path | None) -> NoiseFloor:
-    """All rows, the same on every rank. Starts and ends the process groups; a collective over all ranks.
+    """Measure all rows, the same on every rank. Starts and ends the process groups; a collective over all ranks.
 
     Args:
         layout: as recipe/check.py resolves it.
@@ -113,7 +113,7 @@ def _policy(bench: _Bench, topology: topologies.Topology, dtype: torch.dtype | N
 
 
 def _of_all_replicas(groups: list, policy: Policy) -> list[TrainSequence]:
-    """Small: token ids and log-probs of some hundred responses."""
+    """Gather what all replicas sampled. It is small: token ids and log-probs of some hundred responses."""
     for group in groups:
         group.rewards = [0.0] * len(group.completions)
     everyone: list = [None] * policy.topology.replicas
@@ -122,7 +122,7 @@ def _of_all_replicas(groups: list, policy: Policy) -> list[TrainSequence]:
 
 
 def _same_layout(bench: _Bench, policy: Policy) -> tuple[list[Row], torch.Tensor]:
-    """Rows a, b, c and e, and the mean log-probs [N] fp64 that they compare with."""
+    """Return rows a, b, c and e, and the mean log-probs [N] fp64 that they compare with."""
     limit, mine = bench.config.max_tokens_per_microbatch, bench.share(policy)
     batches = bench.packed(policy, mine, limit)
     policy.fill_old_log_probs(batches)
@@ -153,8 +153,10 @@ def _same_layout(bench: _Bench, policy: Policy) -> tuple[list[Row], torch.Tensor
     return rows, base
 
 
-def _update_that_changes_nothing(bench: _Bench, policy: Policy, mine: list[int], batches: list[PackedBatch]):
-    """log s [N] of an update whose advantages are all 0: its forward, its recomputation, but no gradient."""
+def _update_that_changes_nothing(
+    bench: _Bench, policy: Policy, mine: list[int], batches: list[PackedBatch]
+) -> torch.Tensor:
+    """Return log s [N] of an update whose advantages are all 0: its forward, its recomputation, but no gradient."""
     policy.start_optimizer()
     plain = AlgorithmConfig(name="gspo").resolved()  # without entropy bonus and KL term, which have a gradient
     result = policy.update(batches, policy_loss(plain), packing.global_counts(batches, policy.topology))
@@ -170,7 +172,7 @@ def _update_that_changes_nothing(bench: _Bench, policy: Policy, mine: list[int],
 
 
 def _means(bench: _Bench, policy: Policy, order: list[int] | None = None) -> torch.Tensor:
-    """[N] fp64 on every rank: each response's mean log-prob by a pass of the training engine."""
+    """Return [N] fp64 on every rank: each response's mean log-prob by a pass of the training engine."""
     mine = bench.share(policy, order)
     batches = bench.packed(policy, mine, bench.config.max_tokens_per_microbatch)
     policy.fill_old_log_probs(batches)
@@ -178,11 +180,11 @@ def _means(bench: _Bench, policy: Policy, order: list[int] | None = None) -> tor
 
 
 def _sequence_means(batch: PackedBatch) -> torch.Tensor:
-    """[S] fp64 of old_logprobs. Tokens of other context-parallel ranks are 0, so the ranks' means add up."""
+    """Return [S] fp64 of old_logprobs. Tokens of other context-parallel ranks are 0, so the ranks' means add up."""
     size, trained = batch.num_sequences, batch.loss_mask > 0
     ids = sequence_ids(batch.cu_seqlens[: size + 1], batch.num_tokens)
     sums = torch.zeros(2, size + 1, dtype=torch.float64, device=ids.device)
-    sums[0].index_add_(0, ids, torch.where(trained, batch.old_logprobs.double(), 0.0))
+    sums[0].index_add_(0, ids, torch.where(trained, batch.filled("old_logprobs").double(), 0.0))
     sums[1].index_add_(0, ids, trained.double())
     return (sums[0] / sums[1].clamp(min=1))[:-1]
 
@@ -194,17 +196,18 @@ def _by_response(
     batches: list[PackedBatch],
     values: Callable[[PackedBatch], torch.Tensor],
 ) -> torch.Tensor:
-    """[N] fp64 on every rank, on the CPU: values(batch) [S] of the last stages, at the responses' numbers."""
+    """Return [N] fp64 on every rank, on the CPU: values(batch) [S] of the last stages, at the responses' numbers."""
     total = torch.zeros(bench.size, dtype=torch.float64, device=policy.device)
     if policy.topology.is_last_stage and policy.topology.tp_rank == 0:
         for batch in batches:
-            total[[mine[i] for i in batch.source_index]] = values(batch)
+            total[[mine[i] for i in batch.sources]] = values(batch)
     dist.all_reduce(total)
     return total.cpu()
 
 
 def _body(bench: _Bench, policy: Policy) -> Row:
-    """Row f. Both sides have weights rounded to bf16, so what differs is the arithmetic. Changes `policy`'s weights."""
+    """Measure row f. Both sides have weights rounded to bf16, so what differs is the arithmetic. Changes `policy`'s
+    weights."""
     means = {}
     for dtype in (torch.float32, torch.bfloat16):
         own = policy.models[0].config.params_dtype is dtype
@@ -219,7 +222,7 @@ def _body(bench: _Bench, policy: Policy) -> Row:
 
 
 def _other_tensor_size(bench: _Bench, described: str, base: torch.Tensor) -> Row:
-    """Row d. Needs the process groups of the first layout gone; initial weights depend on (seed, name) alone."""
+    """Measure row d. The first layout's process groups must be gone; initial weights depend on (seed, name) alone."""
     layout, world_size = bench.config.parallel, bench.runtime.world_size
     other = tensor_counterpart(bench.config, layout, world_size)
     if isinstance(other, str):

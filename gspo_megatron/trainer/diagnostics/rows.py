@@ -1,4 +1,4 @@
-"""The rows of the noise floor: records, what each means for a recipe, and what to do where one is too large.
+"""The noise floor has rows: records, what each means for a recipe, and what to do where one is too large.
 
 The sequence ratio's clip range is 3e-4, so whatever moves log s at unchanged weights by that much decides clips
 instead of the policy. The measurements are in noise_floor.py; here nothing imports torch, so that a bad command line is
@@ -19,7 +19,7 @@ from gspo_megatron.recipe.layout import check_layout
 
 @dataclass(frozen=True)
 class Row:
-    """The spread of one comparison. Without numbers it was not measured, and `compared` says why."""
+    """This is the spread of one comparison. Without numbers it was not measured, and `compared` says why."""
 
     key: str  # of ROWS
     compared: str
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What the ranks measured."""
+    """This is what the ranks measured."""
 
     rows: list[Row]
     layout: str
@@ -40,7 +40,7 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class RowKind:
-    """What a row compares, and what to do when it is too large."""
+    """Says what a row compares, and what to do when it is too large."""
 
     title: str
     remedy: str
@@ -82,7 +82,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The measurements beside one recipe's clip range."""
+    """Puts the measurements beside one recipe's clip range."""
 
     measured: NoiseFloor
     epsilon: float  # the smaller of the two clip ranges
@@ -94,7 +94,7 @@ class Diagnosis:
 
     @property
     def limit(self) -> float:
-        """A third of epsilon: beyond it noise decides a share of the clips that one sees."""
+        """Return a third of epsilon: beyond it noise decides a share of the clips that one sees."""
         return self.epsilon / 3
 
     def is_above(self, row: Row) -> bool:
@@ -107,7 +107,7 @@ class Diagnosis:
         return not any(r.key in self.relied_on and (r.rms is None or self.is_above(r)) for r in self.measured.rows)
 
     def advice(self) -> list[str]:
-        """A sentence for each row above the limit."""
+        """Return a sentence for each row above the limit."""
         return [
             f"({row.key}) is above epsilon / 3{'' if row.key in self.relied_on else ' (not used by this recipe)'}: "
             f"{ROWS[row.key].remedy}."
@@ -116,7 +116,7 @@ class Diagnosis:
         ]
 
     def as_dict(self) -> dict:
-        """For --json; a number that is not finite becomes its name, because JSON has none."""
+        """Return what --json writes; a number that is not finite becomes its name, because JSON has none."""
         rows = [
             dataclasses.asdict(row)
             | {
@@ -134,7 +134,7 @@ class Diagnosis:
 
 
 def relied_on(config: TrainConfig) -> tuple[str, ...]:
-    """Rows whose noise is part of the ratio when this recipe trains.
+    """Return the rows whose noise is part of the ratio when this recipe trains.
 
     Old log-probs of the training engine are computed on the very batches of the update, so only (a) enters; those of
     the rollout bring (e). A single minibatch that takes its own forward's has a ratio of 1 by construction.
@@ -148,7 +148,7 @@ def relied_on(config: TrainConfig) -> tuple[str, ...]:
 
 
 def tensor_counterpart(config: TrainConfig, layout: Layout, world_size: int) -> Layout | str:
-    """The layout with tensor parallel size 2 where it is 1, else with 1; in words why there is none."""
+    """Return the layout with tensor parallel size 2 where it is 1, else with 1; in words why there is none."""
     if world_size == 1:
         return "tensor parallelism needs 2 ranks; start with NPROC=2"
     size = 2 if layout.tensor_model_parallel_size == 1 else 1
@@ -167,7 +167,7 @@ def tensor_counterpart(config: TrainConfig, layout: Layout, world_size: int) -> 
 
 
 def diagnose(measured: NoiseFloor, checkpoint: Path | None, config: ResolvedConfig) -> Diagnosis:
-    """What was measured beside the recipe's clip range.
+    """Put what was measured beside the recipe's clip range.
 
     Args:
         checkpoint: whose weights they were; None: the initial ones.
