@@ -121,3 +121,12 @@ def test_rooms_below_the_ranks_import_no_torch():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 wrong += [name for _, what in imported(node) if what.split(".")[0] in heavy]
     assert sorted({name for name in wrong if room_of(name) in NO_TORCH}) == []
+
+
+@pytest.mark.parametrize("name", files())
+def test_files_and_functions_are_short(name):
+    """At most 300 lines a file and 64 a function, so that each is read in one go."""
+    source = files()[name].read_text()
+    assert source.count("\n") <= 300
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 64] == []

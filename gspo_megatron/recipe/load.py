@@ -126,7 +126,7 @@ def _lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def find_file(path: Path, recipe: Path | None, inside: str = "") -> Path:
+def find_file(path: Path, recipe: Path | None = None, inside: str = "") -> Path:
     """A file of the recipe as an absolute path: a run must not depend on where it is started or resumed from.
 
     Args:

@@ -80,7 +80,7 @@ def build_run(config: ResolvedConfig) -> Run:
 
 
 def build_policy(
-    config: TrainConfig, shape: ModelShape, topology: Topology, runtime: Runtime, dtype: torch.dtype | None = None
+    config: ResolvedConfig, shape: ModelShape, topology: Topology, runtime: Runtime, dtype: torch.dtype | None = None
 ) -> Policy:
     """Return the policy with random weights, or with those of the folder that the recipe starts from.
 
