@@ -242,7 +242,7 @@ def logits_error(network: Network, expected: torch.Tensor) -> float:
     )
     topology, worst = network.topology, torch.zeros(1)
 
-    def compare(batch: PackedBatch, plan: object, output: torch.Tensor, non_loss_data: bool = False) -> None:
+    def compare(micro: object, output: torch.Tensor, non_loss_data: bool = False) -> None:
         mine = expected.chunk(topology.tp_size, dim=1)[topology.tp_rank]
         worst.fill_(float((output - mine.to(output.dtype)).abs().max()))
 
