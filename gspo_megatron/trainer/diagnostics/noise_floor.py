@@ -165,10 +165,10 @@ def _update_that_changes_nothing(
         raise TrainingError("an update without advantages changed the weights, so nothing can be compared.")
     table = result.stats.table
     log_s = table.column("sum_log_ratio") / table.column("num_tokens").clamp(min=1)
-    parts = dict(zip(map(id, batches), log_s.split([batch.num_sequences for batch in batches]), strict=True))
+    parts = log_s.split([batch.num_sequences for batch in batches])
     # The table is whole on every context-parallel rank.
     is_first = dist.get_rank(policy.topology.cp_group) == 0
-    return _by_response(bench, policy, mine, batches, lambda batch: parts[id(batch)] * is_first)
+    return _by_response(bench, policy, mine, batches, lambda number, _: parts[number] * is_first)
 
 
 def _means(bench: _Bench, policy: Policy, order: list[int] | None = None) -> torch.Tensor:
@@ -179,7 +179,7 @@ def _means(bench: _Bench, policy: Policy, order: list[int] | None = None) -> tor
     return _by_response(bench, policy, mine, batches, _sequence_means)
 
 
-def _sequence_means(batch: PackedBatch) -> torch.Tensor:
+def _sequence_means(number: int, batch: PackedBatch) -> torch.Tensor:
     """Return [S] fp64 of old_logprobs. Tokens of other context-parallel ranks are 0, so the ranks' means add up."""
     size, trained = batch.num_sequences, batch.loss_mask > 0
     ids = sequence_ids(batch.cu_seqlens[: size + 1], batch.num_tokens)
@@ -194,13 +194,14 @@ def _by_response(
     policy: Policy,
     mine: list[int],
     batches: list[PackedBatch],
-    values: Callable[[PackedBatch], torch.Tensor],
+    values: Callable[[int, PackedBatch], torch.Tensor],
 ) -> torch.Tensor:
-    """Return [N] fp64 on every rank, on the CPU: values(batch) [S] of the last stages, at the responses' numbers."""
+    """Return [N] fp64 on every rank, on the CPU: values(number, batch) [S] of the last stages, at the
+    responses' numbers."""
     total = torch.zeros(bench.size, dtype=torch.float64, device=policy.device)
     if policy.topology.is_last_stage and policy.topology.tp_rank == 0:
-        for batch in batches:
-            total[[mine[i] for i in batch.sources]] = values(batch)
+        for number, batch in enumerate(batches):
+            total[[mine[i] for i in batch.sources]] = values(number, batch)
     dist.all_reduce(total)
     return total.cpu()
 
