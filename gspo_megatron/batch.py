@@ -18,7 +18,7 @@ Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values",
 
 @dataclass(frozen=True)
 class TaskItem:
-    """Has one question of one task, with what its scorer needs."""
+    """A task item is one question of one task, with what its scorer needs."""
 
     task: str  # key of the recipe's `tasks` table
     question: str
@@ -28,7 +28,7 @@ class TaskItem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Is a tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
+    """A prompt is a tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
 
     uid: int
     item: TaskItem
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """Is one sampled response; the stop token, when there is one, is its last token."""
+    """A completion is one sampled response; the stop token, when there is one, is its last token."""
 
     token_ids: list[int]
     logprobs: list[float]  # log p under the sampling policy at the rollout temperature, one a token
@@ -47,7 +47,7 @@ class Completion:
 
 @dataclass
 class RolloutGroup:
-    """Has G responses to one prompt with their rewards (`group_size` of the recipe)."""
+    """A group is G responses to one prompt with their rewards (`group_size` of the recipe)."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -57,7 +57,7 @@ class RolloutGroup:
 
 @dataclass
 class TrainSequence:
-    """Is one prompt + response as the packer takes it."""
+    """A training sequence is one prompt + response as the packer takes it."""
 
     token_ids: list[int]  # prompt then response
     prompt_length: int  # the first prompt_length tokens have loss mask 0
@@ -76,7 +76,7 @@ class TrainSequence:
 
 @dataclass
 class PackedBatch:
-    """Is one microbatch, sequence after sequence (Megatron's THD layout).
+    """A packed batch is one microbatch, sequence after sequence (Megatron's THD layout).
 
     Padding of a sequence (to a multiple of 2 CP under context parallelism, to one length in a padded batch) lies at its
     end, inside its bounds, with mask 0. Padding needed for sequence parallelism is one more segment, added by the
@@ -134,7 +134,7 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Is what one optimizer step learns from, on this data-parallel replica."""
+    """A minibatch is what one optimizer step learns from, on this data-parallel replica."""
 
     responses: list[int]  # numbers of the replica's responses, in the order in which they were given to the packer
     batches: list[PackedBatch]
@@ -146,7 +146,7 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class SequenceTable:
-    """Has per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
+    """The table has per-sequence results of one optimizer step's forward, in fp64, one row a sequence.
 
     10 numbers a sequence, never a log-prob vector.
     """
@@ -173,7 +173,7 @@ class SequenceTable:
 
 @dataclass(frozen=True)
 class SequenceStats:
-    """Is what the last pipeline stage publishes of one optimizer step: the same on every stage of this replica."""
+    """These are what the last pipeline stage publishes of one optimizer step, the same on every stage of its replica."""
 
     step: int
     minibatch: int
@@ -183,7 +183,7 @@ class SequenceStats:
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Describes one optimizer step, on every pipeline stage."""
+    """An update is one optimizer step, as it is known on every pipeline stage."""
 
     stats: SequenceStats  # of this data-parallel replica
     grad_norm: float  # before clipping, over all ranks

@@ -6,7 +6,7 @@ defect (ours or a library's) and keeps its trace.
 
 
 class GspoError(Exception):
-    """Is the base of every error that is reported to the user as one message."""
+    """This is the base of every error that is reported to the user as one message."""
 
 
 class ConfigError(GspoError):

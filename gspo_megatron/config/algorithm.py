@@ -140,7 +140,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class ResolvedAlgorithm(AlgorithmConfig):
-    """Has the algorithm's own values where the recipe of an AlgorithmConfig gave none.
+    """In this AlgorithmConfig the algorithm's own values stand where the recipe gave none.
 
     overlong_buffer may still be None, which is a fifth of rollout.max_response_length.
     """

@@ -34,7 +34,7 @@ class KlConfig:
 
 @dataclass(frozen=True)
 class ResolvedKl(KlConfig):
-    """Has the algorithm's own values where the recipe of a KlConfig gave none."""
+    """In this KlConfig the algorithm's own values stand where the recipe gave none."""
 
     coef: float = 0.0
     estimator: Estimator = "k3"

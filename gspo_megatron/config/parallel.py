@@ -53,7 +53,8 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Layout(ParallelConfig):
-    """Has every size of a ParallelConfig filled in. Virtual stages stay None where they are off, as in Megatron."""
+    """A layout is a ParallelConfig with every size filled in. Virtual stages stay None where they are off, as in
+    Megatron."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1

@@ -83,7 +83,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
-    """Is a TrainConfig in which nothing is left to be chosen."""
+    """This is a TrainConfig in which nothing is left to be chosen."""
 
     parallel: Layout = field(default_factory=Layout)
     algorithm: ResolvedAlgorithm = field(default_factory=lambda: AlgorithmConfig().resolved())

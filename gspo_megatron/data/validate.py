@@ -1,4 +1,4 @@
-"""Is a packed batch what its record says? Every message names the field and the first bad index.
+"""A packed batch is held to what its record says. Every message names the field and the first bad index.
 
 `check_batch` looks at what the data side made, before any work; `first_not_finite` explains a gradient that came out as
 not a number, where looking at each step would cost a synchronisation.

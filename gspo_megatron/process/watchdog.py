@@ -65,7 +65,8 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Has two threads of one rank: one talks to the store, the other looks at the main thread and at the first."""
+    """A watchdog is two threads of one rank: one talks to the store, the other looks at the main thread and at the
+    first."""
 
     def __init__(self, name: str, config: FaultsConfig):
         """Start them, unless the recipe wants none or the rank is alone. The process group must exist.

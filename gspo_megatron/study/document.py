@@ -19,7 +19,7 @@ DPI = 110
 
 @dataclass(frozen=True)
 class Section:
-    """Has a heading with text, a table and pictures, as the templates show it."""
+    """A section has a heading with text, a table and pictures, as the templates show it."""
 
     title: str
     text: list[str] = field(default_factory=list)

@@ -52,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """Has everything the report shows."""
+    """The findings are everything that the report shows."""
 
     cells: list[Cell]
     stable_lr: dict[str, float | None]  # arm -> largest learning rate at which, and below which, no seed collapsed

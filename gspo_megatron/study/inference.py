@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """Has a mean and the interval around it."""
+    """An interval is a mean and the range around it."""
 
     mean: float
     low: float

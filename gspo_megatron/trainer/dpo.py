@@ -37,7 +37,7 @@ from gspo_megatron.trainer.run import Run
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Has both answers after the same prompt."""
+    """A pair has both answers after the same prompt."""
 
     chosen: TrainSequence
     rejected: TrainSequence

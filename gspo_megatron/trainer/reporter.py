@@ -7,7 +7,7 @@ from gspo_megatron.metrics.tracker import Tracker
 
 
 class Reporter:
-    """Has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others."""
+    """A reporter has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others."""
 
     def __init__(self, run_dir: Path, is_main: bool):
         self.console: Console | None = None
