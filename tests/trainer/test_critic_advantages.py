@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
 from gspo_megatron.backend.parallel import runtime
 from gspo_megatron.backend.parallel import topology as topologies
-from gspo_megatron.batch import Completion, Minibatch, Prompt, RolloutGroup, TaskItem
+from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, TaskItem
 from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, Layout, RolloutConfig, TrainConfig
 from gspo_megatron.data.sequences import minibatch_indices, train_sequences
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
@@ -167,12 +167,20 @@ def context_parallel(rank: int) -> dict:
     cut = dataclasses.replace(cut, cp_size=2, cp_group=dist.group.WORLD)
     whole = torch.tensor([[0.0, 1, 2, 3], [0.0, -1, -2, -3], [0.0, -1.5, -1, -3.5]])
     own = torch.where(torch.arange(4) % 2 == rank, whole, 0.0)
-    batch = SimpleNamespace(
-        values=own[0], old_logprobs=own[1], ref_logprobs=own[2], loss_mask=torch.tensor([0.0, 1, 1, 1])
+    batch = PackedBatch(
+        tokens=torch.zeros(4, dtype=torch.int64),
+        position_ids=torch.arange(4),
+        cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+        num_sequences=1,
+        loss_mask=torch.tensor([0.0, 1, 1, 1]),
+        advantages=torch.zeros(1),
+        values=own[0],
+        old_logprobs=own[1],
+        ref_logprobs=own[2],
     )
     config = TrainConfig(algorithm=ALGORITHM)
     penalty = CriticAdvantages(config, SimpleNamespace(topology=cut), None)._prepare(batch)
-    sampled = SimpleNamespace(**vars(batch) | {"values": own[0], "old_logprobs": whole[1]})
+    sampled = dataclasses.replace(batch, values=own[0], old_logprobs=whole[1])
     config = TrainConfig(algorithm=dataclasses.replace(ALGORITHM, old_logprobs="rollout"))
     other = CriticAdvantages(config, SimpleNamespace(topology=cut), None)._prepare(sampled)
     return {"values": batch.values.tolist(), "penalty": penalty.tolist(), "sampled": other.tolist()}
