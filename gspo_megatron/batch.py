@@ -173,7 +173,7 @@ class SequenceTable:
 
 @dataclass(frozen=True)
 class SequenceStats:
-    """These are what the last pipeline stage publishes of one optimizer step, the same on every stage of its replica."""
+    """These are what the last pipeline stage publishes of one optimizer step, the same on all stages of its replica."""
 
     step: int
     minibatch: int
