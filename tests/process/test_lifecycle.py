@@ -10,7 +10,7 @@ import pytest
 from tools.validation.launching import LIMIT, PRELUDE, PYTHON, TORCHRUN, gone, launched, wait_until
 
 BLOCKED = """
-with process.guard():
+with lifecycle.guard():
     dist = world()
     ready()
     if RANK == 0:
@@ -35,19 +35,19 @@ def alone(folder: Path, body: str, rank: int = 0, **env: str):
 
 
 def test_bad_input_is_one_message_and_status_2(tmp_path):
-    with alone(tmp_path, "with process.guard():\n    raise ConfigError('steps = -1: no')\n") as launch:
+    with alone(tmp_path, "with lifecycle.guard():\n    raise ConfigError('steps = -1: no')\n") as launch:
         assert launch.wait() == 2
     assert launch.stderr == "error: steps = -1: no\n"
 
 
 def test_bad_input_on_another_rank_names_it(tmp_path):
-    with alone(tmp_path, "with process.guard():\n    raise ConfigError('steps = -1: no')\n", rank=3) as launch:
+    with alone(tmp_path, "with lifecycle.guard():\n    raise ConfigError('steps = -1: no')\n", rank=3) as launch:
         assert launch.wait() == 2
     assert launch.stderr == "rank 3: error: steps = -1: no\n"
 
 
 def test_a_defect_prints_its_trace_and_buffered_output(tmp_path):
-    body = "with process.guard():\n    sys.stdout.write('half a line')\n    raise KeyError('lost')\n"
+    body = "with lifecycle.guard():\n    sys.stdout.write('half a line')\n    raise KeyError('lost')\n"
     with alone(tmp_path, body) as launch:
         assert launch.wait() == 1
     assert launch.stdout == "half a line"
@@ -57,7 +57,7 @@ def test_a_defect_prints_its_trace_and_buffered_output(tmp_path):
 
 @pytest.mark.parametrize("status", [0, 2, 7])
 def test_system_exit_keeps_its_status(tmp_path, status):
-    with alone(tmp_path, f"with process.guard():\n    sys.exit({status})\n") as launch:
+    with alone(tmp_path, f"with lifecycle.guard():\n    sys.exit({status})\n") as launch:
         assert launch.wait() == status
     assert launch.stderr == ""
 
@@ -66,7 +66,7 @@ def test_a_normal_end_restores_the_handlers(tmp_path):
     body = """
 import signal
 before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-with process.guard():
+with lifecycle.guard():
     pass
 assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 assert signal.set_wakeup_fd(-1) == -1
@@ -134,7 +134,7 @@ def test_kill_9_of_torchrun_ends_its_ranks(tmp_path):
 
 def test_one_failed_rank_ends_all_and_speaks_alone(tmp_path):
     body = """
-with process.guard():
+with lifecycle.guard():
     dist = world()
     ready()
     if RANK == 1:
@@ -150,7 +150,7 @@ with process.guard():
 
 
 def test_all_ranks_failing_alike_print_one_trace(tmp_path):
-    body = "with process.guard():\n    raise ValueError('everywhere')\n"
+    body = "with lifecycle.guard():\n    raise ValueError('everywhere')\n"
     with launched(torchrun(tmp_path, body, ranks=4), tmp_path) as launch:
         assert launch.wait(30) == 1
     assert launch.stderr.count("ValueError: everywhere") == 1
@@ -160,7 +160,7 @@ def test_all_ranks_failing_alike_print_one_trace(tmp_path):
 def test_ending_a_forked_child_leaves_the_rank_alone(tmp_path):
     body = """
 import signal
-with process.guard():
+with lifecycle.guard():
     child = os.fork()
     if child == 0:
         time.sleep(30)

@@ -19,7 +19,7 @@ from gspo_megatron.config import FaultsConfig
 from gspo_megatron.process.watchdog import Watchdog
 """
 WORK = """
-with process.guard():
+with lifecycle.guard():
     dist = world()
     dog = Watchdog(f"PP{RANK}", FaultsConfig(heartbeat_timeout=HEARTBEAT, collective_timeout=COLLECTIVE))
     progress.step("rl", 7)
