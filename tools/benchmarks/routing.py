@@ -37,7 +37,7 @@ MOST = 0.02  # that statistics may cost
 OWN_CALLS = {  # none calls another
     "gspo_megatron.backend.engine.router_hooks.RouterTap": ("_entropy", "confirm"),
     "gspo_megatron.routing.routes.RouteTrace": ("choose",),
-    "gspo_megatron.backend.engine.routing_watch.RoutingWatch": ("_trace", "after_old", "after_update"),
+    "gspo_megatron.backend.engine.routing_watch.RoutingWatch": ("_trace", "after_old", "after_update", "take"),
     "gspo_megatron.metrics.routing": ("step_routing",),
 }
 
@@ -135,7 +135,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
                 policy.update(minibatch, loss, packing.global_counts(minibatch, cut), turn, index)
                 for index, minibatch in enumerate(minibatches)
             ]
-            metrics.step_routing(policy, results)
+            metrics.step_routing(policy.routing.take(), policy.routing.topk, results, cut.dp_group)
             worked = time.process_time() - worked
             dist.barrier()
             if turn:  # the first one warms up
