@@ -1,6 +1,6 @@
 # make install   .venv with exactly the versions of requirements/cpu.txt and this package (editable)
 # make train     install, then train the example; ARGS="--steps 20" overrides its recipe
-# make test      install, then the tests; ARGS="tests/recipe" picks some
+# make test      install, then the tests, two files at a time; ARGS="tests/recipe" picks some, WORKERS=4 takes more cores
 # make lint      install, then ruff, types (mypy), and the tests of layers and of links in the documents
 # make checks    lint and test
 # make help      these lines
@@ -15,6 +15,8 @@ NATIVE := $(shell find csrc -type f)  # the editable install builds them, so a c
 TORCH ?= $(shell grep '^torch==' $(PINS))
 # One rank a GPU; 4 on a CPU.
 NPROC ?= $(shell $(BIN)/python -c 'from gspo_megatron.cli.launch import gpu_count; print(gpu_count() or 4)')
+# Many tests wait (for a time-out, a Slurm, a rendezvous): two at a time fill two cores.
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: install train test lint checks help
@@ -35,7 +37,7 @@ train: install
 	$(BIN)/torchrun --nproc-per-node $(NPROC) examples/train_moe_gspo.sh $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

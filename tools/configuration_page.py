@@ -45,7 +45,7 @@ def sections(kind: type, name: str = "") -> Iterator[Section]:
     yield Section(name, kind)
     for field, hint in hints(kind).items():
         inner = f"{name}.{field}".lstrip(".")
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from sections(hint, inner)
         elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
             yield from sections(get_args(hint)[1], f"{inner}.NAME")
@@ -59,10 +59,13 @@ def hints(kind: type) -> dict[str, Any]:
 
 def meanings(kind: type) -> dict[str, str]:
     """The docstring behind each field of a class, on one line."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    found = {}
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    found, body = {}, definition.body
     for field, text in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[field.target.id] = " ".join(str(text.value.value).split())
     return found
 
@@ -95,7 +98,7 @@ def rows(section: Section) -> Iterator[str]:
     for field in dataclasses.fields(section.kind):
         hint = types_of[field.name]
         dotted = f"{section.name}.{field.name}".lstrip(".")
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield f"| [`{field.name}`](#{anchor(dotted)}) | section | | {summary(hint)} |"
             continue
         meaning = told[field.name].replace("|", "\\|")
@@ -106,7 +109,7 @@ def rows(section: Section) -> Iterator[str]:
 
 def summary(kind: type) -> str:
     """The first sentence of a class's docstring, without the reference to code that may follow."""
-    return " ".join(inspect.getdoc(kind).split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
+    return " ".join(str(inspect.getdoc(kind)).split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
 
 
 def anchor(dotted: str) -> str:
@@ -129,7 +132,7 @@ def page() -> str:
     """The whole page."""
     parts = [HEAD]
     for section in sections(TrainConfig):
-        text = " ".join(inspect.getdoc(section.kind).split())
+        text = " ".join(str(inspect.getdoc(section.kind)).split())
         table = "\n".join(["| field | type | default | meaning |", "|---|---|---|---|", *rows(section)])
         parts.append(f"## {section.name or 'The top'}\n\n{text}\n\n{table}\n")
         if section.name == "algorithm":

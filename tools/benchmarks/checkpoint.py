@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from gspo_megatron.config import Layout, TrainConfig
+from gspo_megatron.config import Layout, ResolvedConfig
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
@@ -69,7 +69,7 @@ def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> 
     run = build.build_run(config)
     run.policy.start_optimizer()
     estimator = rl.make_estimator(run)
-    found = {mode: [] for mode in MODES}
+    found: dict[str, list[float]] = {mode: [] for mode in MODES}
     steps_of(run, estimator, "asynchronous", 1, 1)  # warms up
     for number in range(rounds):
         for place, mode in enumerate(MODES):
@@ -78,9 +78,9 @@ def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> 
     return found
 
 
-def load(folder: Path, layout: Layout, *words: str) -> TrainConfig:
-    words = [str(ROOT / "examples/recipes/moe_gspo.yaml"), "--device", "cpu", "--output-dir", str(folder), *words]
-    return load_recipe(words, program="bench_checkpoint").resolved(layout)
+def load(folder: Path, layout: Layout, *words: str) -> ResolvedConfig:
+    given = [str(ROOT / "examples/recipes/moe_gspo.yaml"), "--device", "cpu", "--output-dir", str(folder), *words]
+    return load_recipe(given, program="bench_checkpoint").resolved(layout)
 
 
 def sizes(rank: int, world_size: int, folder: Path, hf_config: str, dtype: str) -> tuple[int, int, float, float]:

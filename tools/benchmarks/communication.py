@@ -53,6 +53,7 @@ class Share:
     def table(self) -> torch.Tensor:
         partials = sequence_partials(self.new, self.old, self.mask, self.bounds)
         wide = torch.nn.functional.pad(partials, (0, EXTRA))
+        assert dist.group.WORLD is not None
         return reduce_tables(wide, dist.group.WORLD, COLUMNS.index("max_abs_log_ratio")).wait()[:, 1]
 
     def gather(self) -> torch.Tensor:

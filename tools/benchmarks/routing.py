@@ -104,7 +104,7 @@ def measure(rank: int, world_size: int, config: TrainConfig, options: Options) -
     started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, config.seed)
     shape = ModelShape.load(config.model.hf_config, config.data.vocab_size)
     policies = {
-        name: Policy(replace(config, parallel=layout, routing=routing), shape, cut, started)
+        name: Policy(replace(config, routing=routing).resolved(layout), shape, cut, started)
         for name, routing in CHOICES.items()
     }
     generator = torch.Generator().manual_seed(1 + cut.dp_rank)

@@ -18,9 +18,11 @@ backward: mask read, gradient written; entropy is left out everywhere), with as 
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -67,7 +69,7 @@ class Case:
         return new.requires_grad_(), old, mask, self.advantages
 
 
-def ours(case: Case) -> torch.Tensor:
+def ours(case: Case) -> tuple[torch.Tensor, ...]:
     partials = sequence_partials(case.new, case.old, case.mask, case.bounds)
     return gspo_surrogate(case.new, partials, case.advantages, case.mask, case.bounds, forms.LOW, forms.HIGH, case.size)
 
@@ -76,7 +78,7 @@ def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tens
     """name -> (function that gives the loss and what comes with it, leaf that gets the gradient)."""
     padded, packed = case.pad(), (*case.packed, case.ids)
     # Padding to the longest must stay affordable; these lengths at most double the tokens.
-    calls = {
+    calls: dict[str, tuple[Callable, tuple[Any, ...]]] = {
         "padded": (forms.padded, padded),
         "packed": (forms.packed, packed),
         "same outputs": (forms.same_outputs, padded),
@@ -91,8 +93,10 @@ def variants(case: Case, compiled: bool) -> dict[str, tuple[Callable, torch.Tens
         for name in ("padded", "packed", "same outputs"):
             form, inputs = calls[name]
             calls[f"compiled {name}"] = torch.compile(form, dynamic=False), inputs
-    out = {name: ((lambda f=f, x=inputs: f(*x)), inputs[0]) for name, (f, inputs) in calls.items()}
-    out["ours"] = (lambda: ours(case)), case.new
+    out: dict[str, tuple[Callable, torch.Tensor]] = {}
+    for name, (form, inputs) in calls.items():
+        out[name] = functools.partial(form, *inputs), inputs[0]
+    out["ours"] = functools.partial(ours, case), case.new
     return out
 
 
@@ -156,7 +160,7 @@ def measure(case: Case, args: argparse.Namespace) -> None:
         # A copy reads and writes: as many bytes in all as the op must move.
         source = torch.ones(tokens * moved // 2, dtype=torch.uint8)
         target = torch.empty_like(source)
-        times = medians({**calls, "copy": lambda x=source, y=target: y.copy_(x)}, args.seconds)
+        times = medians({**calls, "copy": functools.partial(target.copy_, source)}, args.seconds)
         for name, (_, leaf) in functions.items():
             peak = peak_memory(calls[name])
             extra[name] = peak if phase == "forward" else max(extra[name], peak - leaf.numel() * 4)
@@ -173,11 +177,11 @@ def report(case: Case, phase: str, moved: int, times: dict[str, float], extra: d
         )
     speed = case.new.numel() * moved / times["copy"] / 1e9
     print(f"{label} {'copy':<21} {times['copy'] * 1e3:>9.3f} {'':>16} {speed:>7.1f} GB/s")
-    eager = min((n for n in extra if n != "ours" and not n.startswith("compiled")), key=times.get)
+    eager = min((n for n in extra if n != "ours" and not n.startswith("compiled")), key=times.__getitem__)
     line = f"ours: {times[eager] / times['ours']:.2f}x the fastest eager form ({eager})"
     compiled = [n for n in extra if n.startswith("compiled")]
     if compiled:
-        best = min(compiled, key=times.get)
+        best = min(compiled, key=times.__getitem__)
         line += f", {times[best] / times['ours']:.2f}x the fastest compiled one ({best.removeprefix('compiled ')})"
     left = (extra["ours"] - KEPT * case.size) / 2**20
     print(f"{label} {line}; {times['copy'] / times['ours']:.0%} of a copy; {left:.3f} MiB beside results\n", flush=True)

@@ -86,7 +86,7 @@ def row(case: Case, errors: Errors | None) -> list[str]:
     return choice + numbers
 
 
-def launch(ranks: int, folder: Path) -> Iterator[Errors | str]:
+def launch(ranks: int, folder: Path) -> Iterator[tuple[str, Errors] | str]:
     """Errors of each case as it ends; a string when the launch failed: the end of what it wrote to stderr."""
     command = [
         sys.executable,
@@ -125,7 +125,8 @@ def launch(ranks: int, folder: Path) -> Iterator[Errors | str]:
 
 def run_all(cases: list[Case], console: Console) -> tuple[dict[str, Errors], list[str]]:
     """(errors by the case's name, accounts of launches that failed). A case that ends its launch is left behind."""
-    found, broken = {}, []
+    found: dict[str, Errors] = {}
+    broken: list[str] = []
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -134,8 +135,8 @@ def run_all(cases: list[Case], console: Console) -> tuple[dict[str, Errors], lis
         console=console,
         transient=True,
     )
-    with tempfile.TemporaryDirectory(prefix="parity_") as name, bar:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="parity_") as scratch, bar:
+        folder = Path(scratch)
         task = bar.add_task("truth by the formula, one rank", total=len(cases))
         torch.save(cases, folder / "plan.pt")
         # One rank always: it computes the truths.
@@ -148,9 +149,9 @@ def run_all(cases: list[Case], console: Console) -> tuple[dict[str, Errors], lis
                         failed = True
                         broken.append(result)
                         continue
-                    case, errors = result
-                    found[case] = errors
-                    bar.update(task, advance=1, description=case)
+                    name, errors = result
+                    found[name] = errors
+                    bar.update(task, advance=1, description=name)
                 if failed and not (folder / "truths.pt").exists():
                     return found, broken
                 rest = [case for case in rest if case.name not in found][1:]

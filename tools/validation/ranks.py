@@ -108,13 +108,14 @@ def _collect(pipes: list[Connection], ranks: list[Any], deadline: float, timeout
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        ready = set(wait(waiting, timeout=max(0.0, deadline - time.monotonic())))
         if not ready:
             late = [rank for rank in range(len(pipes)) if rank not in results]
             raise RankError(f"ranks {late} of {len(pipes)} did not return within {timeout:g} s (stacks on stderr)")
         failures = []
-        for pipe in ready:
-            rank = pipes.index(pipe)
+        for rank, pipe in enumerate(pipes):
+            if pipe not in ready:
+                continue
             try:
                 moment, error, result = pickle.loads(pipe.recv_bytes())
             except EOFError:
@@ -153,7 +154,7 @@ def _rank_main(
     os.setsid()
     _die_with_parent()
     # Before the parent gives up, and one rank after the other so that their stacks do not mix.
-    faulthandler.dump_traceback_later(max(timeout - 2.0, 0.8 * timeout) + 0.1 * rank, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(max(timeout - 2.0, 0.8 * timeout) + 0.1 * rank, file=sys.__stderr__ or 2)
     os.environ.clear()
     os.environ |= environment
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -190,6 +191,7 @@ def _call(rank: int, world_size: int, store: str, timeout: float, payload: bytes
 def _die_with_parent() -> None:
     """End this rank when the test process is killed, which skips its clean-up."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
         parent.join()

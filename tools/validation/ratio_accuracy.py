@@ -179,7 +179,7 @@ def body_rows(args: argparse.Namespace, started, cut) -> tuple[list[Row], torch.
 
     shape = ModelShape.load(CONFIG, 256)
     shape = dataclasses.replace(shape, hf=shape.hf | {"max_position_embeddings": max(args.tokens, 256)})
-    config = dataclasses.replace(TrainConfig(), parallel=Layout(1, 1, None, 1, 1), seed=args.seed)
+    config = TrainConfig(seed=args.seed).resolved(Layout(1, 1, None, 1, 1))
     batches = body_batches(args, shape.vocab_size)
     generator = torch.Generator().manual_seed(args.seed + 1)
     weights: list[list[torch.Tensor]] = []  # of the old policy and of the new one, representable in bf16

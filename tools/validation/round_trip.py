@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -187,7 +188,11 @@ def sequences() -> list[torch.Tensor]:
 
 
 def round_trip(
-    source: Path, layout: Layout, is_stacked: bool = False, params_dtype: str = "fp32", keep: bool = False
+    source: Path,
+    layout: Layout,
+    is_stacked: bool = False,
+    params_dtype: Literal["fp32", "bf16"] = "fp32",
+    keep: bool = False,
 ) -> Outcome:
     """Load a folder of `write_model`, compute its logits, export it and compare. A collective over all ranks.
 
@@ -207,7 +212,7 @@ def round_trip(
     load(network.models, topology, source, shape.architecture)
     target = source.with_name(source.name + (".out" if keep else ".compared"))
     export(network.models, topology, target, shape.hf, shape.architecture, is_stacked=is_stacked)
-    outcome = [None]
+    outcome: list[Any] = [None]
     error = logits_error(network, torch.load(source / "logits.pt"))
     if runtime.is_main:
         differing = tuple(sorted(differences(source, target)))

@@ -196,9 +196,10 @@ def check_fixture(found: Truth, rule: Rule) -> None:
 
 def _response(items: Rollouts, i: int, rule: Rule, logp, entropy, old, ref) -> Response:
     sequence = items.sequences[i]
+    assert sequence.loss_mask is not None
     mask = torch.tensor([0] * sequence.prompt_length + sequence.loss_mask, dtype=torch.bool)
-    advantage = items.centred[i] if rule.advantages == "centred" else sequence.advantage
-    advantage = torch.tensor(advantage, dtype=torch.float32).double()  # fp32, as batches hold it
+    number = items.centred[i] if rule.advantages == "centred" else sequence.advantage
+    advantage = torch.tensor(number, dtype=torch.float32).double()  # fp32, as batches hold it
     of_tokens = items.token_advantages[i] if rule.advantages == "token" else advantage.expand(mask.numel())
     return Response(
         logp[mask], entropy[mask], old[mask].double(), ref[mask].double(), float(advantage), of_tokens[mask].double()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -65,11 +66,10 @@ class Errors:
 def build_policy(case: Case, cut: topology.Topology) -> Policy:
     """The fixture's model in this layout."""
     config = TrainConfig(
-        parallel=case.layout.parallel,
         seed=fixture.SEED,
         rollout=RolloutConfig(temperature=case.temperature),
         model=ModelConfig(recompute=case.recompute, logprob_chunk_tokens=CHUNK_TOKENS if case.chunked else 0),
-    )
+    ).resolved(case.layout.parallel)
     started = runtime.init_process_group("auto" if dist.get_backend() == "nccl" else "cpu")
     policy = Policy(config, fixture.model_shape(case.tied), cut, started, DTYPES[case.dtype])
     fixture.vary_norms(policy.models, cut)
@@ -104,6 +104,7 @@ def _step(case: Case, truth: Truth, cut: topology.Topology, change: Callable | N
     began, rule = time.monotonic(), RULES[case.algorithm]
     policy = build_policy(case, cut)
     policy.start_optimizer()
+    assert policy.optimizer is not None
     for part in policy.optimizer.chained_optimizers:
         part.config.clip_grad = 0.0  # Megatron scales main_grad in place when it clips, and refuses fp64
     items = fixture.rollouts(rule.pairs)
@@ -115,7 +116,7 @@ def _step(case: Case, truth: Truth, cut: topology.Topology, change: Callable | N
     batches = [batch.to(policy.device) for batch, _ in numbered]
     if change is not None:
         change(policy, batches)
-    loss = policy_loss(AlgorithmConfig(name=case.algorithm), fixture.MAX_RESPONSE)
+    loss = policy_loss(AlgorithmConfig(name=cast(Any, case.algorithm)), fixture.MAX_RESPONSE)
     result = policy.update(batches, loss, global_counts(batches, cut))
     if case.layout.distributed_optimizer:
         gather_gradient_shards(policy)
@@ -159,12 +160,18 @@ def _errors(policy: Policy, result: UpdateResult, truth: Truth, numbers: list[in
         "grad_norm": abs(result.grad_norm - norm) / norm,
         "counts": int((counts != truth.counts[numbers]).any(1).sum()),
     }
-    everyone: list = [None] * dist.get_world_size()
+    everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     # Not max(): of a number and a nan it gives either.
     largest = {name: torch.tensor([float(rank[name]) for rank in everyone]).double().max().item() for name in mine}
     return Errors(
-        **largest | {"counts": int(largest["counts"])}, gradient=gradient, worst=worst, seconds=time.monotonic() - began
+        loss=largest["loss"],
+        gradient=gradient,
+        ratio=largest["ratio"],
+        grad_norm=largest["grad_norm"],
+        counts=int(largest["counts"]),
+        worst=worst,
+        seconds=time.monotonic() - began,
     )
 
 
@@ -174,12 +181,12 @@ def gradient_error(policy: Policy, truth: dict[str, torch.Tensor]) -> tuple[floa
 
     Each rank compares its pieces of the full gradient; of a piece that several ranks hold the worst copy counts.
     """
-    mine = {}
+    mine: dict[tuple[str, int], tuple[float, int]] = {}
     for model in policy.models:
         for p in parameters.named(model, policy.topology):
-            difference = p.local.main_grad.cpu().double() - p.slice_of(truth[p.name])
+            difference = cast(Any, p.local).main_grad.cpu().double() - p.slice_of(truth[p.name])
             piece = (p.name, p.cut_rank if p.cuts > 1 else 0)
-            mine[piece] = max(float(difference.square().sum()), mine.get(piece, 0.0)), p.cuts
+            mine[piece] = max(float(difference.square().sum()), mine.get(piece, (0.0, 0))[0]), p.cuts
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     pieces: dict[tuple[str, int], float] = {}
@@ -194,7 +201,7 @@ def gradient_error(policy: Policy, truth: dict[str, torch.Tensor]) -> tuple[floa
         return float("nan"), f"{sorted(missing)[0][0]}, which no rank or an unknown one holds"
     by_name = {name: sum(pieces[name, k] for k in range(cuts[name])) for name in truth}
     size = sum(float(g.square().sum()) for g in truth.values())
-    return (sum(by_name.values()) / size) ** 0.5, max(by_name, key=by_name.get)
+    return (sum(by_name.values()) / size) ** 0.5, max(by_name, key=by_name.__getitem__)
 
 
 def truth_key(case: Case) -> tuple:
