@@ -51,8 +51,13 @@ class RolloutGroup:
 
     prompt: Prompt
     completions: list[Completion]
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)  # the task's own, before any penalty
     texts: list[str] = field(default_factory=list)
+
+    @property
+    def has_signal(self) -> bool:
+        """Tell whether the task's rewards differ: an answer was better than another."""
+        return max(self.rewards) != min(self.rewards)
 
 
 @dataclass

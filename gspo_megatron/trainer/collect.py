@@ -2,7 +2,8 @@
 
 Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. Each
 further round takes as many fresh prompts as the first; a replica keeps its groups with signal until it has its share.
-After `resampling_rounds`, groups without signal fill the rest. Left out: rounds of a size fitted to what is missing,
+After `resampling_rounds`, groups without signal fill the rest; their advantages are 0, whatever penalties their rewards
+get (advantages/estimator.py). Left out: rounds of a size fitted to what is missing,
 and a choice over all replicas: which groups are kept depends on the data-parallel size.
 """
 
@@ -23,13 +24,13 @@ def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], 
     if limit == 0:
         return groups, {}
     share = len(groups)
-    kept = [group for group in groups if _has_signal(group)]
-    flat = [group for group in groups if not _has_signal(group)]
+    kept = [group for group in groups if group.has_signal]
+    flat = [group for group in groups if not group.has_signal]
     rounds = 1
     while rounds <= limit and _most_missing(run, share - len(kept)) > 0:
         groups = _round(run, seed + rounds * 1_000_000_007, clock)
-        kept += [group for group in groups if _has_signal(group)]
-        flat += [group for group in groups if not _has_signal(group)]
+        kept += [group for group in groups if group.has_signal]
+        flat += [group for group in groups if not group.has_signal]
         rounds += 1
     return (kept + flat)[:share], {"sampling/rounds": float(rounds)} | _metrics(run, kept, flat, share)
 
@@ -61,10 +62,6 @@ def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
     with clock.part("reward"):
         score(groups, run.mixture, run.topology, run.runtime.device)
     return join_context(groups, run.topology)
-
-
-def _has_signal(group: RolloutGroup) -> bool:
-    return max(group.rewards) != min(group.rewards)
 
 
 def _most_missing(run: Run, missing: int) -> int:

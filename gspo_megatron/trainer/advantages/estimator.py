@@ -42,13 +42,18 @@ class GroupAdvantages:
         self.config, self.policy = config, policy
 
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
-        """Do as AdvantageEstimator says. The reward is the task's plus the penalties of the recipe."""
+        """Do as AdvantageEstimator says. The reward is the task's plus the penalties of the recipe.
+
+        With dynamic sampling (algorithm.resampling_rounds), a group without signal has the advantage 0.
+        """
         algorithm = self.config.algorithm
         rewards = shaped_rewards(groups, self.config)
         if algorithm.kl.place == "reward" and algorithm.kl.coef:
             rewards = rewards - algorithm.kl.coef * kl_by_response(self.policy, minibatches, algorithm.kl.estimator)
         ids = torch.tensor([group.prompt.uid for group in groups for _ in group.completions])
         values = group_advantages(rewards, ids, algorithm.normalize_advantage_by_std)
+        if algorithm.resampling_rounds:
+            values = values.masked_fill(_without_signal(groups), 0.0)
         if algorithm.shuffle_advantages:
             values = _shuffled(values, groups, seed)
         for minibatch in minibatches:
@@ -68,6 +73,15 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
     limit = config.rollout.max_response_length
     buffer = max(limit // 5, 1) if algorithm.overlong_buffer is None else algorithm.overlong_buffer
     return rewards + overlong_penalty(lengths, limit, buffer, algorithm.overlong_penalty)
+
+
+def _without_signal(groups: list[RolloutGroup]) -> torch.Tensor:
+    """Return [P * G] bool: the response is of a group without signal.
+
+    Dynamic sampling trains on none of them (DAPO, section 3.2). Those that fill a batch would otherwise learn from
+    their penalties alone, which normalisation blows up to the size of a reward.
+    """
+    return torch.tensor([not group.has_signal for group in groups for _ in group.completions])
 
 
 def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
