@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from gspo_megatron.ops.vocab_logprobs import combine, gather_and_combine, local_stats, place_in_shard
+from gspo_megatron.ops.vocab_logprobs import bounded_, combine, gather_and_combine, local_stats, place_in_shard
 
 CHUNK_TOKENS = 1024
 # Rows of the weight in a tile. On a CPU 8 MB stay in cache; a GPU needs larger tiles to be busy (not measured).
@@ -186,7 +186,7 @@ class _LogitGradients:
         if self.by_entropy is None:
             x = x.exp_().mul_(-g / total)
         else:
-            log_p = x.sub_(total.log())
+            log_p = bounded_(x.sub_(total.log()))
             p = torch.exp(log_p, out=self.logits.spare(x))
             x = log_p.add_(self.entropy[rows]).mul_(self.by_entropy[rows]).add_(g).mul_(p).neg_()
         local, inside = place_in_shard(self.targets[rows], self.first + block.start, block.stop - block.start)

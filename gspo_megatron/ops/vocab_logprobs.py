@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+NOTHING = -1e4  # its exponential is exactly 0, in fp64 too
+
 
 def vocab_logprobs(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, tp_group: dist.ProcessGroup | None = None
@@ -27,7 +29,8 @@ def vocab_logprobs(
 
     Returns:
         (logprobs [T], entropy [T]) in the logits' type, both differentiable. The entropy's gradient costs time only
-        where one arrives.
+        where one arrives. A logit of -inf is a token of probability 0, which adds nothing to either; a token whose
+        logits are all -inf, or one of them inf or not a number, gets not-a-number.
 
     Raises:
         TypeError: logits in another type.
@@ -35,6 +38,12 @@ def vocab_logprobs(
     if logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logits are {logits.dtype}; log-probs of GSPO need fp32 or fp64 logits")
     return _VocabLogprobs.apply(logits, targets, temperature, tp_group)
+
+
+def bounded_(exponents: torch.Tensor) -> torch.Tensor:
+    """Raise what is below NOTHING to it, in place; not-a-number stays. exp() of both is 0, and p log p = 0 at p = 0
+    comes out of the product, which a logit of -inf would make 0 * inf."""
+    return exponents.clamp_(min=NOTHING)
 
 
 def local_stats(
@@ -53,8 +62,9 @@ def local_stats(
         exponentials exp(x - max) [T, n]).
     """
     target = torch.where(inside, scaled.gather(-1, local.unsqueeze(-1)).squeeze(-1), 0.0)
-    top = scaled.amax(dim=-1)  # [T]
-    shifted = scaled.sub_(top.unsqueeze(-1))
+    # Where all n logits are -inf, any finite maximum does: their exponentials are 0.
+    top = scaled.amax(dim=-1).clamp(min=torch.finfo(scaled.dtype).min)  # [T]
+    shifted = bounded_(scaled.sub_(top.unsqueeze(-1)))
     exponentials = torch.exp(shifted, out=out)
     return torch.stack([top, exponentials.sum(-1), target, torch.linalg.vecdot(exponentials, shifted)]), exponentials
 
@@ -63,9 +73,10 @@ def combine(parts: torch.Tensor) -> torch.Tensor:
     """Combine stats of consecutive parts of the vocabulary, in order: [parts, 4, T] -> [4, T] of them together."""
     tops, totals, targets, weights = parts.unbind(1)  # each [parts, T]
     top = tops.amax(0)
-    rescale = (tops - top).exp()
+    shift = bounded_(tops - top)
+    rescale = shift.exp()
     # sum of exp(x - top) (x - top): each part's term is shifted by its own maximum first.
-    weighted = ((weights + totals * (tops - top)) * rescale).sum(0)
+    weighted = ((weights + totals * shift) * rescale).sum(0)
     return torch.stack([top, (totals * rescale).sum(0), targets.sum(0), weighted])
 
 

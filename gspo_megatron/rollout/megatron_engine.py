@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.layers.attention import CachePlan, KeyValueCache, PackedPlan
+from gspo_megatron.backend.parallel.collective_errors import raise_if_any
 from gspo_megatron.batch import Completion, Prompt
+from gspo_megatron.errors import TrainingError
 from gspo_megatron.process import progress
 from gspo_megatron.rollout.sampling import SamplingParams, sample
 from gspo_megatron.routing.rollout_routes import RolloutRecorder, SequenceRoutes
@@ -61,6 +63,7 @@ class MegatronEngine:
         self.policy, self.topology, self.device = policy, policy.topology, policy.runtime.device
         config = policy.models[0].config
         self.hidden_size, self.dtype = config.hidden_size, config.params_dtype
+        self._error: TrainingError | None = None  # of this call, on a last stage
         self._sends: list[tuple] = []  # (work, tensor): the tensor must live until it is sent
 
     @torch.no_grad()
@@ -75,6 +78,9 @@ class MegatronEngine:
 
         Returns:
             One list of completions a prompt, the same on every rank of the replica.
+
+        Raises:
+            TrainingError: a model's logits are no distribution; on every rank of every replica.
         """
         for model in self.policy.models:
             model.eval()
@@ -96,6 +102,8 @@ class MegatronEngine:
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()
+        error, self._error = self._error, None
+        raise_if_any(error, self.device)
         return self._completions(waves, params)
 
     def _waves(
@@ -189,7 +197,15 @@ class MegatronEngine:
     def _sample(self, wave: _Wave, logits: torch.Tensor, iteration: int, params: SamplingParams) -> None:
         """On the last stage: choose tokens, tell the other stages, and agree on whether the wave goes on."""
         rows = wave.active
-        tokens, logprobs = sample(logits, wave.uniform[rows.cpu(), iteration], params)
+        try:
+            tokens, logprobs = sample(logits, wave.uniform[rows.cpu(), iteration], params)
+        except TrainingError as error:
+            self._error = self._error or error
+            # The other stages and replicas wait for tokens: the wave ends at this one, and `generate` raises.
+            tokens, logprobs = (
+                rows.new_full(rows.shape, next(iter(params.stop_token_ids), 0)),
+                wave.logprobs[rows, iteration],
+            )
         wave.logprobs[rows, iteration] = logprobs
         wave.append(tokens, iteration, params)
         remaining = torch.tensor([wave.active.numel()], device=self.device)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gspo_megatron.errors import TrainingError
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -36,6 +38,9 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) 
     Returns:
         (tokens [n] int64, logprobs [n] fp32): the log-prob is that of softmax(logits / temperature) over all tokens,
         before top-k and top-p cut it, because training compares it with the whole distribution.
+
+    Raises:
+        TrainingError: a row is no distribution, because a logit is not a number or inf, or all are -inf.
     """
     logprobs = torch.log_softmax(logits / params.temperature, dim=-1)
     if params.greedy:
@@ -46,7 +51,28 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) 
         target = uniform.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
         # right=True steps over tokens of probability 0; the clamp guards the last bit of the sum.
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
-    return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    picked = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    if bool(picked.isnan().any()):  # one bad logit makes the whole row's log-probs not a number
+        raise TrainingError(_no_distribution(logits, picked.isnan(), params.temperature))
+    return tokens, picked
+
+
+def _no_distribution(logits: torch.Tensor, bad: torch.Tensor, temperature: float) -> str:
+    """Say in words what is wrong with the first of the rows [n] bool from which nothing can be drawn."""
+    row = logits[int(bad.nonzero()[0])]
+    finite = int(torch.isfinite(row).sum())
+    kinds = {
+        "nan": int(row.isnan().sum()),
+        "inf": int((row == torch.inf).sum()),
+        "-inf": int((row == -torch.inf).sum()),
+    }
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return (
+        f"sampling: the logits of {int(bad.sum())} of {bad.numel()} responses are no distribution; the first has "
+        f"{finite} finite ones of {row.numel()}" + (f" ({found})" if found else "") + f", at rollout.temperature = "
+        f"{temperature:g}. The weights are broken or too large for their type: look at loss and grad_norm in "
+        "metrics.jsonl, lower optimizer.lr, and start again from a checkpoint before that."
+    )
 
 
 def _truncate(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:

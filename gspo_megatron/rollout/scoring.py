@@ -8,7 +8,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.collective_errors import raise_if_any
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.errors import GspoError, RolloutError
@@ -31,12 +31,8 @@ def score(groups: list[RolloutGroup], mixture: TaskMixture, topology: Topology, 
             rewards.copy_(torch.tensor(values, dtype=torch.float64))
         except RolloutError as problem:
             error = problem
-    # Those that do not score would wait in the broadcast, and other replicas in the next collective. One number is
-    # cheaper than to ask for the error itself.
-    failed = torch.tensor([error is not None], device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed:
-        raise_together(error)
+    # Those that do not score would wait in the broadcast, and other replicas in the next collective.
+    raise_if_any(error, device)
     if len(ranks) > 1:
         dist.broadcast(rewards, src=ranks[0], group=topology.model_parallel_group)
     flat = rewards.tolist()

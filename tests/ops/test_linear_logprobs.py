@@ -100,6 +100,24 @@ def test_gradient_against_finite_differences():
         )
 
 
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_a_logit_that_overflows_to_minus_infinity_is_a_token_of_probability_0(block):
+    """hidden 2, weight (0, the least fp32 number, ln 3 / 2): logits (0, -inf, ln 3), p = (1/4, 0, 3/4), in blocks of
+    which one may be -inf altogether. H = ln 4 - 3/4 ln 3, dH / d logits = (3/16 ln 3, 0, -3/16 ln 3), d logp_2 / d
+    logits = (-1/4, 0, 1/4); by weight times hidden, by hidden summed with the weight."""
+    hidden = torch.full((1, 1), 2.0, requires_grad=True)
+    least = torch.finfo(torch.float32).min
+    weight = torch.tensor([[0.0], [least], [math.log(3) / 2]], requires_grad=True)
+    with blocks_of(block):
+        logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([2]))
+        close(logprobs.tolist(), [math.log(0.75)], 1e-6)
+        close(entropy.tolist(), [math.log(4) - 0.75 * math.log(3)], 1e-6)
+        for value, part in ((logprobs, -0.25), (entropy, 3 / 16 * math.log(3))):
+            by_hidden, by_weight = torch.autograd.grad(value.sum(), (hidden, weight), retain_graph=True)
+            close(by_weight.flatten().tolist(), [2 * part, 0.0, -2 * part], 1e-6)
+            close(by_hidden.item(), -part * math.log(3) / 2, 1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 20, 1000])
 def test_chunk_size_changes_rounding_only(chunk):
     """fp32: log-probs of about -4 within eight steps of 2^-22 of those of one chunk."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.ops.vocab_logprobs import vocab_logprobs
+from gspo_megatron.ops.vocab_logprobs import combine, local_stats, vocab_logprobs
 from tools.validation.ranks import spawn
 
 TOKENS, VOCAB, TEMPERATURE = 24, 32, 0.7
@@ -136,6 +136,43 @@ def test_extreme_logits_do_not_overflow(dtype):
         assert grad.tolist() == [[0, 0, 0], [-1, 1, 0], [-1, 0, 1]]
     equal = torch.full((1, 4), -1e4, dtype=dtype)
     assert vocab_logprobs(equal, torch.tensor([2]))[0].item() == pytest.approx(-math.log(4), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_logit_of_minus_infinity_is_a_token_of_probability_0(dtype, temperature):
+    """(0, -inf, ln 3) by temperature is p = (1/4, 0, 3/4): H = ln 4 - 3/4 ln 3, for p log p is 0 at p = 0.
+
+    d logp_2 = (-1/4, 0, 1/4) / temperature, dH = (3/16 ln 3, 0, -3/16 ln 3) / temperature (above). An overflow to -inf
+    within the operator (-3e38 less 3e38 in fp32) is the same.
+    """
+    far = -torch.inf if temperature == 1.0 else torch.finfo(dtype).min
+    logits = temperature * torch.tensor([[0.0, far, math.log(3)]], dtype=dtype)
+    logits.requires_grad_()
+    logprobs, entropy = vocab_logprobs(logits, torch.tensor([2]), temperature)
+    close(logprobs.double(), torch.tensor([math.log(0.75)], dtype=torch.float64), 1e-7)
+    close(entropy.double(), torch.tensor([math.log(4) - 0.75 * math.log(3)], dtype=torch.float64), 1e-7)
+    by_logprob, by_entropy = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (logprobs, entropy))
+    part = 3 / 16 * math.log(3)
+    close(by_logprob.double() * temperature, torch.tensor([[-0.25, 0, 0.25]], dtype=torch.float64), 1e-7)
+    close(by_entropy.double() * temperature, torch.tensor([[part, 0, -part]], dtype=torch.float64), 1e-7)
+
+
+def test_a_part_of_the_vocabulary_may_be_minus_infinity_altogether():
+    """As a padded vocabulary is masked. Parts (0, ln 3) and (-inf, -inf), in either order, give the numbers of the
+    first alone; all of a token's logits -inf, inf, or not a number give not-a-number, as torch.log_softmax does."""
+    near = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64)
+    far = torch.full_like(near, -torch.inf)
+    inside, place = torch.tensor([True]), torch.tensor([1])
+    alone = local_stats(near.clone(), place, inside)[0]
+    other, exponentials = local_stats(far, place, ~inside)
+    assert exponentials.tolist() == [[0.0, 0.0]]
+    for parts in ([alone, other], [other, alone]):
+        together = combine(torch.stack(parts))
+        assert together.tolist() == alone.tolist()
+    for row in ([-torch.inf] * 2, [0.0, torch.nan], [0.0, torch.inf]):
+        values = vocab_logprobs(torch.tensor([row]), torch.tensor([0]))
+        assert all(bool(value.isnan().all()) for value in values)
 
 
 def test_fp32_rounding_is_below_the_clip_range():

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout
 from gspo_megatron.data.packing import pack
+from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
@@ -141,3 +142,23 @@ def test_greedy_ignores_the_uniforms(single):
     """Three rows with different uniform numbers, one answer."""
     for group in single[1]["answers"]:
         assert group[0] == group[1] == group[2]
+
+
+def broken(rank: int, world_size: int, layout: Layout) -> str:
+    """What each rank is told where the model of one replica gives no distribution."""
+    policy = small_policy(layout)
+    cut = policy.topology
+    if cut.is_last_stage and cut.dp_rank == 0:
+        with torch.no_grad():
+            policy.models[-1].head_weight()[3] = torch.nan
+    share = len(prompts()) // cut.replicas
+    with pytest.raises(TrainingError) as error:
+        MegatronEngine(policy).generate(prompts()[:share], GROUP, SAMPLED, uniforms(share * GROUP, NEW, seed=11))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2, None, 1, 1), Layout(1, 1, None, 2, 1)], ids=["PP2", "DP2-EP2"])
+def test_a_model_that_gives_no_distribution_ends_generation_on_every_rank(layout):
+    """Though only a last stage sees the logits, and the other replica's are fine."""
+    told = spawn(broken, 2, layout, timeout=120)
+    assert told[0] == told[1] and "(1 nan)" in told[0]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.sampling import SamplingParams, sample, uniforms
 
 LAST = 1 - 2.0**-53  # the largest uniform there is
@@ -148,6 +149,29 @@ def test_a_row_does_not_depend_on_its_neighbours():
     for row in range(20):
         token, logprob = sample(logits[row : row + 1], points[row : row + 1], chosen)
         assert token.item() == tokens[row] and logprob.item() == logprobs[row]
+
+
+@pytest.mark.parametrize("changes", [{}, {"greedy": True}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ([0.0, math.nan, 1.0], "2 finite ones of 3 (1 nan)"),
+        ([0.0, INF, -INF], "1 finite ones of 3 (1 inf, 1 -inf)"),
+        ([-INF] * 3, "0 finite ones of 3 (3 -inf)"),
+        ([math.nan] * 3, "0 finite ones of 3 (3 nan)"),
+    ],
+)
+def test_logits_that_are_no_distribution_draw_nothing(changes, row, told):
+    """Inversion would find no place and take the last token; the likeliest would be the one that is not a number."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], row])
+    with pytest.raises(TrainingError, match="logits of 1 of 2 responses are no distribution") as error:
+        sample(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), params(**changes))
+    assert told in str(error.value) and "optimizer.lr" in str(error.value)
+
+
+def test_a_temperature_that_makes_logits_overflow_is_told():
+    with pytest.raises(TrainingError, match="3 finite ones of 3, at rollout.temperature = 1e-40"):
+        draw([1.0, 2.0, 3.0], [0.5], temperature=1e-40)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import torch
 import torch.distributed as dist
 
 from gspo_megatron.errors import GspoError, LostRankError
@@ -15,6 +16,14 @@ def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = No
     first = next((other for other in found if other is not None), None)
     if first is not None:
         raise first
+
+
+def raise_if_any(error: GspoError | None, device: torch.device) -> None:
+    """Do as raise_together over all ranks, at the price of one number where there is no error. A collective."""
+    failed = torch.tensor([error is not None], device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed:
+        raise_together(error)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def sequence_log_probs(model, token_ids: list[int], temperature: float) -> tuple
     log_softmax = torch.log_softmax(logits[:-1].double() / temperature, -1)
     zero = log_softmax.new_zeros(1)
     logp = torch.cat([zero, log_softmax.gather(1, tokens[1:, None])[:, 0]])
-    return logp, torch.cat([zero, -(log_softmax.exp() * log_softmax).sum(-1)])
+    return logp, torch.cat([zero, -(log_softmax.exp() * log_softmax.clamp(min=-1e4)).sum(-1)])  # p log p = 0 at p = 0
 
 
 def truth(policy: Policy, items: Rollouts, algorithm: str) -> Truth:
