@@ -89,10 +89,11 @@ def check(options: Options) -> None:
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     require(options.experts > 1, "--experts", options.experts, "must be above 1", "Give 8.")
     require(
-        1 <= options.top_k <= options.experts,
+        2 <= options.top_k <= options.experts,
         "--top-k",
         options.top_k,
-        f"must be from 1 to --experts {options.experts}",
+        f"must be from 2 to --experts {options.experts}: weights of the chosen experts add up to 1, so that of a "
+        "single one is always 1 and no gradient reaches the router",
         "Give 2.",
     )
     require(0 <= options.noise < 1, "--noise", options.noise, "must be from 0 to below 1", "Give 0, or 0.01.")

@@ -89,7 +89,8 @@ def check_shape(piece: Piece, shape: tuple[int, ...], files: SafetensorsFolder, 
     if found != expected:
         raise ConversionError(
             f"{files.folder}: {piece.tensor} has shape {list(found)}, and config.json makes it {list(expected)}. "
-            "Correct config.json, or download the folder again."
+            "Correct config.json (for a field that it leaves out, transformers' own value is taken), or download the "
+            "folder again."
         )
     files.dtype(piece.tensor)
 

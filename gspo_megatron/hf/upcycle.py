@@ -38,11 +38,16 @@ SPARSE: dict[str, dict[str, Any]] = {
 COUNT = {"llama": "num_local_experts", "qwen3": "num_experts"}
 
 
-def sparse_config(hf: dict, num_experts: int, experts_per_token: int) -> dict:
+# Of these the two families' classes have different defaults, so what the dense one means is written down.
+WRITTEN = ("num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "initializer_range")
+
+
+def sparse_config(hf: dict, dense: Architecture, num_experts: int, experts_per_token: int) -> dict:
     """Make the MoE's config.json.
 
     Args:
         hf: the dense model's.
+        dense: what that means.
 
     Raises:
         ConversionError: its family has no relative with experts here.
@@ -51,7 +56,9 @@ def sparse_config(hf: dict, num_experts: int, experts_per_token: int) -> dict:
     if family not in SPARSE:
         raise ConversionError(f"SOURCE: model_type {family!r} cannot be upcycled. Give one of: {', '.join(SPARSE)}.")
     config = (
-        hf
+        {"rope_theta": dense.rope_theta}
+        | hf
+        | {name: getattr(dense, name) for name in WRITTEN}
         | SPARSE[family]
         | {
             COUNT[family]: num_experts,
@@ -90,7 +97,7 @@ def upcycle(
     """
     hf = read_json(source / "config.json", "SOURCE")
     dense = architecture(hf, f"SOURCE = {str(source / 'config.json')!r}")
-    config = sparse_config(hf, num_experts, experts_per_token)
+    config = sparse_config(hf, dense, num_experts, experts_per_token)
     sparse = architecture(config, "the model with experts")
     files = SafetensorsFolder(source)
     sources = table.match(dense, files.names, False, str(source))

@@ -31,7 +31,7 @@ def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Di
     """Compare logits of transformers' model in `folder` with those of Megatron's in `checkpoint`, a row a prompt.
 
     Raises:
-        ConversionError: the folder has no tokenizer, or a prompt has no tokens.
+        ConversionError: the folder has no tokenizer, or a prompt has no tokens or more than the model has positions.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,9 +40,15 @@ def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Di
     except (OSError, ValueError) as error:
         raise ConversionError(f"{folder}: prompts need its tokenizer, which cannot be read ({error}).") from None
     texts = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
+    limit = ModelShape.of_folder(folder).architecture.max_position_embeddings
     for prompt, tokens in zip(prompts, texts, strict=True):
         if not len(tokens):
             raise ConversionError(f"--verify {prompt!r}: has no tokens. Give a text.")
+        if len(tokens) > limit:
+            raise ConversionError(
+                f"--verify {prompt[:60]!r}: has {len(tokens)} tokens, more than the model's max_position_embeddings "
+                f"{limit}. Give a shorter text."
+            )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = [model(tokens[None]).logits[0] for tokens in texts]

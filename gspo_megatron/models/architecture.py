@@ -1,21 +1,17 @@
 """What a Hugging Face config.json says about a model, in one vocabulary for all families. Imports no torch.
 
 Sizes have the names of Qwen3-MoE's config, which are those of most families. Each family's own file (families/) reads
-its config into an `Architecture` through a `ConfigReader`, which refuses what Megatron's model here would silently
-compute as something else.
+its config into an `Architecture` through a `ConfigReader` (config_reader.py), and refuses what Megatron's model here
+would silently compute as something else.
 
 Left out, and refused: rotary scaling but for linear, llama3 and yarn; sliding windows and biases but GPT-OSS's (and
 biases of query, key and value); activations other than SiLU and GPT-OSS's.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
-from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.rope_scaling import Linear, Llama3, Yarn
-
-RENAMED = {"num_experts": ("num_experts", "num_local_experts", "n_routed_experts")}
 
 
 @dataclass(frozen=True)
@@ -150,141 +146,3 @@ class Architecture:
         attention += (self.num_attention_heads if self.sinks else 0) + (hidden if self.linear_bias else 0)
         normed_heads = {"none": 0, "head": 2, "all_heads": self.num_attention_heads + self.num_key_value_heads}
         return attention + dim * normed_heads[self.qk_norm]
-
-
-class ConfigReader:
-    """Reads fields of a config.json; every complaint starts with `origin` (the option and the path)."""
-
-    def __init__(self, hf: dict, origin: str):
-        self.hf, self.origin = hf, origin
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field or its default; null counts as absent."""
-        value = self.hf.get(name)
-        return default if value is None else value
-
-    def size(self, name: str) -> int:
-        """Return a whole number above 0, under this name or another family's (RENAMED)."""
-        names = RENAMED.get(name, (name,))
-        found = next((n for n in names if self.hf.get(n) is not None), name)
-        value = self.hf.get(found)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            self.fail(f"{found} is {value!r}, not a whole number above 0", f"Correct {found} in that file.")
-        return value
-
-    def require(self, ok: bool, constraint: str, remedy: str) -> None:
-        """Raise ConfigError unless ok."""
-        if not ok:
-            self.fail(constraint, remedy)
-
-    def fail(self, constraint: str, remedy: str) -> NoReturn:
-        """Raise ConfigError."""
-        raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
-
-    def refuse(self, *names: str) -> None:
-        """Refuse fields that are not absent, false or 0: what they turn on is not built."""
-        for name in names:
-            value = self.get(name)
-            self.require(not value, f"{name} = {value!r} is not supported", "Use a model without it.")
-
-    def rope(self) -> dict:
-        """Return what a config says about rotary embeddings, under either name."""
-        return self.get("rope_parameters") or self.get("rope_scaling") or {}
-
-    def rope_scaling(self, *kinds: str) -> Linear | Llama3 | Yarn | None:
-        """Read how rotary angles are scaled; any other way than `kinds` is refused."""
-        rope = self.rope()
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind == "default":
-            return None
-        self.require(
-            kind in kinds, f"rope_type {kind!r} is not supported", f"Use a model with one of: {', '.join(kinds)}."
-        )
-        readers: dict[str, Callable[[dict], Linear | Llama3 | Yarn]]
-        readers = {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}
-        try:
-            return readers[kind](rope)
-        except KeyError as error:
-            self.fail(f"rope_type {kind!r} has no {error.args[0]}", "Correct that file.")
-
-    def _linear(self, rope: dict) -> Linear:
-        return Linear(float(rope["factor"]))
-
-    def _llama3(self, rope: dict) -> Llama3:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return Llama3(*(rope[name] for name in names))
-
-    def _yarn(self, rope: dict) -> Yarn:
-        self.require(
-            rope.get("attention_factor") is None,
-            "yarn with an attention_factor is not supported",
-            "Use a model without it.",
-        )
-        original = rope["original_max_position_embeddings"]
-        return Yarn(
-            factor=float(rope.get("factor") or self.size("max_position_embeddings") / original),
-            original_max_position_embeddings=original,
-            beta_fast=float(rope.get("beta_fast") or 32),
-            beta_slow=float(rope.get("beta_slow") or 1),
-            mscale=float(rope.get("mscale") or 0),
-            mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
-            truncate=bool(rope.get("truncate", True)),
-        )
-
-    def attention(self, scalings: tuple[str, ...] = ("linear", "llama3", "yarn"), rotary_share: float = 1.0) -> dict:
-        """Read what all families share of attention, embeddings and norms; rotary_share where none is given."""
-        heads, groups = self.size("num_attention_heads"), self.get("num_key_value_heads")
-        groups = self.size("num_attention_heads" if groups is None else "num_key_value_heads")
-        self.require(
-            heads % groups == 0,
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}",
-            "Correct one of the two.",
-        )
-        rope = self.rope()
-        activation = self.get("hidden_act", "silu")
-        self.require(activation == "silu", f"hidden_act {activation!r} is not supported", "Use silu.")
-        hidden = self.size("hidden_size")
-        share = float(rope.get("partial_rotary_factor", self.get("partial_rotary_factor", rotary_share)))
-        if share != 1:  # yarn's factor on cosine and sine goes into the softmax's scale, which the whole head has
-            scalings = tuple(kind for kind in scalings if kind != "yarn")
-        return {
-            "num_hidden_layers": self.size("num_hidden_layers"),
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": groups,
-            "head_dim": self.get("head_dim") or hidden // heads,
-            "vocab_size": self.size("vocab_size"),
-            "max_position_embeddings": self.size("max_position_embeddings"),
-            "rms_norm_eps": float(self.get("rms_norm_eps", 1e-6)),
-            "rope_theta": float(rope.get("rope_theta", self.get("rope_theta", 10000.0))),
-            "rotary_share": share,
-            "rope_scaling": self.rope_scaling(*scalings),
-            "tied": bool(self.get("tie_word_embeddings", False)),
-            "initializer_range": float(self.get("initializer_range", 0.02)),
-        }
-
-    def experts(self) -> dict:
-        """Read the number of experts and how many a token gets."""
-        experts, chosen = self.size("num_experts"), self.size("num_experts_per_tok")
-        self.require(
-            chosen <= experts,
-            f"num_experts_per_tok {chosen} exceeds num_experts {experts}",
-            "Lower num_experts_per_tok.",
-        )
-        return {"num_experts": experts, "num_experts_per_tok": chosen}
-
-    def sparse_steps(self) -> tuple[int, ...]:
-        """Make moe_layers of the Qwen families: each decoder_sparse_step-th layer but those of mlp_only_layers."""
-        step, dense = self.get("decoder_sparse_step", 1), set(self.get("mlp_only_layers", ()))
-        self.require(step > 0, f"decoder_sparse_step is {step}", "Give 1 or more.")
-        return tuple(int((i + 1) % step == 0 and i not in dense) for i in range(self.size("num_hidden_layers")))
-
-    def sliding_window(self) -> None:
-        """Refuse a window that is in use; one as long as the context hides nothing."""
-        window = self.get("sliding_window")
-        in_use = window and self.get("use_sliding_window", True) and window < self.size("max_position_embeddings")
-        self.require(
-            not in_use and not self.get("use_sliding_window"),
-            "sliding-window attention is not supported",
-            "Use a model without it.",
-        )

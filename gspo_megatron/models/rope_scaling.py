@@ -18,7 +18,7 @@ class Llama3:
     factor: float
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Yarn:
     """Rotary angles for a longer context than the original one (arXiv 2309.00071)."""
 
     factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: float
     beta_fast: float
     beta_slow: float
     mscale: float  # 0: not given

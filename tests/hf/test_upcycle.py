@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from gspo_megatron.cli import upcycle as command
 from gspo_megatron.errors import ConfigError, ConversionError
-from gspo_megatron.hf.upcycle import upcycle
+from gspo_megatron.hf.upcycle import sparse_config, upcycle
+from gspo_megatron.models.families import architecture
 from tools.validation.round_trip import TINY, write_model
 
 PAIRS = {"llama": "mixtral", "qwen3": "qwen3_moe"}
@@ -43,7 +44,7 @@ def test_the_moe_computes_what_the_dense_model_does(dense, tmp_path):
 
 
 def test_every_expert_is_a_copy_and_no_router_is_another_layers(dense, tmp_path):
-    upcycle(dense, tmp_path / "moe", 3, 1, 0.0, 7, None, quiet)
+    upcycle(dense, tmp_path / "moe", 3, 2, 0.0, 7, None, quiet)
     source, made = load_file(dense / "model.safetensors"), load_file(tmp_path / "moe/model.safetensors")
     down = {"llama": "block_sparse_moe.experts.{}.w2", "qwen3": "mlp.experts.{}.down_proj"}[dense.name]
     router = {"llama": "block_sparse_moe.gate", "qwen3": "mlp.gate"}[dense.name]
@@ -57,8 +58,20 @@ def test_every_expert_is_a_copy_and_no_router_is_another_layers(dense, tmp_path)
     assert others and all(torch.equal(made[name], source[name]) for name in others)
 
 
+@pytest.mark.parametrize("family", PAIRS)
+def test_what_the_dense_config_leaves_out_stays_what_it_was(family):
+    """transformers' classes differ: Llama's rope_theta is 10000, epsilon 1e-6 and a key head for each head; Mixtral's
+    1e6, 1e-5 and 8. Qwen3's heads have 128 dimensions, Qwen3-MoE's hidden_size / heads."""
+    left_out = ("rope_theta", "rms_norm_eps", "num_key_value_heads", "head_dim", "max_position_embeddings")
+    hf = {name: value for name, value in TINY[family].items() if name not in left_out} | {"num_attention_heads": 32}
+    hf["hidden_size"] = 64
+    dense = architecture(hf)
+    sparse = architecture(sparse_config(hf, dense, 4, 2))
+    assert [getattr(sparse, name) for name in left_out] == [getattr(dense, name) for name in left_out]
+
+
 def test_noise_is_that_share_of_each_tensor(dense, tmp_path):
-    upcycle(dense, tmp_path / "moe", 2, 1, 0.1, 1, torch.float32, quiet)
+    upcycle(dense, tmp_path / "moe", 2, 2, 0.1, 1, torch.float32, quiet)
     source, made = load_file(dense / "model.safetensors"), load_file(tmp_path / "moe/model.safetensors")
     down = {"llama": "block_sparse_moe.experts.{}.w2", "qwen3": "mlp.experts.{}.down_proj"}[dense.name]
     whole = source["model.layers.0.mlp.down_proj.weight"].float()
@@ -70,9 +83,10 @@ def test_noise_is_that_share_of_each_tensor(dense, tmp_path):
 def test_what_cannot_be_upcycled_is_said(tmp_path):
     write_model(tmp_path / "olmoe", TINY["olmoe"])
     with pytest.raises(ConversionError, match="model_type 'olmoe' cannot be upcycled. Give one of: llama, qwen3"):
-        upcycle(tmp_path / "olmoe", tmp_path / "moe", 2, 1, 0.0, 1, None, quiet)
+        upcycle(tmp_path / "olmoe", tmp_path / "moe", 2, 2, 0.0, 1, None, quiet)
     for options, message in (
-        (["--top-k", "9"], "--top-k = 9: must be from 1 to --experts 8"),
+        (["--top-k", "9"], "--top-k = 9: must be from 2 to --experts 8"),
+        (["--top-k", "1"], "--top-k = 1: must be from 2 to --experts 8: weights of the chosen experts add up to 1"),
         (["--experts", "1"], "--experts = 1"),
         (["--noise", "-1"], "--noise = -1"),
     ):

@@ -16,7 +16,7 @@ from tools.validation.round_trip import TINY, write_model
 PROMPTS = ("one", "two words")
 
 
-def compared(rank: int, world_size: int, folder: Path) -> tuple[list, str]:
+def compared(rank: int, world_size: int, folder: Path) -> tuple[list, str, str]:
     write_model(folder / "hf", TINY["qwen3_moe"] | {"vocab_size": 320})
     train_tokenizer(PROMPTS, 260).save_pretrained(folder / "hf")
     convert.to_megatron(folder / "hf", folder / "megatron", None, False, lambda done, total: None)
@@ -29,13 +29,16 @@ def compared(rank: int, world_size: int, folder: Path) -> tuple[list, str]:
     options = command.Options(folder / "hf", folder / "megatron", verify=PROMPTS)
     with pytest.raises(ConversionError) as caught:
         command.verify(folder / "swapped", folder / "megatron", options)
-    return found, str(caught.value)
+    with pytest.raises(ConversionError) as longer:
+        verify.compare(folder / "hf", folder / "megatron", ("one", "1" * 65))
+    return found, str(caught.value), str(longer.value)
 
 
 def test_the_same_model_agrees_and_swapped_experts_do_not(tmp_path):
     """fp32's rounding over four layers against two experts of one layer that trade places."""
-    found, refused = spawn(compared, 1, tmp_path)[0]
+    found, refused, longer = spawn(compared, 1, tmp_path)[0]
     assert [one.prompt for one in found] == list(PROMPTS)
     for one in found:
         assert one.tokens > 0 and one.same_choices and one.largest < 2e-5 * max(one.scale, 1)
     assert "megatron: its logits of 'one' differ from the source's by" in refused and "Do not use it" in refused
+    assert "has 65 tokens, more than the model's max_position_embeddings 64" in longer

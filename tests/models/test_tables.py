@@ -153,10 +153,23 @@ def test_an_unknown_family_names_those_that_are_known():
         ("llama", {"mlp_bias": True}, "mlp_bias = True is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
         ("mixtral", {"sliding_window": 32}, "sliding-window"),
+        # use_sliding_window is no field of Mixtral's class: a window is in use whatever it says.
+        ("mixtral", {"sliding_window": 32, "use_sliding_window": False}, "sliding-window"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "full_attention alone is supported"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported. Use one of: silu, swish."),
+        ("llama", {"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config = "),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
+        ("gpt_oss", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
+        ("olmoe", {"num_local_experts": 8}, "num_experts = 4 and num_local_experts = 8 contradict each other"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
+        ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob is 'false', not true or false"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
+        ("deepseek_v3", {"routed_scaling_factor": None}, "routed_scaling_factor is null"),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "layer_types is ['chunked_attention'"),
         ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha 1.5 is not supported"),
-        ("gpt_oss", {"sliding_window": None}, "sliding_window is None, not a whole number"),
-        ("mixtral", {"num_local_experts": None}, "num_experts is None"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window is null"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts is null"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
         ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob off"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported"),
@@ -172,6 +185,15 @@ def test_a_config_that_would_become_another_model_is_refused(name, changes, part
     with pytest.raises(ConfigError) as caught:
         architecture(TINY[name] | changes, "model.hf_config = 'x'")
     assert str(caught.value).startswith("model.hf_config = 'x': ") and part in str(caught.value)
+
+
+def test_swish_is_silu():
+    assert architecture(TINY["llama"] | {"hidden_act": "swish"}) == architecture(TINY["llama"])
+
+
+def test_a_single_expert_whose_weight_is_not_renormalised_is_read():
+    arch = architecture(TINY["qwen3_moe"] | {"num_experts_per_tok": 1, "norm_topk_prob": False})
+    assert arch.num_experts_per_tok == 1 and not arch.renormalise
 
 
 def test_the_example_model_is_read():

@@ -214,13 +214,13 @@ def test_a_warm_start_that_is_off_is_not_checked():
     ("changes", "parts"),
     [
         ({"model_type": "gpt2"}, ["model_type 'gpt2' is not supported", "qwen3_moe"]),
-        ({"num_experts": ...}, ["num_experts is None"]),
+        ({"num_experts": ...}, ["num_experts is missing. Add the model's own num_experts"]),
         ({"num_hidden_layers": "4"}, ["num_hidden_layers is '4'"]),
-        ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 exceeds num_experts 8"]),
+        ({"num_experts_per_tok": 9}, ["num_experts_per_tok 9 exceeds the number of experts 8"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads 4 is no multiple of num_key_value_heads 3"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_type 'yarn'"]),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, ["rope_type 'linear'"]),
-        ({"use_sliding_window": True}, ["sliding-window"]),
+        ({"use_sliding_window": True, "sliding_window": 8}, ["sliding-window"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"]),
     ],
 )

@@ -50,5 +50,5 @@ def _yarn(plain: torch.Tensor, dim: int, base: float, yarn: Yarn) -> torch.Tenso
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)).clamp(0, 1)
     return plain / yarn.factor * ramp + plain * (1 - ramp)

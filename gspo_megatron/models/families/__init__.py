@@ -4,7 +4,8 @@ Left out, and refused by name: everything that is not a decoder of text.
 """
 
 from gspo_megatron.errors import ConfigError
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families import (
     deepseek,
     glm4_moe,
@@ -42,11 +43,14 @@ def architecture(hf: dict, origin: str = "config.json") -> Architecture:
         origin: how complaints begin, for example `model.hf_config = 'path'`.
 
     Raises:
-        ConfigError: the family is unknown, a size is missing, or the model has something that is not built here.
+        ConfigError: the family is unknown, a size is missing, a field is of another type than transformers takes,
+            or the model has something that is not built here.
     """
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(
             f"{origin}: model_type {family!r} is not supported. Give a model of one of: {', '.join(FAMILIES)}."
         )
-    return FAMILIES[family].read(ConfigReader(hf, origin))
+    config = ConfigReader(hf, family, origin)
+    config.refuse("per_layer_config")
+    return FAMILIES[family].read(config)

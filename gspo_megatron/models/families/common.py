@@ -7,7 +7,8 @@ the local layers and Transformer Engine's), right of it the name in a published 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.operators import Row, merge_gate_up, merge_qkv, rename, stacked, stacked_gate_up
 
 

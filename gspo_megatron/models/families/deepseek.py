@@ -4,7 +4,9 @@ has a softmax router, V3 a sigmoid one with a correction bias; both may limit a 
 Left out: V3's layers that predict further tokens (load.py refuses or drops them).
 """
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader, LatentAttention
+from gspo_megatron.models.architecture import Architecture, LatentAttention
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import DENSE, EXPERTS, MODEL, OURS, ROUTER, STACKED_EXPERTS, THEIRS, Family
 from gspo_megatron.models.families.glm4_moe import MOE as MOE_WITH_BIAS
 from gspo_megatron.models.families.glm4_moe import SHARED, check_groups, sigmoid_router
@@ -27,33 +29,38 @@ ATTENTION = (
 
 def _common(config: ConfigReader) -> dict:
     config.refuse("attention_bias", "mlp_bias")
+    # Two fields of DeepSeek's own code, of which transformers' class reads at most one.
+    interleave, every = config.hf.get("rope_interleave", True), config.hf.get("moe_layer_freq", 1)
+    config.require(interleave is True, "rope_interleave off is not supported", "Use a published model.")
+    config.require(every == 1, "moe_layer_freq other than 1 is not supported", "Use 1.")
+    moe, attention = config.size("moe_intermediate_size"), read_attention(config, scalings=("yarn",))
+    heads, groups = attention["num_attention_heads"], attention["num_key_value_heads"]
     config.require(
-        config.get("rope_interleave", True), "rope_interleave off is not supported", "Use a published model."
+        heads == groups,
+        f"{config.said('num_key_value_heads')} {groups} is not num_attention_heads {heads}, and latent attention has "
+        "a key for each head",
+        "Correct num_key_value_heads.",
     )
-    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
-    moe = config.size("moe_intermediate_size")
-    config.require(config.get("moe_layer_freq", 1) == 1, "moe_layer_freq other than 1 is not supported", "Use 1.")
     latent = LatentAttention(
-        q_lora_rank=config.get("q_lora_rank"),
+        q_lora_rank=config.size("q_lora_rank") if config.get("q_lora_rank") is not None else None,
         kv_lora_rank=config.size("kv_lora_rank"),
         qk_nope_head_dim=config.size("qk_nope_head_dim"),
         qk_rope_head_dim=config.size("qk_rope_head_dim"),
         v_head_dim=config.size("v_head_dim"),
     )
     return {
-        **config.attention(scalings=("yarn",)),
-        **config.experts(),
+        **attention,
         "latent": latent,
         "intermediate_size": config.size("intermediate_size"),
         "moe_intermediate_size": moe,
-        "shared_intermediate_size": moe * config.get("n_shared_experts", 0),
-        "moe_layers": tuple(int(layer >= dense) for layer in range(layers)),
-        "router_scaling": float(config.get("routed_scaling_factor", 1.0)),
+        "shared_intermediate_size": moe * config.size("n_shared_experts"),
+        "moe_layers": config.first_dense(),
+        "router_scaling": float(config.get("routed_scaling_factor")),
     }
 
 
 def read_v2(config: ConfigReader) -> Architecture:
-    method = config.get("topk_method", "greedy")
+    method = config.get("topk_method")
     config.require(
         method in ("greedy", "group_limited_greedy"),
         f"topk_method {method!r} is not supported",
@@ -65,7 +72,7 @@ def read_v2(config: ConfigReader) -> Architecture:
     return Architecture(
         family="deepseek_v2",
         **_common(config),
-        renormalise=False,
+        **config.experts(renormalise=False),
         router_groups=groups,
         router_top_groups=top_groups,
         router_group_best=1,

@@ -4,7 +4,9 @@ head rotated.
 Left out: the multi-token-prediction layer behind the last one (load.py refuses or drops its tensors).
 """
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import (
     ATTENTION,
     DENSE,
@@ -31,20 +33,26 @@ MOE = (*ROUTER, rename(OURS + "mlp.router.expert_bias", THEIRS + "mlp.gate.e_sco
 
 def sigmoid_router(config: ConfigReader) -> dict:
     """Read the fields of a sigmoid router with a correction bias, of GLM-4.5 and DeepSeek-V3."""
-    chosen = config.size("num_experts_per_tok")
-    groups, top_groups = config.get("n_group", 1), config.get("topk_group", 1)
+    experts, chosen = config.experts(renormalise=False), config.size("num_experts_per_tok")
+    groups, top_groups = config.size("n_group"), config.size("topk_group")
     config.require(
-        config.get("norm_topk_prob", True) and chosen > 1,
+        config.get("norm_topk_prob") and chosen > 1,
         "norm_topk_prob off, or a single expert a token, is not supported with a sigmoid router",
         "Use a model that renormalises.",
     )
     check_groups(config, groups, top_groups, best=2)
-    return {"router_score": "sigmoid", "router_bias": True, "router_groups": groups, "router_top_groups": top_groups}
+    return experts | {
+        "renormalise": True,
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_groups": groups,
+        "router_top_groups": top_groups,
+    }
 
 
 def check_groups(config: ConfigReader, groups: int, top_groups: int, best: int) -> None:
     """Raise ConfigError for groups of experts from which a token cannot choose."""
-    experts, chosen = config.experts()["num_experts"], config.size("num_experts_per_tok")
+    experts, chosen = config.experts(renormalise=False)["num_experts"], config.size("num_experts_per_tok")
     sizes = f"n_group {groups}, topk_group {top_groups}, {experts} experts, num_experts_per_tok {chosen}"
     fits = groups == 1 or (
         experts % groups == 0
@@ -56,19 +64,17 @@ def check_groups(config: ConfigReader, groups: int, top_groups: int, best: int) 
 
 
 def read(config: ConfigReader) -> Architecture:
-    layers, dense = config.size("num_hidden_layers"), config.get("first_k_dense_replace", 0)
     moe = config.size("moe_intermediate_size")
     return Architecture(
         family="glm4_moe",
-        **config.attention(),
-        **config.experts(),
+        **read_attention(config),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=moe,
         shared_intermediate_size=moe * config.size("n_shared_experts"),
-        moe_layers=tuple(int(layer >= dense) for layer in range(layers)),
-        qk_norm="head" if config.get("use_qk_norm", False) else "none",
-        qkv_bias=bool(config.get("attention_bias", False)),
-        router_scaling=float(config.get("routed_scaling_factor", 1.0)),
+        moe_layers=config.first_dense(),
+        qk_norm="head" if config.get("use_qk_norm") else "none",
+        qkv_bias=config.get("attention_bias"),
+        router_scaling=float(config.get("routed_scaling_factor")),
         **sigmoid_router(config),
     )
 

@@ -2,7 +2,9 @@
 that are stacked, transposed, and have the rows of gate and up in turns. Published in MXFP4 (quantised.py).
 """
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import ATTENTION, MODEL, OURS, THEIRS, Family
 from gspo_megatron.models.operators import rename, stacked, stacked_interleaved
 
@@ -27,8 +29,8 @@ EXPERTS = (
 
 
 def read(config: ConfigReader) -> Architecture:
-    config.require(config.get("attention_bias", True), "attention_bias off is not supported", "Use a published model.")
-    alpha = config.get("swiglu_alpha", ALPHA)
+    config.require(config.get("attention_bias"), "attention_bias off is not supported", "Use a published model.")
+    alpha = config.get("swiglu_alpha")
     config.require(alpha == ALPHA, f"swiglu_alpha {alpha} is not supported", f"Use {ALPHA}.")
     layers = config.size("num_hidden_layers")
     types = config.get("layer_types") or ["sliding_attention", "full_attention"] * layers
@@ -40,8 +42,8 @@ def read(config: ConfigReader) -> Architecture:
     )
     return Architecture(
         family="gpt_oss",
-        **config.attention(),
-        **config.experts(),
+        **read_attention(config),
+        **config.experts(renormalise=True),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=config.size("intermediate_size"),
         moe_layers=(1,) * layers,
@@ -50,7 +52,7 @@ def read(config: ConfigReader) -> Architecture:
         sinks=True,
         sliding_window=config.size("sliding_window"),
         windowed_layers=tuple(int(kind == "sliding_attention") for kind in types[:layers]),
-        clamped_glu=float(config.get("swiglu_limit", 7.0)),
+        clamped_glu=float(config.get("swiglu_limit")),
     )
 
 

@@ -1,6 +1,8 @@
 """Mixtral (arXiv 2401.04088): experts in every layer, weights of the chosen ones add up to 1."""
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import ATTENTION, MODEL, OURS, ROUTER, STACKED_EXPERTS, THEIRS, Family
 from gspo_megatron.models.operators import merge_gate_up, rename
 
@@ -17,11 +19,11 @@ EXPERTS = (
 
 def read(config: ConfigReader) -> Architecture:
     config.refuse("router_jitter_noise")
-    config.sliding_window()
+    config.sliding_window(switch=False)
     return Architecture(
         family="mixtral",
-        **config.attention(),
-        **config.experts(),
+        **read_attention(config),
+        **config.experts(renormalise=True),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=config.size("intermediate_size"),
         moe_layers=(1,) * config.size("num_hidden_layers"),

@@ -1,20 +1,23 @@
 """OLMoE (arXiv 2409.02060): RMSNorm over the query (and the key) of all heads together, experts in every layer."""
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import ATTENTION, EXPERTS, MODEL, ROUTER, STACKED_EXPERTS, Family
 
 
 def read(config: ConfigReader) -> Architecture:
-    config.refuse("attention_bias", "clip_qkv")
+    config.refuse("attention_bias")
+    clip = config.get("clip_qkv")
+    config.require(clip is None, f"clip_qkv = {clip!r} is not supported", "Use a model without it.")
     return Architecture(
         family="olmoe",
-        **config.attention(),
-        **config.experts(),
+        **read_attention(config),
+        **config.experts(config.get("norm_topk_prob")),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=config.size("intermediate_size"),
         moe_layers=(1,) * config.size("num_hidden_layers"),
         qk_norm="all_heads",
-        renormalise=bool(config.get("norm_topk_prob", False)),
     )
 
 

@@ -1,6 +1,8 @@
 """Qwen2-MoE (arXiv 2407.10671): biases on query, key and value; a shared expert behind a sigmoid gate."""
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader
+from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import (
     ATTENTION,
     DENSE,
@@ -27,18 +29,18 @@ MOE = (
 
 
 def read(config: ConfigReader) -> Architecture:
-    config.sliding_window()
+    config.full_attention()
+    config.sliding_window(switch=True)
     return Architecture(
         family="qwen2_moe",
-        **config.attention(),
-        **config.experts(),
+        **read_attention(config),
+        **config.experts(config.get("norm_topk_prob")),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=config.size("moe_intermediate_size"),
         shared_intermediate_size=config.size("shared_expert_intermediate_size"),
         shared_gate=True,
         moe_layers=config.sparse_steps(),
-        qkv_bias=bool(config.get("qkv_bias", True)),
-        renormalise=bool(config.get("norm_topk_prob", False)),
+        qkv_bias=config.get("qkv_bias"),
     )
 
 

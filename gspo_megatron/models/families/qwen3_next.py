@@ -5,7 +5,9 @@ Published tensors of the linear layers have their rows by key head. Left out: la
 (load.py refuses or drops them).
 """
 
-from gspo_megatron.models.architecture import Architecture, ConfigReader, LinearAttention
+from gspo_megatron.models.architecture import Architecture, LinearAttention
+from gspo_megatron.models.attention_reader import read_attention
+from gspo_megatron.models.config_reader import ConfigReader
 from gspo_megatron.models.families.common import DENSE, EXPERTS, MODEL, OURS, STACKED_EXPERTS, THEIRS, Family
 from gspo_megatron.models.families.qwen2_moe import MOE
 from gspo_megatron.models.operators import convolution, merge_delta_net, merge_gated_qkv, rename
@@ -35,10 +37,10 @@ LINEAR = (
 
 
 def _linear_layers(config: ConfigReader) -> tuple[int, ...]:
-    layers, interval = config.size("num_hidden_layers"), config.get("full_attention_interval", 4)
+    layers, interval = config.size("num_hidden_layers"), config.get("full_attention_interval")
     config.require(interval > 0, f"full_attention_interval is {interval}", "Give 1 or more.")
     default = ["full_attention" if layer % interval == 0 else "linear_attention" for layer in range(1, layers + 1)]
-    types = config.get("layer_types", default)
+    types = config.get("layer_types") or default
     known = set(types) <= {"linear_attention", "full_attention"} and len(types) == layers
     config.require(
         known,
@@ -70,15 +72,14 @@ def read(config: ConfigReader) -> Architecture:
     layers = _linear_layers(config)
     return Architecture(
         family="qwen3_next",
-        **config.attention(rotary_share=0.25),
-        **config.experts(),
+        **read_attention(config),
+        **config.experts(config.get("norm_topk_prob")),
         intermediate_size=config.size("intermediate_size"),
         moe_intermediate_size=config.size("moe_intermediate_size"),
         shared_intermediate_size=config.size("shared_expert_intermediate_size"),
         shared_gate=True,
         moe_layers=config.sparse_steps(),
         qk_norm="head",
-        renormalise=bool(config.get("norm_topk_prob", True)),
         output_gate=True,
         zero_centred_norms=True,
         linear=_linear(config) if any(layers) else None,

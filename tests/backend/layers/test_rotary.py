@@ -65,8 +65,8 @@ def test_llama3_by_hand():
 @pytest.mark.parametrize(
     ("name", "rope", "words"),
     [
-        ("llama", {"rope_type": "yarn", "factor": 4.0}, "rope_type 'yarn' has no original_max_position_embeddings"),
-        ("llama", {"rope_type": "yarn", "partial_rotary_factor": 0.5}, "one of: linear, llama3."),
+        ("llama", {"rope_type": "yarn"}, "rope_type 'yarn' has no factor"),
+        ("glm4_moe", {"rope_type": "yarn", "partial_rotary_factor": 0.5}, "one of: linear, llama3."),
         ("llama", {"rope_type": "llama3", "factor": 8.0}, "rope_type 'llama3' has no low_freq_factor"),
         ("deepseek_v3", {"rope_type": "llama3"}, "one of: yarn"),
         ("deepseek_v3", {"rope_type": "yarn", "attention_factor": 2.0}, "yarn with an attention_factor"),
