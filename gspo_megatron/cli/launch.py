@@ -77,7 +77,7 @@ def layout_of(config: TrainConfig) -> tuple[Layout, int]:
 def _ranks_to_start(default: int) -> int:
     given = os.environ.get("NPROC", str(default))
     require(
-        given.isdigit() and int(given) > 0,
+        given.isascii() and given.isdigit() and int(given) > 0,
         "NPROC",
         given,
         "must be a whole number above 0",

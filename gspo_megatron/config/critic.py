@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         positive("algorithm.critic", self, "lr", "gamma", "clip_value")
+        at_most("algorithm.critic", self, lr=10)
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"algorithm.critic.{name}", value, "must lie between 0 and 1", "Give 1 or 0.95.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         positive("data", self, "max_prompt_length", "num_eval_prompts", "eval_samples")
+        at_most("data", self, num_eval_prompts=1_000_000, eval_samples=10_000, vocab_size=1_000_000)
         require(
             self.vocab_size >= 260,
             "data.vocab_size",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, between, positive, require
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         positive("optimizer", self, "lr", "adam_eps", "clip_grad")
+        at_most("optimizer", self, lr=10)
+        between("optimizer", self, 0, 1, "adam_beta1", "adam_beta2")
+        require(
+            self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "must be 0 or more", "Give 0 for none."
+        )
         require(
             self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must be 0 or more", "Give 0 for none."
         )

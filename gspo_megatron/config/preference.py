@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gspo_megatron.config.constraints import STRICT, positive
+from gspo_megatron.config.constraints import STRICT, at_most, positive
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,4 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         positive("algorithm.preference", self, "batch_size", "beta")
+        at_most("algorithm.preference", self, batch_size=10_000_000)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         positive("rollout", self, "num_prompts", "group_size", "max_response_length", "temperature", "top_p")
+        at_most("rollout", self, num_prompts=1_000_000, group_size=10_000, max_response_length=10_000_000)
+        require(
+            1e-3 <= self.temperature <= 1e3,
+            "rollout.temperature",
+            self.temperature,
+            "must be between 0.001 and 1000: it divides the logits, in fp32",
+            "Give 1.0; evaluations measure greedy accuracy besides.",
+        )
         require(
             self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens."
         )

@@ -12,7 +12,7 @@ from typing import Literal
 
 from gspo_megatron.config.algorithm import GROUP_NORMALISED, AlgorithmConfig, ResolvedAlgorithm
 from gspo_megatron.config.checkpoint import CheckpointConfig
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, check_numbers, positive, require
 from gspo_megatron.config.data import DataConfig, TaskConfig
 from gspo_megatron.config.faults import FaultsConfig
 from gspo_megatron.config.model import ModelConfig
@@ -36,7 +36,7 @@ class TrainConfig:
     """auto: go on with the newest run of this name, if it is unfinished, has a checkpoint and the same recipe (only
     steps, intervals, layout and device may differ); otherwise, and with never, a new folder with a number added."""
     seed: int = 1
-    """Of the initial weights, the prompts and the sampling. Layouts differ by rounding."""
+    """Of the initial weights, the prompts and the sampling; 0 or more. Layouts differ by rounding."""
     steps: int = 100
     """RL steps: rollouts, rewards, then num_minibatches optimizer steps. dpo: optimizer steps."""
 
@@ -62,11 +62,21 @@ class TrainConfig:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
-        positive("train", self, "eval_interval", "max_tokens_per_microbatch")
+        check_numbers(self)
+        positive("", self, "eval_interval", "max_tokens_per_microbatch")
+        require(
+            self.seed >= 0,
+            "seed",
+            self.seed,
+            "must be 0 or more, because libraries that are seeded with it take nothing else",
+            "Give 1.",
+        )
         require(self.steps >= 0, "steps", self.steps, "must be 0 or more", "Give 0 to run the warm start alone.")
         require(
             len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}."
         )
+        for name, task in self.tasks.items():
+            at_most(f"tasks.{name}", task, weight=1_000_000)
         require(
             self.rollout.group_size >= 2 or self.algorithm.name not in GROUP_NORMALISED,
             "rollout.group_size",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,21 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         positive("warm_start", self, "num_examples", "batch_size", "lr", "eval_interval")
+        at_most("warm_start", self, num_examples=10_000_000, batch_size=10_000_000, lr=10)
+        require(
+            0 <= self.min_lr <= self.lr,
+            "warm_start.min_lr",
+            self.min_lr,
+            f"must be between 0 and warm_start.lr = {self.lr:g}, from which the learning rate falls",
+            "Give a smaller one.",
+        )
+        require(
+            self.warmup_steps >= 0,
+            "warm_start.warmup_steps",
+            self.warmup_steps,
+            "must be 0 or more",
+            "Give 0 for none.",
+        )
         require(self.steps >= 0, "warm_start.steps", self.steps, "must be 0 or more", "Give 0 for no warm start.")
         require(
             0 < self.stop_accuracy <= 1,

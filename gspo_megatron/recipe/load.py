@@ -9,11 +9,11 @@ model's shape or the world size is checked in recipe/check.py.
 """
 
 import dataclasses
-import difflib
+import io
 import json
 import re
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import tyro
 import yaml
@@ -22,9 +22,11 @@ from pydantic_core import ErrorDetails
 
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.recipe.field_names import check_overrides, field_names, suggestion
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
+OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 PROGRAM = "gspo-megatron train [RECIPE.yaml]"
 
 
@@ -37,14 +39,16 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
         program: the command's name in what is printed.
 
     Raises:
-        ConfigError: the recipe cannot be read, or a value cannot work.
-        SystemExit: status 0 for --help, 2 for an unknown option or a value of the wrong type in an override.
+        ConfigError: the recipe cannot be read, an override names no field, or a value cannot work.
+        SystemExit: status 0 for --help, 2 for a value of the wrong type in an override.
     """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     config = _read(path) if path else TrainConfig()
-    config = tyro.cli(
-        TrainConfig, prog=program, default=config, args=argv[1:] if path else argv, console_outputs=not quiet
-    )
+    overrides = argv[1:] if path else argv
+    check_overrides(overrides, config)
+    # tyro prints some errors all the same.
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        config = tyro.cli(TrainConfig, prog=program, default=config, args=overrides, console_outputs=not quiet)
     model = dataclasses.replace(config.model, hf_config=find_file(config.model.hf_config, path, "config.json"))
     if model.load_hf is not None:
         start = find_file(model.load_hf, path, "config.json")
@@ -69,7 +73,7 @@ def _read(path: Path) -> TrainConfig:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(f"recipe = {str(path)!r}: {reason}. Give the path of a YAML recipe.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a month 13, a number of 5000 digits, bytes that are no UTF-8
         raise ConfigError(f"recipe = {str(path)!r}: not valid YAML: {error}. Correct the file.") from None
     if content is None:  # empty, or nothing but comments
         content = {}
@@ -78,7 +82,7 @@ def _read(path: Path) -> TrainConfig:
     try:
         # Strict, because `steps: true` or `seed: "1"` is a mistake; as JSON, where a path and a tuple still are text
         # and a list.
-        return TypeAdapter(TrainConfig).validate_json(json.dumps(content, default=str), strict=True)
+        return TypeAdapter(TrainConfig).validate_json(json.dumps(_without_gaps(content), default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_message(item, path) for item in error.errors(include_url=False))) from None
 
@@ -88,38 +92,33 @@ def _message(item: ErrorDetails, path: Path) -> str:
     if item["type"] == "dataclass_type":
         return f"{name} = {item['input']!r}: must be a table. Write {{}} for its defaults, in {path}."
     if item["type"] != "unexpected_keyword_argument":
-        return f"{name} = {item['input']!r}: {_lower_first(item['msg'])}. Correct it in {path}."
-    parent, _, key = name.rpartition(".")
-    known = _field_names(TrainConfig)
-    siblings = [other for other in known if _belongs(other, parent)]
-    near = difflib.get_close_matches(key, [other.rpartition(".")[2] for other in siblings], n=2)
-    # A right name at the wrong depth (`lr:` at the top) is as common as a typing error.
-    near = [f"{parent}.{other}".lstrip(".") for other in near] or [n for n in known if n.endswith(f".{key}")][:2]
-    hint = (
-        f"Did you mean {' or '.join(near)}?"
-        if near
-        else "Known here: " + ", ".join(other.rpartition(".")[2] for other in siblings) + "."
-    )
-    return f"{name} = {item['input']!r}: unknown field in {path}. {hint}"
+        return f"{name} = {item['input']!r}: {_lower_first(item['msg'])}. {_remedy(item, path)}"
+    return f"{name} = {item['input']!r}: unknown field in {path}. {suggestion(name, field_names(TrainConfig))}"
 
 
-def _belongs(name: str, parent: str) -> bool:
-    """`name` is a field of `parent`; a task's own name stands where the pattern has a star."""
-    return name.rpartition(".")[0] == re.sub(r"^tasks\.[^.]+", "tasks.*", parent)
+def _remedy(item: ErrorDetails, path: Path) -> str:
+    """What to do about a value of the wrong type: a number or a switch in quotes is text."""
+    text = item["input"]
+    if item["type"] not in ("int_type", "float_type", "bool_type") or not isinstance(text, str):
+        return f"Correct it in {path}."
+    try:
+        float(text)
+    except ValueError:
+        is_value = item["type"] == "bool_type" and text.lower() in ("true", "false")
+        return f"Take off the quotes in {path}." if is_value else f"Correct it in {path}."
+    return f"Take off the quotes in {path}."
 
 
-def _field_names(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, sections included."""
-    names = []
-    for name, hint in get_type_hints(kind).items():
-        if name.startswith("__"):
-            continue
-        names.append(f"{prefix}{name}")
-        for inner in (hint, *get_args(hint)):
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                star = "" if inner is hint else ".*"
-                names += _field_names(inner, f"{prefix}{name}{star}.")
-    return names
+def _without_gaps(content: dict) -> dict:
+    """The recipe with {} for a task, or its options, of which only the name is written."""
+    tasks = content.get("tasks")
+    if not isinstance(tasks, dict):
+        return content
+    filled = {name: {} if task is None else task for name, task in tasks.items()}
+    for name, task in filled.items():
+        if isinstance(task, dict) and task.get("options", {}) is None:
+            filled[name] = task | {"options": {}}
+    return content | {"tasks": filled}
 
 
 def _lower_first(text: str) -> str:
@@ -143,16 +142,32 @@ def find_file(path: Path, recipe: Path | None = None, inside: str = "") -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without two silences: a key given twice, and `1e-3` read as text."""
+    """PyYAML's safe loader, without four silences: a key given twice, `1e-3` read as text, and numbers to the base 8
+    (`010` is 8) or 60 (`1:30` is 90)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
             seen.add(key)
+            for item in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
+                _refuse_other_bases(key, item)
         return super().construct_mapping(node, deep)
+
+
+def _refuse_other_bases(name: str | None, node: yaml.Node) -> None:
+    """Raise ConfigError for a value without quotes that YAML 1.1 reads to another base, or would with other digits."""
+    text = node.value
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None or not OTHER_BASE.fullmatch(text):
+        return
+    place = f"in {node.start_mark.name}, line {node.start_mark.line + 1}"
+    if ":" in text:
+        reason, remedy = "YAML reads a colon between digits as base 60", "Write the number in the field's unit"
+    else:
+        reason, remedy = "YAML reads a zero in front as base 8", f"Write {text.lstrip('+-0_') or '0'}"
+    raise ConfigError(f"{name} = {text}: {reason}. {remedy}, or a text in quotes, {place}.")
 
 
 class _Dumper(yaml.SafeDumper):

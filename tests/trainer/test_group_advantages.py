@@ -10,6 +10,7 @@ from gspo_megatron.batch import Completion, Prompt, RolloutGroup, TaskItem
 from gspo_megatron.config import AlgorithmConfig, Layout, RolloutConfig, TrainConfig
 from gspo_megatron.metrics.rollout import group_metrics
 from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
+from gspo_megatron.trainer.rl import step_seed
 
 LENGTHS = [10, 12, 17, 18]
 CPU = torch.device("cpu")
@@ -50,6 +51,15 @@ def test_without_dynamic_sampling_penalties_tell_the_responses_apart():
     std = math.sqrt(11 / 192) + 1e-6
     found = advantages([group(0, [0.0] * 4)], resampling_rounds=0)
     assert found == pytest.approx([n / 16 / std for n in (3, 3, -1, -5)], abs=1e-12)
+
+
+def test_the_largest_seed_can_shuffle():
+    """The step's seed is that of a run with the largest seed (2^31 - 1) at step 100; torch takes no seed above 2^64."""
+    algorithm = AlgorithmConfig(name="grpo", shuffle_advantages=True)
+    config = TrainConfig(algorithm=algorithm, seed=2**31 - 1).resolved(Layout())
+    values = GroupAdvantages(config, policy=None).fill([group(0, [1.0, 0, 0, 0])], [], seed=step_seed(config, 100))
+    std = 0.5 + 1e-6
+    assert sorted(values.tolist()) == pytest.approx([-0.25 / std] * 3 + [0.75 / std])
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,6 @@ def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> to
     parts = values.split([len(group.completions) for group in groups])
     shuffled = []
     for group, part in zip(groups, parts, strict=True):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + group.prompt.uid)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + group.prompt.uid) % 2**63)
         shuffled.append(part[torch.randperm(part.numel(), generator=generator)])
     return torch.cat(shuffled)
