@@ -37,11 +37,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion is one sampled response; the stop token, when there is one, is its last token."""
+    """A completion is one sampled response; the token that ended it, when one did, is its last token."""
 
     token_ids: list[int]
     logprobs: list[float]  # log p under the sampling policy at the rollout temperature, one a token
-    truncated: bool  # cut at max_response_length, so no stop token
+    truncated: bool  # cut at max_response_length: neither a stop token nor a stop string ended it
     routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
 
 

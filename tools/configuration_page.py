@@ -78,6 +78,8 @@ def type_words(hint: Any) -> str:
         return ", ".join("`null`" if part is type(None) else type_words(part) for part in get_args(hint))
     if get_origin(hint) is dict:
         return "table"
+    if get_origin(hint) is tuple:
+        return {int: "list of integers", str: "list of texts"}[get_args(hint)[0]]
     return {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}[hint]
 
 
@@ -89,7 +91,7 @@ def default_words(field: dataclasses.Field) -> str:
     value = field.default
     if isinstance(value, bool) or value is None:
         return f"`{ {None: 'null', True: 'true', False: 'false'}[value] }`"
-    return f"`{value}`"
+    return "`[]`" if value == () else f"`{value}`"
 
 
 def rows(section: Section) -> Iterator[str]:

@@ -15,7 +15,14 @@ class RolloutConfig:
     group_size: int = 8
     """G: responses a prompt."""
     max_response_length: int = 32
-    """Tokens, the end-of-text token included; a longer response is cut."""
+    """Tokens, the one that ends it included; a longer response is cut."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the tokenizer's eos_token, the one that its chat template writes behind an
+    answer, and eos_token_id (one or several) of generation_config.json and config.json in model.load_hf."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response as soon as it has one, over the borders of tokens and with special tokens written out.
+    Rewards see the text before it, as vLLM gives it; its tokens stay in the response and are trained on, because the
+    model chose them."""
     temperature: float = 1.0
     """Also divides the logits in old and new log-probs."""
     top_k: int = 0
@@ -33,6 +40,9 @@ class RolloutConfig:
             "must be between 0.001 and 1000: it divides the logits, in fp32",
             "Give 1.0; evaluations measure greedy accuracy besides.",
         )
+        for token in self.stop_token_ids:
+            require(token >= 0, "rollout.stop_token_ids", token, "must be 0 or more", "Give ids of the vocabulary.")
+        require("" not in self.stop, "rollout.stop", "", "an empty text is in every response", "Leave it out.")
         require(
             self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens."
         )

@@ -9,30 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gspo_megatron.batch import Prompt, TaskItem
+from gspo_megatron.batch import Prompt, TaskItem, TrainSequence
 from gspo_megatron.config.constraints import require
+from gspo_megatron.data.chat import example_tokens, question_tokens
 from gspo_megatron.errors import CheckpointError, RolloutError
 from gspo_megatron.tasks.mixture import TaskMixture
-
-
-def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Return token ids of a question through the chat template, up to where the response begins."""
-    messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    # The template has written the special tokens, so the tokenizer must not add its own.
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Return token ids of a given response: its text and the end-of-text token."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 class PromptSource:
     """Gives endless prompts of one split, in an order that the mixture's seed fixes.
 
-    `tokenizer`: any Hugging Face tokenizer with a chat template and an end-of-text token. `max_prompt_length`: in
-    tokens, chat template included. Raises ConfigError for a tokenizer that lacks one of the two.
+    `tokenizer`: any Hugging Face tokenizer with a chat template. `max_prompt_length`: in tokens, template included.
+    Raises ConfigError for a tokenizer that has none.
     """
 
     def __init__(self, mixture: TaskMixture, tokenizer: PreTrainedTokenizerBase, split: str, max_prompt_length: int):
@@ -42,13 +30,6 @@ class PromptSource:
             None,
             "prompts are built with it",
             "Use the instruction-tuned model's tokenizer, or set its chat_template.",
-        )
-        require(
-            tokenizer.eos_token_id is not None,
-            "tokenizer.eos_token",
-            None,
-            "responses end with it",
-            "Set eos_token in tokenizer_config.json.",
         )
         self.mixture = mixture
         self.tokenizer = tokenizer
@@ -72,25 +53,31 @@ class PromptSource:
         Raises RolloutError for more than max_prompt_length tokens.
         """
         token_ids = question_tokens(self.tokenizer, item.question)
-        if len(token_ids) > self.max_prompt_length:
-            raise RolloutError(
-                f"data.max_prompt_length = {self.max_prompt_length}: a prompt of tasks.{item.task} has "
-                f"{len(token_ids)} tokens. Give data.max_prompt_length at least {len(token_ids)}, or "
-                f"narrow tasks.{item.task}.options."
-            )
+        self._check_length(item, token_ids)
         return token_ids
 
-    def encode_answer(self, item: TaskItem) -> list[int]:
-        """Return token ids of the gold answer and the end-of-text token: the response of a supervised example.
+    def encode_example(self, item: TaskItem, stop_token_ids: tuple[int, ...]) -> TrainSequence:
+        """Return a question and its gold answer as a supervised example.
 
-        Raises RolloutError for a task that has a scorer but no gold answer.
+        Raises RolloutError for a task that has a scorer but no gold answer, or a prompt that is too long.
         """
         if item.entry.get("answer") is None:
             raise RolloutError(
                 f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
                 "or take the task out of the recipe."
             )
-        return answer_tokens(self.tokenizer, item.answer)
+        where = f"tasks.{item.task}, answer {item.answer[:60]!r}"
+        prompt, response = example_tokens(self.tokenizer, stop_token_ids, item.question, item.answer, where)
+        self._check_length(item, prompt)
+        return TrainSequence(prompt + response, len(prompt))
+
+    def _check_length(self, item: TaskItem, token_ids: list[int]) -> None:
+        if len(token_ids) > self.max_prompt_length:
+            raise RolloutError(
+                f"data.max_prompt_length = {self.max_prompt_length}: a prompt of tasks.{item.task} has "
+                f"{len(token_ids)} tokens. Give data.max_prompt_length at least {len(token_ids)}, or "
+                f"narrow tasks.{item.task}.options."
+            )
 
     def state_dict(self) -> dict[str, int]:
         """Return where the stream is; the rest comes from the recipe."""

@@ -23,6 +23,12 @@ def read_attention(config: ConfigReader, scalings: tuple[str, ...] = ("linear", 
     activation = config.get("hidden_act")
     config.require(activation in SILU, f"hidden_act {activation!r} is not supported", f"Use one of: {', '.join(SILU)}.")
     rope = RopeReader(config).read(scalings)
+    rotated = int(head_dim * rope.share)
+    config.require(
+        rotated >= 2 and rotated % 2 == 0,
+        f"{rotated} of each head's {head_dim} dimensions are rotated, which are no pairs",
+        "Correct head_dim, hidden_size or partial_rotary_factor.",
+    )
     return {
         "num_hidden_layers": config.size("num_hidden_layers"),
         "hidden_size": hidden,

@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.defaults import DEFAULTS, EXPERT_NAMES, KINDS, NULLABLE
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list",
-         dict: "a JSON object"}  # fmt: skip
+WORDS = {bool: "true or false", int: "a whole number", float: "a number of 0 or more", str: "text",
+         list: "a list of layers", dict: "a JSON object"}  # fmt: skip
+LIMIT = 2**31
 
 
 class ConfigReader:
@@ -34,10 +35,11 @@ class ConfigReader:
         return value
 
     def size(self, name: str) -> int:
-        """Return a whole number above 0."""
+        """Return a whole number above 0 that a tensor's size can be."""
         value = self.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             self.fail(f"{self.said(name)} is {value!r}, not a whole number above 0", f"Correct {name} in that file.")
+        self.require(value < LIMIT, f"{self.said(name)} is {value:.3g}, above 2^31", f"Correct {name} in that file.")
         return value
 
     def said(self, name: str) -> str:
@@ -121,5 +123,8 @@ class ConfigReader:
         kind = KINDS[name]
         allowed = (int, float) if kind is float else kind
         ok = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-        ok = ok and (kind is not float or math.isfinite(value))
+        ok = ok and (kind is not float or 0 <= value < math.inf)
+        if kind is list:
+            item = str if name == "layer_types" else int
+            ok = ok and all(isinstance(entry, item) and not isinstance(entry, bool) for entry in value)
         self.require(ok, f"{name} is {value!r}, not {WORDS[kind]}", f"Correct {name} in that file.")

@@ -9,6 +9,7 @@ Left out: memory (whether the model fits), and the number of ranks a node has.
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.recipe.hf_config import check_stop_ids, generation_stops
 from gspo_megatron.recipe.layout import check_layout
 from gspo_megatron.tasks.preferences import load_pairs
 
@@ -37,6 +38,7 @@ def check(config: TrainConfig, layout: Layout, world_size: int) -> None:
         f"Give a multiple of {data}.",
     )
     _check_lengths(config, shape, context)
+    _check_stops(config, shape)
     _check_penalty(config)
     _check_routing(config, shape)
     from gspo_megatron.tasks.mixture import TaskMixture
@@ -112,6 +114,13 @@ def _check_lengths(config: TrainConfig, shape: Architecture, context: int) -> No
         f"{parts}, and a sequence is never split over microbatches",
         f"Give {longest} or more.",
     )
+
+
+def _check_stops(config: TrainConfig, shape: Architecture) -> None:
+    """Stop tokens of a model whose vocabulary is known; that of a tokenizer trained here is, once there is one."""
+    generation_stops(config.model)
+    if config.model.load_hf is not None:
+        check_stop_ids(config.rollout, shape.vocab_size)
 
 
 def _check_penalty(config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ of a folder beyond their being there (hf/load.py).
 import json
 from pathlib import Path
 
-from gspo_megatron.config import ModelConfig
+from gspo_megatron.config import ModelConfig, RolloutConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.architecture import Architecture
@@ -50,6 +50,45 @@ def read_shape(model: ModelConfig) -> Architecture:
         )
     field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
     return architecture(read_json(path, field), f"{field} = {value!r}")
+
+
+def generation_stops(model: ModelConfig) -> tuple[int, ...]:
+    """Return the tokens that end a response according to the folder to start from: eos_token_id, one or several, of
+    generation_config.json and config.json. None without such a folder: another tokenizer numbers tokens anew.
+
+    Raises:
+        ConfigError: a file is not JSON, or the field is neither a token id nor a list of them.
+    """
+    if model.load_hf is None:
+        return ()
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = model.load_hf / name
+        if not path.is_file():
+            continue
+        value = read_json(path, "model.load_hf").get("eos_token_id")
+        ids = value if isinstance(value, list) else [value] if value is not None else []
+        require(
+            all(isinstance(token, int) and not isinstance(token, bool) for token in ids),
+            "model.load_hf",
+            str(path),
+            f"eos_token_id is {value!r}, not a token id or a list of them",
+            "Correct it in that file.",
+        )
+        found |= set(ids)
+    return tuple(sorted(token for token in found if token >= 0))  # -1 means none
+
+
+def check_stop_ids(rollout: RolloutConfig, vocab_size: int) -> None:
+    """Raise ConfigError for a stop token that the model cannot choose."""
+    for token in rollout.stop_token_ids:
+        require(
+            token < vocab_size,
+            "rollout.stop_token_ids",
+            token,
+            f"is not below the model's vocabulary size {vocab_size}",
+            "Give ids of its tokenizer.",
+        )
 
 
 def config_path(model: ModelConfig) -> Path:

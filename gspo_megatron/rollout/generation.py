@@ -33,12 +33,14 @@ def generate(
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
     completions = engine.generate(prompts[mine], group_size, params, uniform)
     return [
-        RolloutGroup(prompt, answers, texts=[_text(tokenizer, completion) for completion in answers])
+        RolloutGroup(prompt, answers, texts=[_text(tokenizer, completion, params) for completion in answers])
         for prompt, answers in zip(prompts[mine], completions, strict=True)
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion, params: SamplingParams) -> str:
+    if params.stop_strings:
+        return params.stop_strings.text(completion.token_ids)
     return cast(str, tokenizer.decode(completion.token_ids, skip_special_tokens=True))  # a list only for a batch
 
 

@@ -42,14 +42,24 @@ class _Wave:
     lengths: torch.Tensor  # [rows] int64, response tokens so far
     active: torch.Tensor  # [n] int64, rows still being written
     newest: torch.Tensor  # [n] int64, their newest tokens
+    ended: torch.Tensor  # [rows] bool, those that a stop token or a stop string has ended
     finished: bool = False  # on every replica that must step together
 
-    def append(self, tokens: torch.Tensor, iteration: int, params: SamplingParams) -> None:
-        """Add one token to each active row, and drop the rows that end with it. tokens: [n] int64."""
+    def ends(self, tokens: torch.Tensor, iteration: int, params: SamplingParams) -> torch.Tensor:
+        """Tell which active rows end with these tokens, [n] bool. tokens: [n] int64."""
+        ended = torch.isin(tokens, torch.tensor(params.stop_token_ids, dtype=torch.int64, device=tokens.device))
+        if params.stop_strings:
+            written = torch.cat([self.tokens[self.active, :iteration], tokens.unsqueeze(1)], dim=1).tolist()
+            by_text = [params.stop_strings.ends(row) for row in written]
+            ended = ended | torch.tensor(by_text, dtype=torch.bool, device=tokens.device)
+        return ended
+
+    def append(self, tokens: torch.Tensor, ended: torch.Tensor, iteration: int, max_tokens: int) -> None:
+        """Add one token to each active row, and drop the rows that end with it. tokens: [n] int64, ended: [n] bool."""
         self.tokens[self.active, iteration] = tokens
         self.lengths[self.active] += 1
-        stops = torch.tensor(params.stop_token_ids, device=tokens.device)
-        alive = ~torch.isin(tokens, stops) & (iteration + 1 < params.max_tokens)
+        self.ended[self.active] = ended
+        alive = ~ended & (iteration + 1 < max_tokens)
         if not bool(alive.all()):
             for cache in self.caches:
                 cache.keep(alive.nonzero().squeeze(1))
@@ -130,6 +140,7 @@ class MegatronEngine:
                     torch.zeros(rows, dtype=torch.int64, device=self.device),
                     torch.arange(rows, device=self.device),
                     torch.empty(0, dtype=torch.int64, device=self.device),
+                    torch.zeros(rows, dtype=torch.bool, device=self.device),
                 )
             )
         return waves
@@ -199,27 +210,27 @@ class MegatronEngine:
         rows = wave.active
         try:
             tokens, logprobs = sample(logits, wave.uniform[rows.cpu(), iteration], params)
+            ended = wave.ends(tokens, iteration, params)
         except TrainingError as error:
             self._error = self._error or error
             # The other stages and replicas wait for tokens: the wave ends at this one, and `generate` raises.
-            tokens, logprobs = (
-                rows.new_full(rows.shape, next(iter(params.stop_token_ids), 0)),
-                wave.logprobs[rows, iteration],
-            )
+            tokens, logprobs = torch.zeros_like(rows), wave.logprobs[rows, iteration]
+            ended = torch.ones_like(rows, dtype=torch.bool)
         wave.logprobs[rows, iteration] = logprobs
-        wave.append(tokens, iteration, params)
+        wave.append(tokens, ended, iteration, params.max_tokens)
         remaining = torch.tensor([wave.active.numel()], device=self.device)
         if self.topology.experts_span_replicas:
             dist.all_reduce(remaining, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
         wave.finished = int(remaining) == 0
-        message = torch.cat([tokens, remaining])
+        message = torch.cat([tokens, ended.long(), remaining])
         for rank in self.topology.stage_ranks[:-1]:
             self._send(message, rank, self.topology.feedback_group)
 
     def _receive_tokens(self, wave: _Wave, iteration: int, params: SamplingParams) -> None:
-        message = torch.empty(wave.active.numel() + 1, dtype=torch.int64, device=self.device)
+        count = wave.active.numel()
+        message = torch.empty(2 * count + 1, dtype=torch.int64, device=self.device)
         dist.recv(message, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
-        wave.append(message[:-1], iteration, params)
+        wave.append(message[:count], message[count:-1].bool(), iteration, params.max_tokens)
         wave.finished = int(message[-1]) == 0
 
     def _gather_vocabulary(self, shard: torch.Tensor) -> torch.Tensor:
@@ -261,14 +272,14 @@ class MegatronEngine:
             if self.topology.pp_size > 1:
                 dist.broadcast(wave.logprobs, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
             lengths, tokens, logprobs = wave.lengths.tolist(), wave.tokens.tolist(), wave.logprobs.tolist()
+            ended = wave.ended.tolist()
             routes = self._routes(wave, wave.recorder) if wave.recorder else None
             rows = []
             for row, length in enumerate(lengths):
-                truncated = tokens[row][length - 1] not in params.stop_token_ids
                 taken = None
                 if routes:
                     end = len(wave.prompts[row // wave.group_size]) + length
                     taken = replace(routes, experts=routes.experts[:, row, :end].clone())
-                rows.append(Completion(tokens[row][:length], logprobs[row][:length], truncated, taken))
+                rows.append(Completion(tokens[row][:length], logprobs[row][:length], not ended[row], taken))
             answers += [rows[i : i + wave.group_size] for i in range(0, len(rows), wave.group_size)]
         return answers

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gspo_megatron.errors import TrainingError
+from gspo_megatron.rollout.stop_strings import StopStrings
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SamplingParams:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     greedy: bool = False
+    stop_strings: StopStrings | None = None
 
 
 def uniforms(rows: int, max_tokens: int, seed: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
+from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
@@ -52,6 +53,7 @@ def build_run(config: ResolvedConfig) -> Run:
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
     shape = ModelShape.of(config.model, len(tokenizer))
+    stops = find_stops(config, tokenizer, shape.vocab_size)
     policy = build_policy(config, shape, topology, runtime)
     if runtime.is_main:
         save_recipe(config, folder / "config.yaml")
@@ -62,6 +64,7 @@ def build_run(config: ResolvedConfig) -> Run:
         topology=topology,
         folder=folder,
         tokenizer=tokenizer,
+        stops=stops,
         mixture=mixture,
         prompts=PromptSource(mixture, tokenizer, "train", limit),
         held_out=PromptSource(mixture, tokenizer, "eval", limit).fixed(config.data.num_eval_prompts),
@@ -162,6 +165,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "model": f"{arch.family}, {arch.num_hidden_layers} layers, {experts}, vocabulary {shape.vocab_size}, {one}, "
         f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
+        "responses end at": run.stops.described(run.tokenizer),
         "algorithm": _describe_algorithm(run.config.algorithm),
     }
 

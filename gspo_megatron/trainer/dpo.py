@@ -22,9 +22,9 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.batch import PackedBatch, TrainSequence
 from gspo_megatron.config import PreferenceConfig, TrainConfig
+from gspo_megatron.data.chat import example_tokens
 from gspo_megatron.data.epochs import epoch_batch, share_of
 from gspo_megatron.data.packing import padded_lengths
-from gspo_megatron.data.prompts import answer_tokens, question_tokens
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.reduce import gather_rows, optimizer_metrics
@@ -150,11 +150,25 @@ def flat(pairs: list[EncodedPair]) -> list[TrainSequence]:
     return [sequence for pair in pairs for sequence in (pair.chosen, pair.rejected)]
 
 
-def encode_pair(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase) -> EncodedPair:
-    """Encode the prompt through the chat template, and each answer with the end-of-text token, which is trained on."""
-    prompt = question_tokens(tokenizer, pair.prompt)
-    answers = (answer_tokens(tokenizer, text) for text in (pair.chosen, pair.rejected))
-    return EncodedPair(*(TrainSequence(prompt + answer, len(prompt)) for answer in answers))
+def encode_pair(
+    pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...]
+) -> EncodedPair:
+    """Encode the prompt, and each answer as the chat template writes it, with the token that ends it.
+
+    Raises ConfigError or RolloutError (data/chat.py), and RolloutError for two answers that are the same.
+    """
+
+    def encoded(answer: str) -> TrainSequence:
+        prompt, response = example_tokens(tokenizer, stop_token_ids, pair.prompt, answer, pair.where)
+        return TrainSequence(prompt + response, len(prompt))
+
+    both = EncodedPair(encoded(pair.chosen), encoded(pair.rejected))
+    if both.chosen == both.rejected:
+        raise RolloutError(
+            f"{pair.where}: the chat template makes the same tokens of chosen and rejected. Remove the pair: it "
+            "prefers nothing."
+        )
+    return both
 
 
 def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: int) -> None:
@@ -187,7 +201,7 @@ def check_length(pair: EncodedPair, where: str, config: TrainConfig, positions: 
 
 def encode_all(pairs: list[PreferencePair], run: Run) -> list[EncodedPair]:
     """Return every pair as token ids. Raises RolloutError, on every rank alike, for one that is too long."""
-    encoded = [encode_pair(pair, run.tokenizer) for pair in pairs]
+    encoded = [encode_pair(pair, run.tokenizer, run.stops.token_ids) for pair in pairs]
     positions = run.policy.models[0].max_sequence_length
     for pair, both in zip(pairs, encoded, strict=True):
         check_length(both, pair.where, run.config, positions)

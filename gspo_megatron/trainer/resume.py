@@ -189,7 +189,9 @@ def _difference(config: TrainConfig, path: Path) -> str | None:
             "new one."
         ) from None
     plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
-    here = _flat(TypeAdapter(TrainConfig).dump_python(plain, mode="json"))
+    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, TrainConfig()))
+    # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
+    there = {name: value for name, value in defaults.items() if not name.startswith("tasks.")} | there
     for name in [*here, *(other for other in there if other not in here)]:
         if name.split(".")[0] not in FREE and here.get(name) != there.get(name):
             return f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"

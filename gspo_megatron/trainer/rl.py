@@ -95,6 +95,9 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     row |= clock.read()
     row["perf/tokens_per_second"] = row.pop("tokens") / row["time/step"]
     run.reporter.tell(step, sanity_checks.update_findings(results, row, config.faults.max_ratio))
+    if step == 1:
+        stops = run.stops.described(run.tokenizer)
+        run.reporter.tell(step, sanity_checks.truncation_findings(row, config.rollout.max_response_length, stops))
     if row["update/skipped"]:
         run.reporter.note(
             f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "

@@ -21,11 +21,13 @@ from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, Prompt, TrainSequence
 from gspo_megatron.config import ResolvedConfig, RolloutConfig
 from gspo_megatron.data.prompts import PromptSource
+from gspo_megatron.data.stops import Stops
 from gspo_megatron.errors import StopRequested
 from gspo_megatron.hf import export
 from gspo_megatron.process import lifecycle, progress
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
+from gspo_megatron.rollout.stop_strings import StopStrings
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.reporter import Reporter
@@ -40,6 +42,7 @@ class Run:
     topology: Topology
     folder: Path
     tokenizer: PreTrainedTokenizerBase
+    stops: Stops
     mixture: TaskMixture
     prompts: PromptSource  # fresh prompts for RL
     held_out: list[Prompt]
@@ -150,10 +153,16 @@ class Run:
 
     def sampling_params(self) -> SamplingParams:
         """Return how rollouts and evaluations sample."""
-        return sampling_params(self.config.rollout, self.tokenizer)
+        return sampling_params(self.config.rollout, self.stops, self.tokenizer)
 
 
-def sampling_params(rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
-    """Return a recipe's sampling; the tokenizer's end-of-text token stops a response."""
-    stop = (tokenizer.eos_token_id,)
-    return SamplingParams(rollout.max_response_length, stop, rollout.temperature, rollout.top_k, rollout.top_p)
+def sampling_params(rollout: RolloutConfig, stops: Stops, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """Return a recipe's sampling."""
+    return SamplingParams(
+        rollout.max_response_length,
+        stops.token_ids,
+        rollout.temperature,
+        rollout.top_k,
+        rollout.top_p,
+        stop_strings=StopStrings(stops.strings, tokenizer) if stops.strings else None,
+    )

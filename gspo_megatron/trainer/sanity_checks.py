@@ -1,8 +1,9 @@
 """These checks say, in sentences for the user, what is wrong with a run's numbers though training goes on.
 
-`findings` looks at the first step, once, for what works but spoils the ratio; `update_findings` at every step. Only the
-last pipeline stage has old log-probs, so it tells the others whether it found something, by the channel that results of
-an update take. Rank 0 prints, so the replica that is looked at is rank 0's; the others are filled by the same code.
+`findings` and `truncation_findings` look at the first step, once, for what works but is hardly meant; `update_findings`
+at every step. Only the last pipeline stage has old log-probs, so it tells the others whether it found something, by the
+channel that results of an update take. Rank 0 prints, so the replica that is looked at is rank 0's; the others are
+filled by the same code.
 
 Left out: old log-probs of another packing than the update's. train.py updates on the very batch objects that were
 filled, so that cannot happen there, and `lint.warnings` speaks of old_logprobs = rollout, where it does.
@@ -17,6 +18,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, PackedBatch, TrainSequence, UpdateResult
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 
+NEARLY_ALL = 0.95  # of the responses
 ENOUGH = 64  # fp32 numbers that are all bf16 numbers by chance: 2^-16 each
 
 
@@ -57,6 +59,23 @@ def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float
             "algorithm.clip_ratio_dual; if it is so from the first minibatch, old log-probs are of another model."
         )
     return found
+
+
+def truncation_findings(row: dict, limit: int, stops: str) -> list[str]:
+    """Return a sentence where nearly all responses of the first step were cut: perhaps none can end by itself.
+
+    Args:
+        limit: rollout.max_response_length.
+        stops: what ends a response, in words.
+    """
+    truncated = row["response/truncated"]
+    if truncated < NEARLY_ALL:
+        return []
+    return [
+        f"response/truncated is {truncated:.2f}: nearly all responses were cut at rollout.max_response_length = "
+        f"{limit}. They would end at {stops}. If the model ends its turns by another token, give that to "
+        "rollout.stop_token_ids; if its answers are longer, raise rollout.max_response_length."
+    ]
 
 
 def is_stored_in_bf16(batches: Sequence[PackedBatch]) -> bool:

@@ -10,7 +10,10 @@ from typing import Any
 from gspo_megatron.algorithms.supervised import supervised_loss
 from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.batch import TrainSequence
+from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.data.epochs import epoch_batch, share_of
+from gspo_megatron.data.packing import padded_lengths
+from gspo_megatron.errors import RolloutError
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.reduce import optimizer_metrics
 from gspo_megatron.process import progress
@@ -53,8 +56,30 @@ def warm_start(run: Run) -> None:
 
 def _examples(run: Run) -> list[TrainSequence]:
     examples = []
+    positions = run.policy.models[0].max_sequence_length
     for index in range(run.config.warm_start.num_examples):
         item = run.mixture.item("warm_start", index)
-        prompt = run.prompts.encode_prompt(item)
-        examples.append(TrainSequence(prompt + run.prompts.encode_answer(item), len(prompt)))
+        example = run.prompts.encode_example(item, run.stops.token_ids)
+        check_length(example, item.task, run.config, positions)
+        examples.append(example)
     return examples
+
+
+def check_length(example: TrainSequence, task: str, config: ResolvedConfig, positions: int) -> None:
+    """Raise RolloutError for an example that no microbatch holds or that the model has no positions for.
+
+    Args:
+        positions: the model's max_position_embeddings.
+    """
+    context = config.parallel.context_parallel_size
+    (length,) = padded_lengths([example], 2 * context if context > 1 else 1)
+    limits = {
+        "the model's max_position_embeddings": positions,
+        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+    }
+    for name, limit in limits.items():
+        if length > limit:
+            raise RolloutError(
+                f"tasks.{task}: question and gold answer have {length} tokens, more than {name} {limit}. Narrow "
+                f"tasks.{task}.options, or set warm_start.steps = 0."
+            )

@@ -61,17 +61,19 @@ def test_fixed_prompts_do_not_move_the_stream(mixture, tokenizer):
 def test_the_answer_ends_with_end_of_text(mixture, tokenizer):
     stream = source(mixture, tokenizer)
     item = stream.next(1)[0].item
-    ids = stream.encode_answer(item)
+    example = stream.encode_example(item, (tokenizer.eos_token_id,))
+    ids = example.token_ids[example.prompt_length :]
     assert tokenizer.decode(ids[:-1]) == item.answer and ids[-1] == tokenizer.eos_token_id
+    assert example.token_ids[: example.prompt_length] == stream.encode_prompt(item)
     # The supervised example is what the chat template makes of the whole conversation.
     turns = [{"role": "user", "content": item.question}, {"role": "assistant", "content": item.answer}]
-    assert stream.encode_prompt(item) + ids == tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False))
+    assert example.token_ids == tokenizer.encode(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 def test_a_task_without_gold_answers_cannot_be_learned_from(tokenizer):
     rush_hour = TaskMixture({"rush_hour": TaskConfig()}, seed=1)
     with pytest.raises(RolloutError, match=r"tasks\.rush_hour.*no gold answer.*warm_start\.steps = 0"):
-        source(rush_hour, tokenizer).encode_answer(rush_hour.item("warm_start", 0))
+        source(rush_hour, tokenizer).encode_example(rush_hour.item("warm_start", 0), ())
 
 
 def test_a_long_prompt_names_task_lengths_and_field_and_the_stream_stays(mixture, tokenizer):
@@ -84,11 +86,9 @@ def test_a_long_prompt_names_task_lengths_and_field_and_the_stream_stays(mixture
     assert stream.position == 0
 
 
-@pytest.mark.parametrize("missing", ["chat_template", "eos_token"])
-def test_a_tokenizer_that_lacks_a_part_is_refused(mixture, tokenizer, missing):
-    plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>", chat_template="x")
-    setattr(plain, missing, None)
-    with pytest.raises(ConfigError, match=rf"tokenizer\.{missing} = None"):
+def test_a_tokenizer_without_a_chat_template_is_refused(mixture, tokenizer):
+    plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    with pytest.raises(ConfigError, match=r"tokenizer\.chat_template = None"):
         source(mixture, plain)
 
 

@@ -377,3 +377,18 @@ def test_refusing_imports_neither_torch_nor_megatron():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("generation", "argv", "words"),
+    [
+        ({"eos_token_id": "</s>"}, (), "generation_config.json': eos_token_id is '</s>', not a token id or a list"),
+        ({"eos_token_id": [2, 5]}, ("--rollout.stop-token-ids", "5", "512"), "stop_token_ids = 512: is not below"),
+    ],
+)
+def test_stop_tokens_are_refused_before_the_ranks_start(tmp_path, generation, argv, words):
+    model_file(tmp_path, vocab_size=512)
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert words in refusal(1, "--model.load-hf", str(tmp_path), *argv)

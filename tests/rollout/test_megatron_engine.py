@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout
@@ -11,6 +14,7 @@ from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.generation import join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.rollout.stop_strings import StopStrings
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
 from tools.validation.ranks import spawn
 
@@ -70,13 +74,44 @@ SAMPLED = SamplingParams(NEW, STOPS, temperature=1.0, top_k=100, top_p=0.95)
 GREEDY = SamplingParams(NEW, STOPS, greedy=True)
 
 
-def one_rank(rank: int, world_size: int) -> tuple[dict, dict]:
-    return tuple(in_layouts(rank, world_size, {"x": SINGLE}, generate, params)["x"] for params in (SAMPLED, GREEDY))
+# Token i is a letter, its number and another letter, so that two of 25 pairs of neighbours have a string between them.
+WORDS = {f"{'abcde'[i % 5]}{i:03d}{'vwxyz'[i % 7 % 5]}": i for i in range(256)}
+STRINGS = ("va", "xc")
+
+
+def by_string(limit: int = NEW) -> SamplingParams:
+    """One stop token, and strings that only two tokens together have."""
+    words = Tokenizer(WordLevel(WORDS, unk_token="a000v"))
+    words.decoder = decoders.Fuse()
+    strings = StopStrings(STRINGS, PreTrainedTokenizerFast(tokenizer_object=words))
+    return SamplingParams(limit, (7,), stop_strings=strings)
+
+
+def one_rank(rank: int, world_size: int) -> tuple[dict, dict, dict]:
+    ways = (SAMPLED, GREEDY, by_string())
+    return tuple(in_layouts(rank, world_size, {"x": SINGLE}, generate, params)["x"] for params in ways)
 
 
 @pytest.fixture(scope="module")
-def single() -> tuple[dict, dict]:
+def single() -> tuple[dict, dict, dict]:
     return spawn(one_rank, 1)[0]
+
+
+def test_a_stop_string_ends_a_response_over_the_border_of_tokens(single):
+    """It ends there and nowhere else, its tokens stay, and it is not truncated; nor is one whose last token, at the
+    limit, completes a string. Each token of a response has one log-prob that training agrees with."""
+    names = {i: name for name, i in WORDS.items()}
+    ended = {"string": 0, "token": 0, "limit": 0}
+    for group in single[2]["answers"]:
+        for tokens, truncated in group:
+            texts = ["".join(names[t] for t in tokens[:n]) for n in range(1, len(tokens) + 1)]
+            by_text = [any(string in text for string in STRINGS) for text in texts]
+            assert not any(by_text[:-1]) and 7 not in tokens[:-1]
+            assert truncated == (not by_text[-1] and tokens[-1] != 7)
+            assert not truncated or len(tokens) == NEW
+            ended["string" if by_text[-1] else "limit" if truncated else "token"] += 1
+    assert ended["string"] >= 5 and ended["limit"] >= 1
+    assert max(single[2]["errors"]) < 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +153,26 @@ LAYOUTS = {  # on four ranks
 }
 
 
+STRING_LAYOUTS = ("TP2xPP2-EP2", "PP2xVP2xDP2")
+
+
+def four_ranks(rank: int, world_size: int) -> dict:
+    found = in_layouts(rank, world_size, LAYOUTS, generate, SAMPLED)
+    some = {name: LAYOUTS[name] for name in STRING_LAYOUTS}
+    return found | {"strings": in_layouts(rank, world_size, some, generate, by_string())}
+
+
 @pytest.fixture(scope="module")
 def layouts() -> list[dict]:
-    return spawn(in_layouts, 4, LAYOUTS, generate, SAMPLED)
+    return spawn(four_ranks, 4)
+
+
+@pytest.mark.parametrize("name", STRING_LAYOUTS)
+def test_stop_strings_end_the_same_responses_in_every_layout(single, layouts, name):
+    """The last stage reads the text and tells the others which responses have ended."""
+    by_replica = {ranks["strings"][name]["replica"]: ranks["strings"][name]["answers"] for ranks in layouts}
+    assert [group for rank in sorted(by_replica) for group in by_replica[rank]] == single[2]["answers"]
+    assert all(ranks["strings"][name]["answers"] == by_replica[ranks["strings"][name]["replica"]] for ranks in layouts)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -29,10 +29,12 @@ from gspo_megatron.errors import GspoError, RolloutError
 from gspo_megatron.metrics.learning import summarise
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.record import load_record
+from gspo_megatron.tasks.preferences import PreferencePair
 from gspo_megatron.trainer import build, dpo, train
 from gspo_megatron.trainer import run as runs
-from gspo_megatron.trainer.dpo import EncodedPair, check_length, pair_metrics
+from gspo_megatron.trainer.dpo import EncodedPair, check_length, encode_pair, pair_metrics
 from tests.backend.small import CONFIG_PATH
+from tests.data.templates import CHATML, tokenizer
 from tools.validation.ranks import spawn
 
 LAYOUTS = {
@@ -249,3 +251,15 @@ def test_a_pair_that_is_too_long_is_named(chosen, text):
     else:
         with pytest.raises(RolloutError, match=text):
             check_length(pair, "x, line 3", config, positions=16)
+
+
+def test_both_answers_are_what_the_template_writes():
+    """A base model's ChatML ends a turn with <|im_end|>, though its tokenizer's eos is another; an answer that has it
+    already gets it once, and a pair that this makes one is refused."""
+    made = tokenizer(CHATML, eos="<|endoftext|>")
+    stops = (made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>"))
+    pair = encode_pair(PreferencePair("Capital?", "Paris", "Rome<|im_end|>"), made, stops)
+    texts = [made.decode(one.token_ids[one.prompt_length :]) for one in (pair.chosen, pair.rejected)]
+    assert texts == ["Paris<|im_end|>", "Rome<|im_end|>"]
+    with pytest.raises(RolloutError, match="x, line 3: the chat template makes the same tokens"):
+        encode_pair(PreferencePair("Capital?", "Paris", "Paris<|im_end|>", "x, line 3"), made, stops)

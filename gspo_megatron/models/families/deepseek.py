@@ -41,6 +41,11 @@ def _common(config: ConfigReader) -> dict:
         "a key for each head",
         "Correct num_key_value_heads.",
     )
+    config.require(
+        config.size("qk_rope_head_dim") % 2 == 0,
+        f"qk_rope_head_dim {config.size('qk_rope_head_dim')} dimensions are rotated, which are no pairs",
+        "Correct qk_rope_head_dim.",
+    )
     latent = LatentAttention(
         q_lora_rank=config.size("q_lora_rank") if config.get("q_lora_rank") is not None else None,
         kv_lora_rank=config.size("kv_lora_rank"),

@@ -26,6 +26,7 @@ from gspo_megatron.config import AlgorithmConfig, Layout, ResolvedConfig, Routin
 from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.sequences import train_sequences
+from gspo_megatron.data.stops import find_stops
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.rollout.generation import generate
@@ -84,7 +85,7 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     bench = _Bench(config, runtime, shape, checkpoint, [])
     policy = _policy(bench, topology)
     prompts = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length).next(num_prompts)
-    params = sampling_params(config.rollout, tokenizer)
+    params = sampling_params(config.rollout, find_stops(config, tokenizer, shape.vocab_size), tokenizer)
     group_size, engine = config.rollout.group_size, MegatronEngine(policy)
     groups = generate(engine, prompts, group_size, params, SEED, tokenizer)
     bench = replace(bench, sequences=_of_all_replicas(groups, policy))

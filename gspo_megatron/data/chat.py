@@ -1,0 +1,145 @@
+"""What a chat template writes: prompts as rollouts see them, and the responses that the template makes of answers.
+
+A supervised response is what the template of [user, assistant] writes behind the prompt, up to the token that ends a
+rollout: with the think block, the channel or the end-of-turn token that the model was made with. Where the template
+ends no turn (GLM-4.5), the response ends with the token that begins the next one, if rollouts stop there, else with
+the tokenizer's end-of-text token.
+
+Left out: conversations of several turns, system prompts and tools, and a template's own options.
+"""
+
+from os.path import commonprefix
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import RolloutError
+
+PROBE = "gspoprobe"  # an answer that no template changes
+
+
+def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Return token ids of a question through the chat template, up to where the response begins."""
+    return _encode(tokenizer, _render(tokenizer, [_user(question)], add_generation_prompt=True))
+
+
+def example_tokens(
+    tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...], question: str, answer: str, where: str
+) -> tuple[list[int], list[int]]:
+    """Return token ids of a question up to where the response begins, and of the response that an answer is.
+
+    Args:
+        stop_token_ids: that end a rollout; the first of them ends the response.
+        where: the answer's task, or file and line, for messages.
+
+    Raises:
+        ConfigError: the template's [user, assistant] does not begin with the prompt, or nothing ends a response.
+        RolloutError: the answer has a stop token before its end, or the template refuses it.
+    """
+    prompt = _render(tokenizer, [_user(question)], add_generation_prompt=True)
+    whole = _render(tokenizer, [_user(question), _assistant(answer)])
+    _check_prefix(prompt, whole, where)
+    prompt_ids, whole_ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
+    if whole_ids[: len(prompt_ids)] == prompt_ids:
+        response = whole_ids[len(prompt_ids) :]
+    else:  # a token reaches over the border, which no rollout could sample
+        response = _encode(tokenizer, whole[len(prompt) :])
+    end = next((place for place, token in enumerate(response) if token in stop_token_ids), None)
+    if end is None:
+        return prompt_ids, [*response, _missing_end(tokenizer, stop_token_ids)]
+    _check_inner_stop(tokenizer, response, end, answer, where)
+    return prompt_ids, response[: end + 1]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the special token that the template writes behind an answer, or None where it writes none."""
+    try:
+        whole = _render(tokenizer, [_user(PROBE), _assistant(PROBE)])
+    except RolloutError:
+        return None
+    behind = _encode(tokenizer, whole.rpartition(PROBE)[2].lstrip())
+    return behind[0] if behind and _is_special(tokenizer, behind[0]) else None
+
+
+def _missing_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...]) -> int:
+    """Return what ends a turn that the template leaves open: where the next one begins, if that is a stop token."""
+    turns = [_user(PROBE), _assistant(PROBE)]
+    try:
+        following = _render(tokenizer, [*turns, _user(PROBE)]).removeprefix(_render(tokenizer, turns))
+    except RolloutError:
+        following = ""
+    behind = _encode(tokenizer, following.lstrip())
+    if behind and behind[0] in stop_token_ids:
+        return behind[0]
+    require(
+        tokenizer.eos_token_id is not None,
+        "tokenizer.chat_template",
+        tokenizer.chat_template[:60],
+        "writes no token behind an answer that ends a rollout, and the tokenizer has no eos_token",
+        "Set eos_token in tokenizer_config.json.",
+    )
+    return cast(int, tokenizer.eos_token_id)
+
+
+def _check_prefix(prompt: str, whole: str, where: str) -> None:
+    same = len(commonprefix([prompt, whole]))
+    require(
+        whole.startswith(prompt),
+        "tokenizer.chat_template",
+        whole[max(same - 20, 0) : same + 40],
+        "what it makes of question and answer does not begin with the prompt of a rollout, which goes on with "
+        f"{prompt[same : same + 40]!r} there ({where}), so no response can be cut out of it",
+        "Use a template whose prompt (add_generation_prompt) the answer follows, or set warm_start.steps = 0.",
+    )
+    require(
+        whole != prompt,
+        "tokenizer.chat_template",
+        whole[-60:],
+        f"writes nothing for an answer ({where})",
+        "Use a template that knows the role assistant.",
+    )
+
+
+def _check_inner_stop(
+    tokenizer: PreTrainedTokenizerBase, response: list[int], end: int, answer: str, where: str
+) -> None:
+    """Refuse an answer that goes on behind a stop token. What the template itself writes there is left out."""
+    stop = cast(str, tokenizer.decode([response[end]], skip_special_tokens=False))
+    before = answer.rstrip()
+    while stop and before.endswith(stop):
+        before = before.removesuffix(stop).rstrip()
+    if stop and stop in before:
+        raise RolloutError(
+            f"{where}: the answer has {stop!r} before its end, where a rollout stops. Remove it from the answer, or "
+            "the answer."
+        )
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+    """Apply the template. Raises RolloutError for what it refuses."""
+    try:
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program that came with the model
+        roles = ", ".join(message["role"] for message in messages)
+        raise RolloutError(
+            f"tokenizer.chat_template: a conversation of {roles} ends it with {type(error).__name__}: {error}. Use the "
+            "instruction-tuned model's."
+        ) from None
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template has written the special tokens, so the tokenizer must not add its own.
+    return tokenizer.encode(text, add_special_tokens=False)
