@@ -35,7 +35,7 @@ class Options:
     """Folder to write; it must not exist, and appears when it is complete."""
 
     dtype: Literal["same", "fp32", "bf16"] = "same"
-    """Type of the weights that are written. Router biases are always fp32."""
+    """Type of the weights that are written; same: each tensor keeps its own. Router biases stay fp32 in any case."""
 
     drop_mtp: bool = False
     """To Megatron: leave out layers that predict further tokens (MTP). They are an error otherwise."""

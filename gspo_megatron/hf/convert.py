@@ -9,6 +9,7 @@ A checkpoint made here, or by a run, has config.json and tokenizer in its folder
 verify.py compares logits, upcycle.py makes experts of a dense model.
 """
 
+import functools
 import gc
 import math
 import os
@@ -32,7 +33,7 @@ from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf import export, partition
-from gspo_megatron.hf.hashes import FILE, TensorHashes, compare, content
+from gspo_megatron.hf.hashes import FILE, TensorHashes, compare, content, recorded
 from gspo_megatron.hf.load import check_tied_head, pieces_of
 from gspo_megatron.hf.safetensors import NAMES, SafetensorsFolder
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
@@ -63,7 +64,8 @@ def to_megatron(
     Args:
         source: has config.json, and safetensors files with an index or alone.
         target: must not exist.
-        dtype: of the weights; None: that of the source's embedding. Router biases stay fp32.
+        dtype: of the weights; None: each has the type that it has in the source, and what Megatron merges of several
+            types the one that holds them all. Router biases are fp32.
         drop_mtp: leave out layers that predict further tokens.
 
     Raises:
@@ -76,24 +78,27 @@ def to_megatron(
     arch = shape.architecture
     entries = table.match(arch, files.names, drop_mtp, str(source))
     check_tied_head(files, arch)
-    dtype = dtype or files.dtype(entries[streaming.EMBEDDING].pieces[0].tensor)
+    of_model = dtype or files.dtype(entries[streaming.EMBEDDING].pieces[0].tensor)
 
     def from_source(parameter: streaming.FullParameter) -> list[torch.Tensor]:
         pieces = pieces_of(parameter, entries.get(parameter.name), files, arch)
-        pieces = [piece.to(parameter.local.dtype) for piece in pieces]
         entry = entries[parameter.name]
+        if dtype is not None:
+            pieces = [piece.to(parameter.local.dtype) for piece in pieces]
         for piece, tensor in zip(entry.pieces, pieces, strict=True):
             hashes.add(piece, (tensor.t() if piece.transposed else tensor).contiguous())
-        return entry.operator.blocks(pieces)
+        return entry.operator.blocks([piece.to(parameter.local.dtype) for piece in pieces])
 
     hashes = TensorHashes()
-    with whole_model(shape, dtype) as (model, topology), _written_aside(target) as folder, torch.no_grad():
+    with whole_model(shape, of_model) as (model, topology), _written_aside(target) as folder, torch.no_grad():
+        if dtype is None:
+            streaming.retype(model, topology, {name: _type_of(entry, files) for name, entry in entries.items()})
         share = _share(entries, _held(entries, model, topology, arch))
         streaming.save(model, topology, folder, from_source, progress, file_bytes, share)
         found = _of_all(hashes.finish())
         with together(), reported(target):
             if dist.get_rank() == 0:
-                export.write_side(folder, shape.hf, [source], dtype)
+                export.write_side(folder, shape.hf, [source], of_model)
                 (folder / export.SIDE / FILE).write_bytes(content(found))
 
 
@@ -113,7 +118,8 @@ def to_hugging_face(
     Args:
         source: a complete checkpoint (step_NNNNNN of a run, or of to_megatron).
         target: must not exist.
-        dtype: of the weights; None: the checkpoint's. Router biases stay fp32.
+        dtype: of the weights; None: each has the type that it had before its conversion to this checkpoint, else the
+            one that it has there. Router biases are fp32 otherwise.
         is_stacked: all experts of a layer in one tensor.
         hf_config: a folder with config.json and tokenizer; None: the checkpoint's own (source/hf).
         max_shard_size: bytes of one safetensors file.
@@ -133,8 +139,11 @@ def to_hugging_face(
     entries = table.entries(arch, is_stacked)
     with whole_model(shape, weights.dtype) as (model, topology), torch.no_grad():
         padding = _check_stored(source, weights.shapes, streaming.wanted_shapes(model))
+        streaming.retype(model, topology, weights.types(model, topology))
         held = _held(entries, model, topology, arch)
-        specs = export.specs(entries, held, arch, dtype)
+        told = recorded(source / export.SIDE)
+        before = {name: one.dtype for name, one in told.items()} if dtype is None else {}
+        specs = export.specs(entries, held, arch, dtype, before)
         share = _share(entries, held)
         tensors = {piece.tensor for name in share for piece in entries[name].pieces}
         hashes = TensorHashes()
@@ -145,7 +154,7 @@ def to_hugging_face(
                     for piece, tensor in zip(entry.pieces, entry.operator.from_blocks(blocks), strict=True):
                         hashes.add(piece, writer.write(piece, tensor))
                     progress(done, len(share))
-                compare(written := hashes.finish(), source / export.SIDE)
+                compare(written := hashes.finish(), told, source / export.SIDE)
                 writer.complete()
             found = _of_all(written)
             with together():
@@ -154,6 +163,13 @@ def to_hugging_face(
                     writer.add(FILE, content(found))
                     writer.make_visible()
     return padding
+
+
+def _type_of(entry: table.Entry, files: SafetensorsFolder) -> torch.dtype:
+    """The type that holds the numbers of all pieces. Router biases: fp32, as Megatron keeps them."""
+    types = [files.dtype(piece.tensor) for piece in entry.pieces]
+    types += [torch.float32] if entry.name.endswith(export.EXPERT_BIAS) else []
+    return functools.reduce(torch.promote_types, types)
 
 
 def _held(

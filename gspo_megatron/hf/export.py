@@ -7,9 +7,10 @@ Left out: writing by several ranks at once, and a vocabulary that is padded.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from gspo_megatron.models.architecture import Architecture
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = 5 * 10**9
+EXPERT_BIAS = "expert_bias"  # a router's, which Megatron keeps in fp32
 SIDE = "hf"  # folder of a Megatron checkpoint with config.json, generation config and tokenizer
 # What transformers needs beside weights and config.json, where the model came with it.
 COMPANIONS = (
@@ -134,14 +136,23 @@ def check_complete(table: dict, held: dict, arch: Architecture) -> None:
         raise ConversionError(f"{tables.some(missing)} of the table of {arch.family} is on no rank.")
 
 
-def specs(table: dict, held: dict, arch: Architecture, dtype: torch.dtype | None) -> list[TensorSpec]:
-    """List Hugging Face's tensors in the table's order, of the announced type or their own."""
+def specs(
+    table: dict,
+    held: dict,
+    arch: Architecture,
+    dtype: torch.dtype | None,
+    before: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> list[TensorSpec]:
+    """List Hugging Face's tensors in the table's order, of the announced type, else of the one that they had before,
+    else of their own."""
     found: dict[str, TensorSpec] = {}
     for name, entry in table.items():
         own = held[name].dtype
-        kind = own if dtype is None or name.endswith("expert_bias") else dtype
+        kind = own if dtype is None or name.endswith(EXPERT_BIAS) else dtype
         for piece, shape in zip(entry.pieces, entry.operator.shapes(held[name].full_shape), strict=True):
-            found[piece.tensor] = TensorSpec(piece.tensor, whole_shape(piece, shape, arch), kind)
+            found[piece.tensor] = TensorSpec(
+                piece.tensor, whole_shape(piece, shape, arch), before.get(piece.tensor, kind)
+            )
     return list(found.values())
 
 

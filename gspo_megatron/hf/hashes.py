@@ -7,18 +7,23 @@ half of SHA-256's time. The command b3sum knows it too.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 
 from gspo_megatron.errors import ConversionError
+from gspo_megatron.hf.safetensors import NAMES
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.models.table import some
+from gspo_megatron.utils import plain_json
 from gspo_megatron.utils.file_writing import Ahead
 from gspo_megatron.utils.tensor_bytes import memory
 
 FILE = "tensors.json"
+LARGEST = 1 << 28  # bytes of it; a tensor takes about 150
+TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
 AHEAD = 16  # tensors that may wait to be hashed, and are held meanwhile
 
 
@@ -57,29 +62,45 @@ def content(found: dict[str, dict[str, str]]) -> bytes:
     return (json.dumps(found, indent=1) + "\n").encode()
 
 
-def compare(found: dict[str, dict[str, str]], folder: Path) -> None:
-    """Compare with the tensors.json that a folder may have: tensors of the same name and type must be the same.
+@dataclass(frozen=True)
+class Recorded:
+    """What tensors.json says of one tensor."""
+
+    dtype: torch.dtype
+    blake3: str
+
+
+def recorded(folder: Path) -> dict[str, Recorded]:
+    """Return what the tensors.json that a folder may have says, by tensor.
 
     Raises:
-        ConversionError: names those that are not.
+        ConversionError: it is damaged.
     """
     path = folder / FILE
-    if not path.is_file():
-        return
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [
-            name
-            for name, own in found.items()
-            if name in told and told[name]["dtype"] == own["dtype"] and told[name]["blake3"] != own["blake3"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
+        told = plain_json.read_object(path, LARGEST)
+        return {name: Recorded(TYPES[one["dtype"]], one["blake3"]) for name, one in told.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConversionError(
             f"{path}: no table of hashes ({type(error).__name__}: {error}). Convert the original again, or remove the "
             "file: then nothing is compared."
         ) from None
-    if wrong:
+
+
+def compare(found: dict[str, dict[str, str]], told: dict[str, Recorded], folder: Path) -> None:
+    """Compare what was written with what was recorded: tensors of the same name and type must be the same.
+
+    Args:
+        folder: where the record is, for messages.
+
+    Raises:
+        ConversionError: names those that are not.
+    """
+    same = [(name, own) for name, own in found.items() if name in told and TYPES[own["dtype"]] is told[name].dtype]
+    if wrong := [name for name, own in same if own["blake3"] != told[name].blake3]:
         raise ConversionError(
-            f"{folder.parent}: {some(wrong)} not what was converted: the hash in {path} is another one. The checkpoint "
-            "is damaged. Copy it again, or convert the original again."
+            f"{folder.parent}: {some(wrong)} not what was converted: the hash in {folder / FILE} is another one. The "
+            "checkpoint is damaged. Copy it again, or convert the original again."
         )

@@ -23,6 +23,7 @@ from gspo_megatron.models import table as tables
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.operators import Piece
 
+EMBEDDING = "model.embed_tokens.weight"
 ROWS_AT_ONCE = 4096
 
 
@@ -32,12 +33,14 @@ def load(
 ) -> None:
     """Fill the unwrapped chunks of every rank. A collective over all ranks, and so is its error.
 
-    Numbers are cast to the parameters' type; router biases stay fp32.
+    Numbers are cast to the parameters' type; router biases stay fp32. A folder in one type may be rounded so, as the
+    recipe says; what a folder keeps in a wider type than its embedding is not, because whoever made it needed that.
 
     Raises:
-        ConversionError: names the tensor or the file that is missing, left over, damaged or of another shape or type.
+        ConversionError: names the tensor or the file that is missing, left over, damaged, of another shape or type, or
+            would be rounded.
     """
-    error, filled = None, {}
+    error, filled, rounded = None, {}, set()
     try:
         files = SafetensorsFolder(folder)
         table = tables.match(arch, files.names, drop_mtp, str(folder))
@@ -45,6 +48,13 @@ def load(
             name = tables.local_name(parameter.name)
             fill(parameter, table.get(name), files, arch)
             filled[name] = True
+            rounded |= _rounded(parameter, table[name], files)
+        if rounded:
+            raise ConversionError(
+                f"{folder}: {tables.some(rounded)} of a wider type than the embedding, and model.params_dtype would "
+                "round the numbers (Megatron holds all weights but router biases in that type). Give "
+                "--model.params-dtype fp32."
+            )
         if topology.is_first_stage:
             check_tied_head(files, arch)
     except GspoError as problem:
@@ -68,6 +78,17 @@ def fill(parameter: FullParameter, entry: tables.Entry | None, files: Safetensor
     pieces = pieces_of(parameter, entry, files, arch)
     assert entry is not None  # else refused by pieces_of
     parameter.local.copy_(entry.operator.merge(pieces))
+
+
+def _rounded(parameter: FullParameter, entry: tables.Entry, files: SafetensorsFolder) -> set[str]:
+    """Tensors of a wider type than the embedding whose numbers this local parameter's type does not hold."""
+    usual, own, found = files.dtype(EMBEDDING), parameter.local.dtype, set()
+    for piece in entry.pieces:
+        kind = files.dtype(piece.tensor)
+        if torch.promote_types(kind, usual) is not usual and torch.promote_types(kind, own) is not own:
+            numbers = files.read(piece, parameter.cut_dim, parameter.cut_rank, parameter.cuts)
+            found |= set() if torch.equal(numbers.to(own).to(kind), numbers) else {piece.tensor}
+    return found
 
 
 def pieces_of(
@@ -106,7 +127,7 @@ def check_tied_head(files: SafetensorsFolder, arch: Architecture) -> None:
     """Compare the LM head, which a tied model's folder may hold as well, with the embedding, bit for bit."""
     if not arch.tied or "lm_head.weight" not in files.names:
         return
-    head, embedding = Piece("lm_head.weight"), Piece("model.embed_tokens.weight")
+    head, embedding = Piece("lm_head.weight"), Piece(EMBEDDING)
     rows = files.shape(head.tensor)[0]
     same = files.shape(head.tensor) == files.shape(embedding.tensor) and files.dtype(head.tensor) == files.dtype(
         embedding.tensor

@@ -4,19 +4,31 @@ FP8 with block scales and MXFP4 are read as bf16 (quantised.py). Left out: other
 by name).
 """
 
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from gspo_megatron.errors import ConversionError
-from gspo_megatron.hf.quantised import BLOCKS, FP8, SCALE, SCALES, BlockScales, Mxfp4, of_folder
+from gspo_megatron.hf.quantised import (
+    BLOCKS,
+    EXPONENTS,
+    FP8,
+    PLAIN_SCALES,
+    SCALE,
+    SCALES,
+    BlockScales,
+    Mxfp4,
+    of_folder,
+)
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.models.table import some
+from gspo_megatron.utils import plain_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX_BYTES = 1 << 26  # of an index; that of 100,000 tensors has 10 MB
+DIMENSIONS = 8
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
@@ -55,6 +67,13 @@ class SafetensorsFolder:
         file = self.folder / self._home[name]
         if name + SCALE not in self._home:
             raise ConversionError(f"{file}: {name} is {FP8} and has no {name + SCALE}. Download the folder again.")
+        kind = self._slice(name + SCALE).get_dtype()
+        if kind not in (*PLAIN_SCALES, *EXPONENTS) or len(self.shape(name)) != 2:
+            raise ConversionError(
+                f"{file}: {name} is {FP8} of shape {list(self.shape(name))} with {name + SCALE} of type {kind}; only "
+                f"matrices with factors in one of {', '.join((*PLAIN_SCALES, *EXPONENTS))} are read. Give a folder of "
+                "plain weights."
+            )
         found, wanted = self.shape(name + SCALE), self._quantised.count(self.shape(name))
         if found != wanted:
             raise ConversionError(
@@ -86,14 +105,14 @@ class SafetensorsFolder:
         try:
             self._files[file] = safe_open(path, "pt")
         except (SafetensorError, OSError, ValueError) as error:
-            raise ConversionError(f"{path}: damaged or cut short ({error}). Download it again.") from None
+            raise ConversionError(f"{path}: damaged or cut short ({error!s:.200}). Download it again.") from None
         return dict.fromkeys(self._files[file].keys(), file)
 
     def _indexed(self) -> dict[str, str]:
         path = self.folder / INDEX
         try:
-            listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            listed = _weight_map(plain_json.read_object(path, INDEX_BYTES))
+        except (OSError, ValueError) as error:
             raise ConversionError(f"{path}: no index of safetensors files ({error}). Download it again.") from None
         found: dict[str, str] = {}
         for file in sorted(set(listed.values())):
@@ -108,9 +127,16 @@ class SafetensorsFolder:
         return found
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape as read. Raises ConversionError for one of more dimensions than any weight has."""
         if self._is_mxfp4(name):
             return Mxfp4.shape(*self._slice(name + SCALES).get_shape())
-        return tuple(self._slice(name).get_shape())
+        found = tuple(self._slice(name).get_shape())
+        if len(found) > DIMENSIONS:
+            raise ConversionError(
+                f"{self.folder / self._home[name]}: {some([name])} has {len(found)} dimensions, and no weight has more "
+                f"than {DIMENSIONS}. Download it again."
+            )
+        return found
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type as read. Raises ConversionError for one that holds no plain floating-point numbers."""
@@ -138,6 +164,8 @@ class SafetensorsFolder:
             found = self._part(piece.tensor, (*expert, *where))
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{self.folder}: cannot read {piece.tensor} ({error}). Download it again.") from None
+        except ConversionError as error:
+            raise ConversionError(f"{self.folder / self._home_of(piece.tensor)}: {piece.tensor}: {error}.") from None
         return found.t() if piece.transposed else found
 
     def _part(self, name: str, where: tuple) -> torch.Tensor:
@@ -153,13 +181,32 @@ class SafetensorsFolder:
         if scaling is None:
             return stored[where]
         scales = self._slice(name + SCALE)[scaling.blocks(*where)]
+        if scales.dtype is torch.float8_e8m0fnu:
+            scales = scales.view(torch.uint8)
         return scaling.dequantise(stored[where], scales, where[0].start, where[1].start)
 
     def whole(self, name: str) -> torch.Tensor:
         return self.read(Piece(name))
 
+    def _home_of(self, name: str) -> str:
+        return self._home[name + BLOCKS if self._is_mxfp4(name) else name]
+
     def _slice(self, name: str):
         return self._files[self._home[name]].get_slice(name)
+
+
+def _weight_map(index: dict) -> dict[str, str]:
+    """{tensor: file} of an index. Raises ValueError where it is none, or names a file outside of the folder."""
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError("it has no weight_map")
+    for name, file in listed.items():
+        if not isinstance(file, str):
+            raise ValueError(f"weight_map gives {some([name])} the file {file!r:.100}, must be text")
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or not file.isprintable() or path.suffix != ".safetensors":
+            raise ValueError(f"weight_map gives {some([name])} the file {file[:200]!r}, must be in the folder")
+    return listed
 
 
 def _share(bound: tuple[int, int], index: int, parts: int, count: int = 1) -> tuple[int, int]:

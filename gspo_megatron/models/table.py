@@ -26,6 +26,7 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 MANY = 5  # names shown in a message
+LONGEST = 200  # characters of one
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,13 @@ def match(architecture: Architecture, names: Iterable[str], drop_mtp: bool, orig
     return table
 
 
+def _shown(name: str) -> str:
+    """A name of somebody's file: no control codes, and no more than a line of it."""
+    return name if name.isprintable() and len(name) <= LONGEST else f"{name[:LONGEST]!r}..."
+
+
 def some(names: Iterable[str]) -> str:
     """Name tensors in a message, cut short: `3 tensors (a, b, c)`."""
     names = sorted(names)
-    shown = ", ".join(names[:MANY]) + (", ..." if len(names) > MANY else "")
+    shown = ", ".join(map(_shown, names[:MANY])) + (", ..." if len(names) > MANY else "")
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown})"

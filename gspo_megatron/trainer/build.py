@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gspo_megatron.backend.checkpoint.files import verify
+from gspo_megatron.backend.checkpoint.files import NewerFormatError, verify
 from gspo_megatron.backend.checkpoint.sharded import read_progress
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model.shape import ModelShape
@@ -127,6 +127,8 @@ def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, lis
     for path in plan.checkpoints:
         try:
             verify(path)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             notes.append(f"{error}. The checkpoint before it is tried")
             continue

@@ -123,6 +123,56 @@ def test_numbers_are_those_of_plain_loops(tmp_path):
     assert float((meant.double() - weight.double()).abs().max() / weight.abs().max()) < 0.07  # 3 bits of mantissa
 
 
+@pytest.mark.parametrize("kind", ["bytes", "named type"])
+def test_exponents_as_factors(tmp_path, kind):
+    """UE8M0: the byte e means 2^(e - 127). Four blocks of 1 x 2 with e = 125, 127, 130, 0, so factors 0.25, 1, 8 and
+    2^-127; stored numbers 1.375 and -3, all of which bf16 holds."""
+    stored = torch.tensor([[1.375, -3.0, 1.375, -3.0], [1.375, -3.0, 1.375, -3.0]])
+    exponents = torch.tensor([[125, 127], [130, 0]], dtype=torch.uint8)
+    if kind == "named type":
+        exponents = exponents.view(torch.float8_e8m0fnu)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 2], "scale_fmt": "ue8m0"}}
+    tensors = {"w": stored.to(torch.float8_e4m3fn), "w_scale_inv": exponents}
+    files = SafetensorsFolder(folder_of(tmp_path, tensors, config))
+    meant = [[0.34375, -0.75, 1.375, -3.0], [11.0, -24.0, 1.375 * 2.0**-127, -3 * 2.0**-127]]
+    assert files.whole("w").double().tolist() == meant
+    assert files.read(Piece("w"), 1, 1, 2).double().tolist() == [row[2:] for row in meant]
+
+
+def test_factors_that_are_no_numbers_are_refused(tmp_path):
+    """255 of UE8M0, in FP8 and in MXFP4; and types that hold no factors."""
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 2]}}
+    weight, bad = torch.ones(1, 2).to(torch.float8_e4m3fn), torch.full((1, 1), 255, dtype=torch.uint8)
+    files = SafetensorsFolder(folder_of(tmp_path / "fp8", {"w": weight, "w_scale_inv": bad}, fp8))
+    with pytest.raises(ConversionError, match="w: a block's factor is no number"):
+        files.whole("w")
+    blocks = {"w_blocks": torch.ones(1, 1, 1, 16, dtype=torch.uint8), "w_scales": bad[None]}
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    files = SafetensorsFolder(folder_of(tmp_path / "mxfp4", blocks, config))
+    with pytest.raises(ConversionError, match="w: a block's factor is no number"):
+        files.read(Piece("w", expert=0, transposed=True))
+    for dtype in (torch.int8, torch.int32, torch.float8_e5m2, torch.bool):
+        tensors = {"w": weight, "w_scale_inv": torch.ones(1, 1).to(dtype)}
+        files = SafetensorsFolder(folder_of(tmp_path / str(dtype), tensors, fp8))
+        with pytest.raises(ConversionError, match="w_scale_inv of type"):
+            files.whole("w")
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ([], "is a list"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "two numbers above 0"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "two numbers above 0"),
+        ({"quant_method": "fp8", "weight_block_size": "128"}, "two numbers above 0"),
+        ({"quant_method": "fp8", "weight_block_size": [1.5, 2]}, "two numbers above 0"),
+    ],
+)
+def test_a_quantisation_that_makes_no_sense_is_named(tmp_path, told, said):
+    with pytest.raises(ConversionError, match=said):
+        SafetensorsFolder(folder_of(tmp_path, {"w": torch.ones(1)}, {"quantization_config": told}))
+
+
 def test_parts_of_blocks_are_read(tmp_path):
     """MXFP4: 3 rows of 64 columns, cut by rows and by columns (8 of a block of 32), of the second of two experts."""
     generator = torch.Generator().manual_seed(1)

@@ -130,3 +130,76 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, c
     message = written(tmp_path / "out", (Piece("a"), A), (Piece("b", 0), B[0]), (Piece("b", 1), B[1]))
     assert "the disk is full" in message
     assert not list(tmp_path.iterdir())
+
+
+def index_of(folder, text: bytes) -> str:
+    save_file({"a": A}, folder / "one.safetensors")
+    (folder / INDEX).write_bytes(text)
+    return refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "said"),
+    [
+        ({"a": 1}, "the file 1, must be text"),
+        ({"a": None}, "the file None, must be text"),
+        ({"a": ["one.safetensors"]}, "must be text"),
+        ({"a": "../one.safetensors"}, "'../one.safetensors', must be in the folder"),
+        ({"a": "x/../../one.safetensors"}, "must be in the folder"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd', must be in the folder"),
+        ({"a": "one\0.safetensors"}, "must be in the folder"),
+        ({"a": "pytorch_model.bin"}, "must be in the folder"),
+        ({"a": "x" * 10**6}, "must be in the folder"),
+        ({"a" * 10**6: "two.safetensors"}, "no such file"),
+        ({}, "no weight_map"),
+        ([], "no weight_map"),
+        ("one.safetensors", "no weight_map"),
+        (7, "no weight_map"),
+        (None, "no weight_map"),
+    ],
+)
+def test_an_index_that_is_none(tmp_path, weight_map, said):
+    message = index_of(tmp_path, json.dumps({"weight_map": weight_map}).encode())
+    assert said in message and len(message) < 700 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 100_000, b'{"weight_map": ' * 100_000, b"{}", b"[]", b"null", b"", b"\xff\xfe", b" " * (2**26 + 1)],
+    ids=["lists in lists", "tables in tables", "table", "list", "null", "empty", "not UTF-8", "64 MB"],
+)
+def test_an_index_that_would_cost_too_much(tmp_path, text):
+    message = index_of(tmp_path, text)
+    assert f"{INDEX}: no index of safetensors files" in message and len(message) < 400 + len(str(tmp_path))
+
+
+def header(folder, told: dict | bytes, length: int | None = None) -> None:
+    text = told if isinstance(told, bytes) else json.dumps(told).encode()
+    (folder / SINGLE).write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("told", "length"),
+    [
+        (b"{}", 2**63),
+        (b"{}", 2**40),
+        (b"[" * 10**6, None),
+        (b" " * 10**6, None),
+        ({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, None),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**62]}}, None),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, None),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, None),
+        ({"a": {"dtype": "pickle", "shape": [2], "data_offsets": [0, 8]}}, None),
+        ({"a": {"dtype": "x" * 10**6, "shape": [2], "data_offsets": [0, 8]}}, None),
+    ],
+)
+def test_a_header_that_lies(tmp_path, told, length):
+    header(tmp_path, told, length)
+    message = refusal(tmp_path)
+    assert f"{SINGLE}: damaged or cut short" in message and len(message) < 400 + len(str(tmp_path))
+
+
+def test_dimensions_without_end(tmp_path):
+    header(tmp_path, {"a": {"dtype": "F32", "shape": [2] + [1] * 10**5, "data_offsets": [0, 8]}})
+    with pytest.raises(ConversionError, match=r"\(a\) has 100001 dimensions"):
+        SafetensorsFolder(tmp_path).whole("a")

@@ -99,7 +99,7 @@ def wait(slurm: Cluster, folder: Path, job: str, condition: Callable[[], bool], 
 
 def tensors(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of tensors in the last checkpoint."""
-    manifest = json.loads((folder / f"runs/moe_gspo/checkpoints/step_{STEPS:06d}/manifest.json").read_text())
+    manifest = json.loads((folder / f"runs/moe_gspo/checkpoints/step_{STEPS:06d}/manifest.json").read_text())["files"]
     return {name: entry[1] for name, entry in manifest.items() if name.endswith(".distcp")}
 
 

@@ -288,7 +288,8 @@ def test_the_record_is_cut_back(tmp_path):
 
 
 def spoiled(rank: int, world_size: int, folder: Path) -> list[str]:
-    """What a start says of a checkpoint with a changed, a shortened and a missing file, and with none intact."""
+    """What a start says of a checkpoint with a changed, a shortened and a missing file, with none intact, and with one
+    of a later version."""
     config = dataclasses.replace(CONFIG, parallel=DP2, algorithm=GRPO.resolved(), output_dir=folder)
     train_once(config, ("rl", 3))
     places = folder / "moe_gspo/checkpoints"
@@ -296,7 +297,7 @@ def spoiled(rank: int, world_size: int, folder: Path) -> list[str]:
     assert train_once(config)["weights"]  # goes on from step 1 and writes step 2 again, in the spoiled one's place
     assert sorted(path.name for path in places.iterdir()) == ["step_000002", "step_000003"]
     messages.append(after(flip, places / "step_000003", rank))
-    return [*messages, after(flip, places / "step_000002", rank)]
+    return [*messages, after(flip, places / "step_000002", rank), after(make_newer, places / "step_000003", rank)]
 
 
 def after(harm: Callable[[Path], None], victim: Path, rank: int) -> str:
@@ -323,6 +324,10 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def make_newer(path: Path) -> None:
+    (path.parent / "manifest.json").write_text(json.dumps({"format": 99}))
+
+
 def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -334,3 +339,4 @@ def test_a_spoiled_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
             assert problem in message and "step_000002/" in message and message.endswith("| step_000001 1")
         assert changed in messages[3] and messages[3].endswith("| step_000002 2")
         assert "no checkpoint of" in messages[4] and "--resume never" in messages[4]
+        assert "step_000003/manifest.json: format = 99" in messages[5] and "|" not in messages[5]

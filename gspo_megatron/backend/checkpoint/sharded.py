@@ -1,8 +1,8 @@
 """What a checkpoint holds, and loading one: weights and Adam's state of every network, as Megatron stores them.
 
 It loads under any other layout, because every tensor in it has the name and the place that it has in the whole model.
-How one is written is saver.py, its files and their manifest files.py; safe_loading.py keeps what torch reads
-with pickle from doing harm.
+How one is written is saver.py, its files and their manifest files.py. It is read without Megatron's and torch's own
+loaders, which unpickle what they find (index.py, shard_reader.py).
 
 Left out: random states (nothing here draws from one: each draw is seeded by the run's seed and its step), and rollouts:
 a checkpoint is of the end of a step, and the steps after it are made again, the same to the bit.
@@ -13,16 +13,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from gspo_megatron.backend.checkpoint import optimizer_state, safe_loading
+from gspo_megatron.backend.checkpoint import files, index, optimizer_state
 from gspo_megatron.backend.checkpoint.optimizer_state import ParameterState
+from gspo_megatron.backend.checkpoint.shard_reader import ShardReader
 from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.engine.reference import FrozenReference
+from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.errors import CheckpointError
 
 
@@ -41,8 +47,7 @@ def load(networks: Mapping[str, Network], folder: Path, reference: FrozenReferen
             raise CheckpointError(
                 f"{folder}: has no optimizer state of {prefix or 'policy'}: the run was of another kind."
             )
-    safe_loading.check(folder)
-    state = dist_checkpointing.load(sharded(networks, reference, ParameterState.room), str(folder))
+    state = _filled(sharded(networks, reference, ParameterState.room), folder)
     for prefix, network in networks.items():
         _load_weights(network, state, prefix)
         if network.optimizer:
@@ -65,8 +70,7 @@ def load_weights(network: Network, folder: Path) -> None:
     """
     if not (folder / "metadata.json").is_file():
         raise _incomplete(folder)
-    safe_loading.check(folder)
-    _load_weights(network, dist_checkpointing.load(_weights(network, ""), str(folder)), "")
+    _load_weights(network, _filled(_weights(network, ""), folder), "")
 
 
 def read_progress(folder: Path, part: str = "progress") -> dict:
@@ -79,6 +83,25 @@ def read_progress(folder: Path, part: str = "progress") -> dict:
 
 def _incomplete(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: no complete checkpoint. Give a folder named step_NNNNNN of a run.")
+
+
+def _filled(state: dict, folder: Path) -> dict:
+    """Return the state with each sharded tensor's numbers in its place. A collective.
+
+    What is no tensor (layers' _extra_state, which says something in FP8 training alone) stays as the model has it.
+    """
+
+    def fill(entry: object) -> object:
+        if isinstance(entry, ShardedTensorFactory):  # a gate and up projection
+            return entry.merge_fn(dict_list_map_outplace(fill, entry.build()))
+        if isinstance(entry, ShardedTensor):
+            return reader.part(entry).to(entry.data.device, entry.dtype)
+        return entry.data if isinstance(entry, ShardedObject) else entry
+
+    with together():
+        files.check_format(folder)
+        reader = ShardReader(folder, index.read(folder))
+        return dict_list_map_outplace(fill, state)
 
 
 # ---- What is in it ----
@@ -131,8 +154,8 @@ def _by_parameter(weights: dict) -> dict[int, object]:
 
 
 def _load_weights(network: Network, state: dict, prefix: str) -> None:
-    for index, model in enumerate(network.models):
-        weights = state[f"{prefix}model{index}"]
+    for number, model in enumerate(network.models):
+        weights = state[f"{prefix}model{number}"]
         model.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
     if network.optimizer:
         network.optimizer.reload_model_params()  # its fp32 master weights, where they are copies

@@ -8,7 +8,7 @@ the whole model and writes its share.
 Left out: a model that is cut over the ranks (sharded.py), and the optimizer.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,12 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDi
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from gspo_megatron.backend.checkpoint import safe_loading
-from gspo_megatron.backend.checkpoint.shards import ShardReader, ShardWriter
+from gspo_megatron.backend.checkpoint import files, index
+from gspo_megatron.backend.checkpoint.shard_reader import ShardReader
+from gspo_megatron.backend.checkpoint.shards import ShardWriter
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.parameters import FullParameter
@@ -73,24 +73,20 @@ def save(
 
 
 class StoredWeights:
-    """The policy's weights in a checkpoint. What pickle would read of it is looked through when it is opened.
+    """The policy's weights in a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, damaged or cut short, or names code (safe_loading.py).
+        CheckpointError: a file is missing, damaged or cut short, or .metadata names what has no place there (index.py).
     """
 
     def __init__(self, folder: Path):
-        metadata = safe_loading.check(folder)
-        tensors = {
-            key: stored
-            for key, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and not key.startswith(OF_A_RUN)
-        }
+        files.check_format(folder)
+        tensors = {key: stored for key, stored in index.read(folder).items() if not key.startswith(OF_A_RUN)}
         if EMBEDDING not in tensors:
             raise CheckpointError(f"{folder}: of no model that is known here, since it has no {EMBEDDING}.")
-        self.dtype = tensors[EMBEDDING].properties.dtype
-        self.shapes = {key: tuple(stored.size) for key, stored in tensors.items()}  # full, by the checkpoint's own keys
-        self._reader = ShardReader(folder, metadata)
+        self.dtype = tensors[EMBEDDING].dtype
+        self.shapes = {key: stored.shape for key, stored in tensors.items()}  # full, by the checkpoint's own keys
+        self._reader = ShardReader(folder, tensors)
 
     def load(
         self, model: PackedModel, topology: Topology, share: Collection[str] | None = None
@@ -105,18 +101,37 @@ class StoredWeights:
         Raises:
             CheckpointError: a file is missing, damaged or cut short.
         """
-        names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        sharded = model.sharded_state_dict()
-        for parameter in stored(model, topology):
-            if share is not None and parameter.name not in share:
-                continue
-            entry = sharded[names[id(parameter.local)]]
-            parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # a gate and up projection
-            yield parameter.name, [self._read(part) for part in parts]
+        for parameter, parts in _parts(model, topology):
+            if share is None or parameter.name in share:
+                yield parameter.name, [self._reader.part(part) for part in parts]
 
-    def _read(self, part: ShardedTensor) -> torch.Tensor:
-        shape = (*([1] * part.prepend_axis_num), *part.local_shape)  # experts have one dimension more
-        return self._reader.read(part.key, tuple(part.global_offset), shape, part.dtype).view(part.local_shape)
+    def types(self, model: PackedModel, topology: Topology) -> dict[str, torch.dtype]:
+        """Return the type that each full tensor has in the checkpoint, by full name."""
+        stored = self._reader.tensors
+        return {parameter.name: stored[parts[0].key].dtype for parameter, parts in _parts(model, topology)}
+
+
+def _parts(model: PackedModel, topology: Topology) -> Iterator[tuple[FullParameter, list[ShardedTensor]]]:
+    """Each full tensor with its entries in a checkpoint: one, but a gate and up projection are two."""
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    sharded = model.sharded_state_dict()
+    for parameter in stored(model, topology):
+        entry = sharded[names[id(parameter.local)]]
+        yield parameter, entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def retype(model: PackedModel, topology: Topology, types: Mapping[str, torch.dtype]) -> None:
+    """Give a bare model's parameters and router biases these types, by full name; they are allocated and not filled.
+
+    Megatron keeps what is alike in all layers as one tensor, which has one type: the one that holds them all.
+    """
+    keys = {parameter.name: parts[0].key for parameter, parts in _parts(model, topology)}
+    widest: dict[str, torch.dtype] = {}
+    for name, key in keys.items():
+        widest[key] = torch.promote_types(types[name], widest.get(key, types[name]))
+    for parameter in stored(model, topology):
+        if parameter.local.dtype is not widest[keys[parameter.name]]:
+            parameter.local.data = torch.empty_like(parameter.local, dtype=widest[keys[parameter.name]])
 
 
 def wanted_shapes(model: PackedModel) -> dict[str, tuple[int, ...]]:

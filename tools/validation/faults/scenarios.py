@@ -55,7 +55,7 @@ def result(folder: Path, run: str = "moe_gspo", steps: int = STEPS) -> Whole:
     """Its metric rows without clocks, and the SHA-256 of each file of tensors in the last checkpoint."""
     rows = [tuple((k, v) for k, v in row.items() if not k.startswith(("time/", "perf/")))
             for row in read_metrics(folder / "runs" / run)]  # fmt: skip
-    manifest = json.loads((folder / "runs" / run / f"checkpoints/step_{steps:06d}/manifest.json").read_text())
+    manifest = json.loads((folder / "runs" / run / f"checkpoints/step_{steps:06d}/manifest.json").read_text())["files"]
     return Whole(rows, {name: entry[1] for name, entry in manifest.items() if name.endswith(".distcp")})
 
 
