@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import ConfigError
 from gspo_megatron.process import lifecycle
+from gspo_megatron.recipe.model_folders import COMPLETE, unlike_a_model
 
 PROGRAM = "gspo-megatron convert"
 LIMIT = 1e-5  # of the logits' difference, as a share of the largest: fp32's rounding over tens of layers
@@ -122,16 +124,9 @@ def verify(folder: Path, checkpoint: Path, options: Options) -> None:
 def check(options: Options, direction: Direction | None) -> Direction:
     """Raise ConfigError for options that cannot work; otherwise say which way it goes."""
     source = str(options.source)
-    require(options.source.is_dir(), "SOURCE", source, "no such folder", "Give a folder.")
-    is_megatron = (options.source / "metadata.json").is_file()
-    is_hf = (options.source / "config.json").is_file()
-    require(
-        is_megatron or is_hf,
-        "SOURCE",
-        source,
-        "has neither config.json (Hugging Face) nor metadata.json (a complete Megatron checkpoint)",
-        "Give one of the two.",
-    )
+    is_megatron = (options.source / COMPLETE).is_file()
+    if not is_megatron and (told := unlike_a_model(options.source)):
+        raise ConfigError(f"SOURCE = {source!r}: {told.what}. {told.remedy}")
     found: Direction = "megatron_to_hf" if is_megatron else "hf_to_megatron"
     wanted = {"hf_to_megatron": "Hugging Face folder", "megatron_to_hf": "Megatron checkpoint"}
     require(

@@ -16,9 +16,11 @@ from gspo_megatron.cli.launch import QUIET_TORCHRUN, become_ranks, layout_of
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.algorithm import SEQUENCE_RATIO
 from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import ConfigError
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check
 from gspo_megatron.recipe.load import load_recipe
+from gspo_megatron.recipe.model_folders import COMPLETE, no_checkpoint
 from gspo_megatron.trainer.diagnostics.rows import ROWS, Diagnosis, diagnose
 
 PROGRAM = "gspo-megatron doctor --noise-floor [RECIPE.yaml]"
@@ -82,13 +84,9 @@ def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
     )
     require(options.num_prompts > 0, "--num-prompts", options.num_prompts, "must be above 0", "Give 32.")
     folder = options.checkpoint
-    require(
-        folder is None or (folder / "metadata.json").is_file(),
-        "--checkpoint",
-        str(folder),
-        "no complete checkpoint",
-        "Give a folder named step_NNNNNN of a run.",
-    )
+    if folder is not None and not (folder / COMPLETE).is_file():
+        found = no_checkpoint(folder)
+        raise ConfigError(f"--checkpoint = {str(folder)!r}: {found.what}. {found.remedy}")
     target = options.json
     require(
         target is None or target.resolve().parent.is_dir(),

@@ -12,6 +12,8 @@ from rich.console import Console
 
 from gspo_megatron.cli.convert import bar
 from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import ConfigError
+from gspo_megatron.recipe.model_folders import unlike_a_model
 
 PROGRAM = "gspo-megatron upcycle"
 
@@ -79,13 +81,8 @@ def main(argv: list[str]) -> int:
 
 def check(options: Options) -> None:
     """Raise ConfigError for options that cannot work."""
-    require(
-        (options.source / "config.json").is_file(),
-        "SOURCE",
-        str(options.source),
-        "has no config.json",
-        "Give the folder of a Hugging Face model.",
-    )
+    if found := unlike_a_model(options.source):
+        raise ConfigError(f"SOURCE = {str(options.source)!r}: {found.what}. {found.remedy}")
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     require(options.experts > 1, "--experts", options.experts, "must be above 1", "Give 8.")
     require(

@@ -14,8 +14,10 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.config.constraints import require
+from gspo_megatron.data.limits import limited
 from gspo_megatron.errors import RolloutError
 
+LONGEST = 1 << 24  # characters of a rendered conversation
 PROBE = "gspoprobe"  # an answer that no template changes
 
 
@@ -129,15 +131,20 @@ def _assistant(text: str) -> dict[str, str]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """Apply the template. Raises RolloutError for what it refuses."""
+    """Apply the template. Raises RolloutError for what it refuses, and where it has no end."""
     try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        with limited():
+            text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template is a program that came with the model
-        roles = ", ".join(message["role"] for message in messages)
-        raise RolloutError(
-            f"tokenizer.chat_template: a conversation of {roles} ends it with {type(error).__name__}: {error}. Use the "
-            "instruction-tuned model's."
-        ) from None
+        reason = f"ends it with {type(error).__name__}: {error!s:.300}"
+    else:
+        if len(text) <= LONGEST:
+            return text
+        reason = f"makes it write {len(text)} characters"
+    roles = ", ".join(message["role"] for message in messages)
+    raise RolloutError(
+        f"tokenizer.chat_template: a conversation of {roles} {reason}. Use the instruction-tuned model's."
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -21,11 +21,13 @@ split off before it, so any Hugging Face reader gives the same ids. Not for natu
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gspo_megatron.config.constraints import require
+from gspo_megatron.errors import ConfigError
 
 # The padding token has id 0 because packed batches are padded with 0.
 PAD, END_OF_TEXT, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>")
@@ -186,3 +188,18 @@ def _longest_first(phrases: Iterable[str]) -> list[str]:
 def _escape(text: str) -> str:
     """Literal in Python's and in Oniguruma's regular expressions (re.escape also escapes what Oniguruma reads anew)."""
     return re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", text)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model's folder. Code that the folder may have is not run.
+
+    Raises:
+        ConfigError: it cannot be read, or is of a class of the folder's own code.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever transformers and tokenizers say of a damaged file
+        raise ConfigError(
+            f"tokenizer of {str(folder)!r}: cannot be read ({type(error).__name__}: {error!s:.300}). Put the model's "
+            "own files into the folder."
+        ) from None

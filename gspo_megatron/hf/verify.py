@@ -12,7 +12,8 @@ import torch
 from gspo_megatron.backend.checkpoint import streaming
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.model.shape import ModelShape
-from gspo_megatron.errors import ConversionError
+from gspo_megatron.data.tokenizer import load_tokenizer
+from gspo_megatron.errors import ConfigError, ConversionError
 from gspo_megatron.hf.convert import whole_model
 
 
@@ -33,11 +34,11 @@ def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Di
     Raises:
         ConversionError: the folder has no tokenizer, or a prompt has no tokens or more than the model has positions.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(folder)
+    except ConfigError as error:
         raise ConversionError(f"{folder}: prompts need its tokenizer, which cannot be read ({error}).") from None
     texts = [torch.tensor(tokenizer.encode(prompt)) for prompt in prompts]
     limit = ModelShape.of_folder(folder).architecture.max_position_embeddings
@@ -49,7 +50,9 @@ def compare(folder: Path, checkpoint: Path, prompts: tuple[str, ...]) -> list[Di
                 f"--verify {prompt[:60]!r}: has {len(tokens)} tokens, more than the model's max_position_embeddings "
                 f"{limit}. Give a shorter text."
             )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         theirs = [model(tokens[None]).logits[0] for tokens in texts]
     del model

@@ -8,7 +8,9 @@ from gspo_megatron.models.defaults import DEFAULTS, EXPERT_NAMES, KINDS, NULLABL
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number of 0 or more", str: "text",
          list: "a list of layers", dict: "a JSON object"}  # fmt: skip
-LIMIT = 2**31
+LONGEST = 500  # characters of what is wrong: a list may have a million entries
+# Larger than any model, and small enough that a table of its tensors can be made.
+LAYERS, ALL_EXPERTS, LARGEST = 4096, 1 << 20, 1 << 31
 
 
 class ConfigReader:
@@ -39,7 +41,8 @@ class ConfigReader:
         value = self.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             self.fail(f"{self.said(name)} is {value!r}, not a whole number above 0", f"Correct {name} in that file.")
-        self.require(value < LIMIT, f"{self.said(name)} is {value:.3g}, above 2^31", f"Correct {name} in that file.")
+        largest = LAYERS if name == "num_hidden_layers" else LARGEST
+        self.require(value <= largest, f"{self.said(name)} is over {largest}", f"Correct {name} in that file.")
         return value
 
     def said(self, name: str) -> str:
@@ -53,6 +56,8 @@ class ConfigReader:
 
     def fail(self, constraint: str, remedy: str) -> NoReturn:
         """Raise ConfigError."""
+        if len(constraint) > LONGEST:
+            constraint = f"{constraint[:LONGEST]}..."
         raise ConfigError(f"{self.origin}: {constraint}. {remedy}")
 
     def refuse(self, *names: str) -> None:
@@ -68,6 +73,12 @@ class ConfigReader:
             renormalise: weights of the chosen experts add up to 1.
         """
         experts, chosen = self._num_experts(), self.size("num_experts_per_tok")
+        layers = self.size("num_hidden_layers")
+        self.require(
+            experts * layers <= ALL_EXPERTS,
+            f"{experts} experts in each of {layers} layers are over {ALL_EXPERTS}",
+            "Correct the number of experts in that file.",
+        )
         self.require(
             chosen <= experts,
             f"{self.said('num_experts_per_tok')} {chosen} exceeds the number of experts {experts}",

@@ -4,7 +4,6 @@ Left out: whether a layout can cut the model (check.py), the model itself (backe
 of a folder beyond their being there (hf/load.py).
 """
 
-import json
 from pathlib import Path
 
 from gspo_megatron.config import ModelConfig, RolloutConfig
@@ -12,9 +11,8 @@ from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.families import architecture
-
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+from gspo_megatron.recipe.model_folders import HUB_NAME, require_model
+from gspo_megatron.utils import plain_json
 
 
 def read_shape(model: ModelConfig) -> Architecture:
@@ -26,28 +24,7 @@ def read_shape(model: ModelConfig) -> Architecture:
     """
     path = config_path(model)
     if model.load_hf is not None:
-        require(
-            model.load_hf.is_dir(),
-            "model.load_hf",
-            str(model.load_hf),
-            "no such folder",
-            "Give a Hugging Face folder with config.json, safetensors files and tokenizer.",
-        )
-        require(
-            any((model.load_hf / name).is_file() for name in WEIGHTS),
-            "model.load_hf",
-            str(model.load_hf),
-            f"has none of {', '.join(WEIGHTS)}",
-            "Give a folder with safetensors files.",
-        )
-        # Without one, transformers makes up a tokenizer that knows no token.
-        require(
-            any((model.load_hf / name).is_file() for name in TOKENIZERS),
-            "model.load_hf",
-            str(model.load_hf),
-            f"has no tokenizer ({', '.join(TOKENIZERS)})",
-            "Put the model's own into the folder.",
-        )
+        require_model(model.load_hf, "model.load_hf")
     field, value = ("model.load_hf", str(path)) if model.load_hf is not None else ("model.hf_config", str(path))
     return architecture(read_json(path, field), f"{field} = {value!r}")
 
@@ -100,14 +77,14 @@ def read_json(path: Path, field: str) -> dict:
     """Read a config.json as a dict. Raises ConfigError, which names the option `field`."""
     value = str(path)
     try:
-        shape = json.loads(path.read_text(encoding="utf-8"))
+        return plain_json.read_object(path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
+        if HUB_NAME.fullmatch(value.removesuffix("/config.json")):
+            reason += " (nothing is downloaded, if that is a name on a hub)"
         raise ConfigError(
             f"{field} = {value!r}: {reason}. Give the path of a Hugging Face config.json; a relative path is looked "
             "up from the current directory, the recipe's folder and the repository."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{field} = {value!r}: not valid JSON: {error}. Give a config.json.") from None
-    require(isinstance(shape, dict), field, value, "must hold a JSON object", "Give a Hugging Face config.json.")
-    return shape
+    except ValueError as error:
+        raise ConfigError(f"{field} = {value!r}: no table in JSON: {error}. Give a Hugging Face config.json.") from None

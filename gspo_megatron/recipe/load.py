@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe.field_names import check_overrides, field_names, suggestion
+from gspo_megatron.utils import plain_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
@@ -78,22 +79,26 @@ def _read(path: Path) -> TrainConfig:
     if content is None:  # empty, or nothing but comments
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"recipe = {str(path)!r}: holds {content!r}. It must be a table of `field: value` lines.")
+        raise ConfigError(
+            f"recipe = {str(path)!r}: holds {content!r:.200}. It must be a table of `field: value` lines."
+        )
     try:
         # Strict, because `steps: true` or `seed: "1"` is a mistake; as JSON, where a path and a tuple still are text
         # and a list.
         return TypeAdapter(TrainConfig).validate_json(json.dumps(_without_gaps(content), default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("\n".join(_message(item, path) for item in error.errors(include_url=False))) from None
+    except (TypeError, ValueError) as error:  # of json.dumps: a date as a key, a number of 5000 digits
+        raise ConfigError(f"recipe = {str(path)!r}: no fields and values ({error!s:.200}). Correct the file.") from None
 
 
 def _message(item: ErrorDetails, path: Path) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "dataclass_type":
-        return f"{name} = {item['input']!r}: must be a table. Write {{}} for its defaults, in {path}."
+        return f"{name} = {item['input']!r:.200}: must be a table. Write {{}} for its defaults, in {path}."
     if item["type"] != "unexpected_keyword_argument":
-        return f"{name} = {item['input']!r}: {_lower_first(item['msg'])}. {_remedy(item, path)}"
-    return f"{name} = {item['input']!r}: unknown field in {path}. {suggestion(name, field_names(TrainConfig))}"
+        return f"{name} = {item['input']!r:.200}: {_lower_first(item['msg'])}. {_remedy(item, path)}"
+    return f"{name} = {item['input']!r:.200}: unknown field in {path}. {suggestion(name, field_names(TrainConfig))}"
 
 
 def _remedy(item: ErrorDetails, path: Path) -> str:
@@ -141,8 +146,8 @@ def find_file(path: Path, recipe: Path | None = None, inside: str = "") -> Path:
     return path  # as the user wrote it, for the error message of hf_config.py
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, without four silences: a key given twice, `1e-3` read as text, and numbers to the base 8
+class _Loader(plain_yaml.Loader):
+    """PyYAML's safe loader within limits, without four silences: a key given twice, `1e-3` read as text, and numbers to the base 8
     (`010` is 8) or 60 (`1:30` is 90)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -32,6 +32,7 @@ from gspo_megatron.recipe.hf_config import read_json
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.study import archive
 from gspo_megatron.study.plan import SETTINGS, RunSpec, StartSpec
+from gspo_megatron.utils import plain_yaml
 
 KEPT = (  # of each step
     "reward/mean", "eval/accuracy", "loss", "grad_norm", "update/skipped", "ratio/std", "ratio/noise_floor",
@@ -66,7 +67,7 @@ class Study:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the recipe's values and the common overrides: what all runs of a folder must share."""
-        shared = [yaml.safe_load(self.recipe.read_text(encoding="utf-8")), self.extra]
+        shared = [yaml.load(self.recipe.read_text(encoding="utf-8"), plain_yaml.Loader), self.extra]
         return hashlib.sha256(json.dumps(shared, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -8,16 +8,17 @@ Left out: conversations of several turns, columns of other names, several files,
 neighbouring lines share a prompt, give held-out pairs a file of their own.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gspo_megatron.config import PreferenceConfig
 from gspo_megatron.config.constraints import require
+from gspo_megatron.utils import plain_json
 
 FIELDS = ("prompt", "chosen", "rejected")
 HELD_OUT_SHARE = 10  # one in so many of the pairs of `path`, where the recipe gives no eval_path
+LINE = 1 << 22  # bytes of a line; the longest context has some millions of characters
 FORM = 'Write one {"prompt": ..., "chosen": ..., "rejected": ...} a line.'
 
 
@@ -84,8 +85,13 @@ def read_pairs(path: Path, setting: str) -> list[PreferencePair]:
     Raises:
         ConfigError: with file, line and what is wrong.
     """
+    pairs = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            # Of a line that is too long no more is held than shows that.
+            for number, line in enumerate(iter(lambda: file.readline(LINE + 1), b""), 1):
+                if line.strip():
+                    pairs.append(_pair(line, setting, f"{path}, line {number}"))
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         require(
@@ -96,14 +102,13 @@ def read_pairs(path: Path, setting: str) -> list[PreferencePair]:
             "Give the path of a JSONL file; a relative one is looked up from "
             "the current directory, the recipe's folder and the repository.",
         )
-    pairs = [_pair(line, setting, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     require(len(pairs) > 0, setting, str(path), "holds no pair", FORM)
     return pairs
 
 
 def _pair(line: bytes, setting: str, where: str) -> PreferencePair:
     try:
-        record = json.loads(line.decode("utf-8-sig"))  # some editors write a byte-order mark
+        record = plain_json.parse(line, LINE)
     except ValueError as error:
         require(False, setting, where, f"not valid JSON ({error})", FORM)
     require(isinstance(record, dict), setting, where, f"holds {_short(record)}, must be a JSON object", FORM)

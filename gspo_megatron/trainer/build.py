@@ -8,7 +8,7 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.checkpoint.files import NewerFormatError, verify
 from gspo_megatron.backend.checkpoint.sharded import read_progress
@@ -22,7 +22,7 @@ from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
-from gspo_megatron.data.tokenizer import train_tokenizer
+from gspo_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
@@ -145,7 +145,7 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
     """Return the tokenizer of the folder to start from; else train one on warm-start questions and answers, in every
     rank alike: that is cheaper than to wait for one."""
     if config.model.load_hf is not None:
-        return AutoTokenizer.from_pretrained(config.model.load_hf)
+        return load_tokenizer(config.model.load_hf)
     count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
     items = [mixture.item("warm_start", index) for index in range(count)]
     return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)

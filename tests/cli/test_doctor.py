@@ -168,7 +168,10 @@ def test_the_exit_status_is_the_verdict(rms, status, monkeypatch, capsys):
         ([], "--noise-floor = False"),
         (["--noise-floor", "nowhere.yaml"], "recipe = 'nowhere.yaml'"),
         (["--noise-floor", "--num-prompts", "0"], "--num-prompts = 0"),
-        (["--noise-floor", "--checkpoint", "."], "--checkpoint = '.': no complete checkpoint"),
+        (
+            ["--noise-floor", "--checkpoint", "."],
+            "--checkpoint = '.': has no metadata.json, so it is no complete checkpoint",
+        ),
         (["--noise-floor", "--json", "nowhere/x.json"], "--json = 'nowhere/x.json'"),
         (["--noise-floor", "--algorithm.name", "dpo"], "has no ratio"),
         (["--noise-floor", "--parallel.expert-model-parallel-size", "4", "--num-prompts", "6"], "Give a multiple of 4"),

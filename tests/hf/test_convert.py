@@ -238,8 +238,9 @@ def test_options_are_refused_before_anything_is_read(tmp_path):
 
     assert "SOURCE" in refused(source, tmp_path / "t") and "no such folder" in refused(source, tmp_path / "t")
     source.mkdir()
-    assert "neither config.json (Hugging Face) nor metadata.json" in refused(source, tmp_path / "t")
+    assert "has no config.json and no model.safetensors" in refused(source, tmp_path / "t")
     (source / "config.json").touch()
+    (source / "model.safetensors").touch()
     message = refused(source, tmp_path / "t", direction="megatron_to_hf")
     assert "is a Hugging Face folder, not a Megatron checkpoint" in message
     assert "TARGET" in refused(source, tmp_path) and "exists already" in refused(source, tmp_path)

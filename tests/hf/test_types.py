@@ -114,7 +114,9 @@ def test_training_does_not_round_what_a_folder_keeps_wider(routers):
     trained in bf16, as the recipe says."""
     assert (routers["fp32"], routers["whole fp32"]) == ("loaded", "loaded")
     assert "4 tensors (model.layers.0.mlp.gate.weight" in routers["bf16"]
-    assert "model.layers.1.self_attn.k_proj.weight" in routers["bf16"] and "--model.params-dtype fp32" in routers["bf16"]
+    assert (
+        "model.layers.1.self_attn.k_proj.weight" in routers["bf16"] and "--model.params-dtype fp32" in routers["bf16"]
+    )
 
 
 def test_one_type_for_all_is_still_one_type(routers, folder):

@@ -166,7 +166,7 @@ def test_an_unknown_family_names_those_that_are_known():
         ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob is 'false', not true or false"),
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
         ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, not a number of 0 or more"),
-        ("llama", {"hidden_size": 10**30}, "hidden_size is 1e+30, above 2^31"),
+        ("llama", {"hidden_size": 10**30}, "hidden_size is over 2147483648"),
         ("llama", {"head_dim": 7}, "7 of each head's 7 dimensions are rotated, which are no pairs"),
         ("glm4_moe", {"partial_rotary_factor": 0.01}, "0 of each head's 16 dimensions are rotated"),
         ("qwen3_next", {"layer_types": [[1]] * 4}, "layer_types is [[1], [1], [1], [1]], not a list of layers"),

@@ -237,7 +237,7 @@ def test_dense_layers_must_fit_tensor_parallelism(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("content", "part"), [("{", "not valid JSON"), ("[1]", "must hold a JSON object")])
+@pytest.mark.parametrize(("content", "part"), [("{", "no table in JSON"), ("[1]", "must be a JSON object")])
 def test_a_model_file_that_is_no_config(tmp_path, content, part):
     (tmp_path / "config.json").write_text(content)
     assert part in refusal(1, "--model.hf-config", str(tmp_path / "config.json"))
@@ -249,12 +249,12 @@ def test_a_folder_to_start_from_lacks_something(tmp_path):
     assert "model.load_hf = " in refusal(1, "--model.load-hf", "nowhere") and "no such folder" in refusal(
         1, "--model.load-hf", "nowhere"
     )
-    assert "has none of model.safetensors.index.json, model.safetensors" in refusal(1, *given)
+    assert "has no config.json and no model.safetensors.index.json or model.safetensors" in refusal(1, *given)
     (tmp_path / "model.safetensors").touch()
+    assert "has no config.json. " in refusal(1, *given)
+    model_file(tmp_path, vocab_size=255)
     assert "has no tokenizer (tokenizer.json" in refusal(1, *given)
     (tmp_path / "tokenizer.json").touch()
-    assert "model.load_hf = " in refusal(1, *given) and "no such file" in refusal(1, *given)
-    model_file(tmp_path, vocab_size=255)
     assert "vocab_size 255 cannot be divided evenly over tensor parallel size 2" in refusal(
         2, *given, "--parallel.tensor-model-parallel-size", "2"
     )

@@ -1,6 +1,5 @@
 """What the model is built from: a Hugging Face config, and the vocabulary that its tokenizer asks for."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from gspo_megatron.config.constraints import require
 from gspo_megatron.config.model import MAKE_VOCAB_SIZE_DIVISIBLE_BY
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.families import architecture
+from gspo_megatron.recipe.hf_config import read_json
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelShape:
     @classmethod
     def load(cls, path: Path, tokenizer_size: int) -> "ModelShape":
         """Describe a model to be trained from random weights: its vocabulary is the tokenizer's, padded."""
-        hf = json.loads(Path(path).read_text())
+        hf = read_json(path, "model.hf_config")
         padded = -(-tokenizer_size // MAKE_VOCAB_SIZE_DIVISIBLE_BY) * MAKE_VOCAB_SIZE_DIVISIBLE_BY
         return cls(hf | {"vocab_size": padded}, padded)
 
@@ -29,7 +29,7 @@ class ModelShape:
     def of_folder(cls, folder: Path) -> "ModelShape":
         """Describe a model whose weights are in a Hugging Face folder: its vocabulary is the embedding's, without
         padding, because rows that the weights do not have would take a share of the softmax."""
-        hf = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        hf = read_json(folder / "config.json", "model.load_hf")
         return cls(hf, hf["vocab_size"])
 
     @classmethod

@@ -117,6 +117,7 @@ def loaded(rank: int, world_size: int, good: Path) -> dict[str, str]:
     saver.save({"": policy.network}, good)
     for harm in HARMS:
         folder = shutil.copytree(good, good.with_name(harm.__name__))
+        (folder / "manifest.json").unlink()  # whoever makes a harmful checkpoint makes a manifest that fits, or none
         harm(folder)
         messages[harm.__name__] = ""
         try:
