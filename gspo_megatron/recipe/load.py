@@ -147,8 +147,8 @@ def find_file(path: Path, recipe: Path | None = None, inside: str = "") -> Path:
 
 
 class _Loader(plain_yaml.Loader):
-    """PyYAML's safe loader within limits, without four silences: a key given twice, `1e-3` read as text, and numbers to the base 8
-    (`010` is 8) or 60 (`1:30` is 90)."""
+    """PyYAML's safe loader within limits, without four silences: a key given twice, `1e-3` read as text, and numbers to
+    the base 8 (`010` is 8) or 60 (`1:30` is 90)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
