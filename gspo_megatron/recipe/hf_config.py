@@ -87,4 +87,4 @@ def read_json(path: Path, field: str) -> dict:
             "up from the current directory, the recipe's folder and the repository."
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{field} = {value!r}: no table in JSON: {error}. Give a Hugging Face config.json.") from None
+        raise ConfigError(f"{field} = {value!r}: no JSON object: {error}. Give a Hugging Face config.json.") from None

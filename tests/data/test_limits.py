@@ -20,11 +20,11 @@ DOUBLING = "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set 
 TEMPLATES = {
     "endless loops": (LOOPS + ENDS, "TimeoutError"),
     "endless loops that keep": ("{% set n = namespace(x=[]) %}" + LOOPS + "{% set n.x = [n.x, a] %}" + ENDS, "Error"),
-    "a text of terabytes": ("{{ 'x' * 10 ** 13 }}", "MemoryError"),
-    "doubled sixty times": (DOUBLING, "MemoryError"),
+    "a text of terabytes": ("{{ 'x' * 10 ** 13 }}", "(Memory|Timeout)Error"),
+    "doubled sixty times": (DOUBLING, "(Memory|Timeout)Error"),
     "a power of a power": ("{{ 10 ** (10 ** 9) }}", "Error"),
     "nested": ("{% if x %}" * 100_000, "Error"),
-    "a large text": ("{{ 'x' * 10 ** 8 }}", "makes it write 100000000 characters"),
+    "a large text": ("{{ 'x' * (2 * 10 ** 7) }}", "makes it write 20000000 characters"),
     "itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
 }
 
@@ -39,7 +39,7 @@ def test_a_template_without_an_end(tokenizer, monkeypatch, name):
     """Within its seconds (3 outside of tests) and a gigabyte; the limits are gone afterwards."""
     template, said = TEMPLATES[name]
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    monkeypatch.setattr(chat, "limited", functools.partial(limited, seconds=0.5))
+    monkeypatch.setattr(chat, "limited", functools.partial(limited, seconds=1.5))
     before, hearer = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     kept, began = signal.setitimer(signal.ITIMER_REAL, 100.0), time.monotonic()
     with pytest.raises(RolloutError, match=f"chat_template: a conversation of user .*{said}") as caught:

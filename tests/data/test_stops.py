@@ -53,7 +53,7 @@ def test_other_values_are_refused_by_file_and_field(tmp_path, value):
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match="generation_config.json': not valid JSON"):
+    with pytest.raises(ConfigError, match="generation_config.json': no JSON object"):
         found(PLAIN, ModelConfig(load_hf=tmp_path))
 
 

@@ -237,7 +237,7 @@ def test_dense_layers_must_fit_tensor_parallelism(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("content", "part"), [("{", "no table in JSON"), ("[1]", "must be a JSON object")])
+@pytest.mark.parametrize(("content", "part"), [("{", "no JSON object"), ("[1]", "must be a JSON object")])
 def test_a_model_file_that_is_no_config(tmp_path, content, part):
     (tmp_path / "config.json").write_text(content)
     assert part in refusal(1, "--model.hf-config", str(tmp_path / "config.json"))
