@@ -89,6 +89,7 @@ LONG = {
     "python -m tools.benchmarks.sequence_ratio --tokens 1048576": "minutes",
     "python -m tools.benchmarks.communication": "minutes",
     "python -m tools.benchmarks.routing": "minutes",
+    "python -m tools.benchmarks.scoring": "a minute",
     "python tools/gpu_check.py": "a GPU; tests/ops/test_gpu_check.py",
     "tar -xf data.tar.xz": "megabytes; tests/study/test_archive.py",
     "sbatch moe_gspo.sbatch": "Slurm; tests/slurm",

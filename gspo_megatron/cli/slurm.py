@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     job, rest = tyro.cli(Job, prog=PROGRAM, args=argv, return_unknown_args=True)
     config = load_recipe([str(job.recipe), *rest], program=PROGRAM)
     jobs.check(job, config)
+    jobs.check_overrides(rest)
     layout = resolve_layout(config, job.world_size, has_cuda=config.device != "cpu")
     recipe_check.check(config, layout, job.world_size)
     target = job.output or Path(f"{config.name}.sbatch")
@@ -49,6 +50,6 @@ def main(argv: list[str]) -> int:
         print(f"warning: {sentence}", file=sys.stderr)
     print(jobs.summary(job, config, layout, target))
     if job.submit:
-        return subprocess.run(["sbatch", str(target)]).returncode
+        return subprocess.run(["sbatch", str(target.absolute())]).returncode
     print(f"submit it with: sbatch {target}")
     return 0

@@ -22,7 +22,7 @@ class FaultsConfig:
     reward_timeout: float = 30.0
     """Seconds for the reward of one response; it is 0 where the scorer takes longer."""
     reward_memory_gb: float = 4.0
-    """Address space of the process that runs the scorers."""
+    """Address space of the process that runs the scorers, and of each that evaluates a response."""
 
     def __post_init__(self) -> None:
         positive("faults", self, "collective_timeout", "max_ratio", "reward_timeout", "reward_memory_gb")

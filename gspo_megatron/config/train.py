@@ -16,6 +16,7 @@ from gspo_megatron.config.constraints import STRICT, at_most, check_numbers, pos
 from gspo_megatron.config.data import DataConfig, TaskConfig
 from gspo_megatron.config.faults import FaultsConfig
 from gspo_megatron.config.model import ModelConfig
+from gspo_megatron.config.names import check_path, check_run_name
 from gspo_megatron.config.optimizer import OptimizerConfig
 from gspo_megatron.config.parallel import Layout, ParallelConfig
 from gspo_megatron.config.rollout import RolloutConfig
@@ -29,7 +30,7 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     name: str = "moe_gspo"
-    """The run folder is output_dir/name. Where that exists: see resume."""
+    """The run folder is output_dir/name. At most 100 letters, digits, ".", "_", "-". Where it exists: see resume."""
     output_dir: Path = Path("runs")
     """Where run folders are made."""
     resume: Literal["auto", "never"] = "auto"
@@ -62,6 +63,16 @@ class TrainConfig:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def __post_init__(self) -> None:
+        check_run_name("name", self.name)
+        preference = self.algorithm.preference
+        for name, path in {
+            "output_dir": self.output_dir,
+            "model.hf_config": self.model.hf_config,
+            "model.load_hf": self.model.load_hf,
+            "algorithm.preference.path": preference.path,
+            "algorithm.preference.eval_path": preference.eval_path,
+        }.items():
+            check_path(name, path)
         check_numbers(self)
         positive("", self, "eval_interval", "max_tokens_per_microbatch")
         require(

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from gspo_megatron.config import TrainConfig
+from gspo_megatron.config.names import check_path
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe.field_names import check_overrides, field_names, suggestion
 from gspo_megatron.utils import plain_yaml
@@ -68,6 +69,7 @@ def save_recipe(config: TrainConfig, path: Path) -> None:
 
 
 def _read(path: Path) -> TrainConfig:
+    check_path("recipe", path)
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, Loader=_Loader)

@@ -9,8 +9,12 @@ import tyro
 
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
+from gspo_megatron.config.names import LONGEST_NAME, check_path, check_run_name, check_word
 
-TIME = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d\d)$")  # [days-][hours:]minutes:seconds
+TIME = re.compile(r"(?:(?:([0-9]{1,4})-)?([0-9]{1,6}):)?([0-9]{1,8}):([0-9]{2})")  # [days-][hours:]minutes:seconds
+
+SEEDS = r"[0-9]+(-[0-9]+(:[0-9]+)?)?(,[0-9]+(-[0-9]+(:[0-9]+)?)?)*(%[0-9]+)?"  # as sbatch takes an array
+OPTION = r"[a-z][a-z0-9-]*(=[\w.,:;/@%+=&|*()\[\]{}-]*)?"  # a long option of sbatch; its value may be a constraint
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def check(job: Job, config: TrainConfig) -> None:
         flag = "--" + name.replace("_", "-")
         require(getattr(job, name) >= 0, flag, getattr(job, name), "must be 0 or more", "Give 0 for none.")
     require(
-        TIME.match(job.time) is not None,
+        TIME.fullmatch(job.time) is not None,
         "--time",
         job.time,
         "is no time limit",
@@ -93,25 +97,49 @@ def check(job: Job, config: TrainConfig) -> None:
         "Give a longer limit, or a shorter grace.",
     )
     require(config.resume == "auto", "resume", config.resume, "the job could not go on after a requeue", "Give auto.")
+    _check_words(job, config)
+
+
+def _check_words(job: Job, config: TrainConfig) -> None:
+    """Each value that is written into the script has a rule; what the shell reads is quoted besides (script.py)."""
     require(
-        re.fullmatch(r"(?!.*\.\.)[\w.+-]+(/[\w.+-]+)*", str(job.logs)) is not None,
+        re.fullmatch(r"(?!.*\.\.)[A-Za-z0-9_][\w.+-]*(/[\w.+-]+)*", str(job.logs), re.ASCII) is not None,
         "--logs",
         str(job.logs),
         "must be a folder below the current one, of plain characters",
         "Give logs.",
     )
     require(
-        job.array is None or re.fullmatch(r"[\d,\-:]+(%\d+)?", job.array) is not None,
+        job.array is None or re.fullmatch(SEEDS, job.array) is not None,
         "--array",
         job.array,
         "is no list of seeds",
         "Write 1-5, or 1,3,7.",
     )
+    if job.array:
+        check_run_name(
+            "name", config.name, LONGEST_NAME - len("-seed") - max(map(len, re.findall("[0-9]+", job.array)))
+        )
+    if job.partition is not None:
+        check_word(
+            "--partition", job.partition, r"[\w.-]+(,[\w.-]+)*", "Give a partition's name, or several with commas."
+        )
+    for option in job.sbatch:
+        check_word("--sbatch", option, OPTION, "Write name or name=value, without spaces, such as account=mine.")
+    check_path("the recipe's path", job.recipe)
+    check_path("--python", Path(job.python))
+    check_path("--output", job.output)
+
+
+def check_overrides(words: list[str]) -> None:
+    """Raise ConfigError for a word of the command line that would not stay on its line of the script."""
+    for word in words:
+        require(word.isprintable(), "the command line", word, "has a character that cannot be printed", "Take it out.")
 
 
 def seconds(limit: str) -> int:
     """Return those of Slurm's [days-][hours:]minutes:seconds."""
-    found = TIME.match(limit)
+    found = TIME.fullmatch(limit)
     if found is None:
         raise ValueError(f"{limit!r} is not [days-][hours:]minutes:seconds; check() refuses it")
     days, hours, minutes, rest = (int(part or 0) for part in found.groups())

@@ -15,6 +15,7 @@ from gspo_megatron.process.lifecycle import SIGNALS
 from gspo_megatron.tasks.scoring_process import LENGTH
 
 PROGRAM = "gspo_megatron.tasks.scoring_process"
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # it forks, and no scorer needs more
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONHASHSEED", "LD_LIBRARY_PATH", "TMPDIR")  # no keys, no tokens
 STARTING = 60.0  # seconds that the process may take to come up, beside those of the first request
 
@@ -39,7 +40,8 @@ class ScoringProcess:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None:
             paths = os.pathsep.join(path for path in sys.path if path)
-            env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONPATH": paths}
+            env = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | ONE_THREAD
+            env["PYTHONPATH"] = paths
             command = [sys.executable, "-m", PROGRAM, str(self.memory), str(self.seconds)]
             # A scheduler signals every process of a step. The rank answers, by a checkpoint; until that is written the
             # scorers are needed, and afterwards the end of stdin ends them. A child inherits what is blocked.

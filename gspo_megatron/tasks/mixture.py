@@ -25,6 +25,7 @@ from gspo_megatron.batch import TaskItem
 from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError, RolloutError
+from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ VIRTUAL_SIZE = 2**31 - 1
 TABLE_TASKS = ("acre", "gsm_symbolic", "list_functions", "word_ladder")
 TABLE_SIZE = 10_000
 
-# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string: they run
-# in a process of their own alone (isolation.py).
+# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string: that is
+# done in a process of its own alone (isolation.py, evaluation.py).
 EVAL_TASKS = (
     "binary_matrix",
     "countdown",
@@ -99,6 +100,13 @@ class TaskMixture:
         self._process: ScoringProcess | None = None
         self._warned: set[str] = set()
         for name in self.names:
+            require(
+                name not in EVAL_TASKS or walls.has_seccomp(),
+                f"tasks.{name}",
+                name,
+                "its scorer evaluates what the model wrote, and this kernel takes no seccomp filter to confine that",
+                "Take the task out of the recipe, or train on Linux (x86_64, aarch64) with seccomp.",
+            )
             self._check_scorer(name)
         self._process = process  # from here on; the checks score no model's text
 

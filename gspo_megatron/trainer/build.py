@@ -28,8 +28,9 @@ from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.isolation import ScoringProcess
-from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
 from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
@@ -168,8 +169,16 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
         "responses end at": run.stops.described(run.tokenizer),
+        "scorers": _describe_scorers(run.mixture.names),
         "algorithm": _describe_algorithm(run.config.algorithm),
     }
+
+
+def _describe_scorers(tasks: list[str]) -> str:
+    evaluating = [name for name in tasks if name in EVAL_TASKS]
+    if not evaluating:
+        return "a process of their own; no response is evaluated"
+    return f"a process of their own; responses to {', '.join(evaluating)} are evaluated, each behind {walls.describe()}"
 
 
 def _describe_algorithm(config: ResolvedAlgorithm) -> str:

@@ -259,7 +259,7 @@ def test_a_saved_run_reads_back_equal(tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(
     lr=st.floats(min_value=1e-30, max_value=10),
-    name=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1),
+    name=st.from_regex(r"\w(\.?[\w-]){0,9}", fullmatch=True, alphabet=st.characters(codec="ascii")),
     option=st.recursive(
         st.none()
         | st.booleans()

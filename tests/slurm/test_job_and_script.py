@@ -177,4 +177,79 @@ def test_the_submit_option_calls_sbatch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{fake.parent}:/usr/bin:/bin")
     assert slurm.main([RECIPE, "--nodes", "2", "--submit"]) == 7
-    assert (tmp_path / "submitted").read_text() == "moe_gspo.sbatch\n"
+    assert (tmp_path / "submitted").read_text() == f"{tmp_path / 'moe_gspo.sbatch'}\n"
+
+
+INJECTIONS = (
+    "x\ntouch PWNED\n#",
+    "x\r\ntouch PWNED",
+    "$(touch PWNED)",
+    "`touch PWNED`",
+    "x;touch PWNED;",
+    'x" && touch PWNED #',
+    "x' && touch PWNED #",
+    "x\u2028touch PWNED",
+    "x\x0btouch PWNED",
+    "x\x00y",
+)
+FIELDS = ("--name", "--partition", "--time", "--array", "--sbatch", "--logs")
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+@pytest.mark.parametrize("field", FIELDS)
+def test_no_value_writes_a_command_into_the_script(tmp_path, monkeypatch, field, text):
+    """What is not plain is refused, with a message of one line and before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        slurm.main([RECIPE, "--nodes", "2", field, text])
+    assert str(caught.value).startswith(f"{field if field != '--name' else 'name'} = ")
+    assert str(caught.value).isprintable() and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+@pytest.mark.parametrize("field", ["recipe", "--python", "--output-dir", "--model.hf-config"])
+def test_a_path_in_the_script_is_quoted_or_refused(tmp_path, monkeypatch, field, text):
+    """bash, with programs that do nothing, reads each word as it was given."""
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(RECIPE).read_text()
+    options = [RECIPE, "--nodes", "2", "--ranks-per-node", "1", "--device", "cpu", "--output", "job.sbatch"]
+    if field == "recipe":
+        if not text.isprintable():
+            return  # tests/config/test_names.py
+        options[0] = text.replace("/", "_")
+        Path(options[0]).write_text(recipe)
+    elif field == "--model.hf-config":
+        options += [field, str(ROOT / "examples/models/qwen3_moe_tiny/config.json") + text]
+    else:
+        options += [field, text]
+    try:
+        slurm.main(options)
+    except ConfigError as error:
+        assert str(error).isprintable() and not Path("job.sbatch").exists()
+        return
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("srun", "scontrol", "timeout"):
+        (tools / name).write_text('#!/bin/bash\n[ "$1" = show ] && echo here || printf "%s\\n" "$@" >> words\n')
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
+                   "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2"}  # fmt: skip
+    subprocess.run(["bash", "job.sbatch"], env=environment, check=True, capture_output=True)
+    assert (options[0] if field == "recipe" else text) in (tmp_path / "words").read_text().splitlines()
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_the_recipes_own_name_is_checked_too(tmp_path, monkeypatch):
+    """As a YAML file writes it, with escapes."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(Path(RECIPE).read_text().replace("name: moe_gspo", 'name: "x\\ntouch PWN1\\n#"'))
+    with pytest.raises(ConfigError, match=r"^name = 'x\\ntouch PWN1\\n#': must be at most 100"):
+        slurm.main(["r.yaml", "--nodes", "2"])
+    assert not list(tmp_path.glob("*.sbatch"))
+
+
+def test_a_seeds_name_has_room(tmp_path, monkeypatch):
+    """95 letters and -seed1000 are 104."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="name = .*must be at most 91 letters"):
+        slurm.main([RECIPE, "--nodes", "2", "--name", "x" * 95, "--array", "1-1000"])
