@@ -85,7 +85,7 @@ class PackedBatch:
 
     Padding of a sequence (to a multiple of 2 CP under context parallelism, to one length in a padded batch) lies at its
     end, inside its bounds, with mask 0. Padding needed for sequence parallelism is one more segment, added by the
-    packer and not counted in S (`num_sequences`).
+    packer and not counted in S (`num_sequences`); a microbatch may be that segment alone (S = 0).
     """
 
     tokens: torch.Tensor  # [T] int64

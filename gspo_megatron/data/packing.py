@@ -66,6 +66,29 @@ def microbatches_needed(
     return len(_fewest(_unit_lengths(sequences, unit, sequence_multiple), max_tokens))
 
 
+def padding_alone(like: PackedBatch, pad_to_multiple: int) -> PackedBatch:
+    """Return a microbatch of the padding segment and no sequence, with the optional fields of another microbatch."""
+    tokens, whole = pad_to_multiple, torch.zeros(pad_to_multiple, dtype=torch.float32)
+    routes = like.rollout_routes
+    if routes is not None:
+        routes = routes.new_full((routes.size(0), tokens, routes.size(2)), UNKNOWN)
+    return PackedBatch(
+        tokens=torch.zeros(tokens, dtype=torch.int64),
+        position_ids=torch.arange(tokens, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        num_sequences=0,
+        loss_mask=whole,
+        advantages=torch.zeros(0, dtype=torch.float32),
+        rollout_logprobs=None if like.rollout_logprobs is None else whole.clone(),
+        rollout_routes=routes,
+        rollout_layers=like.rollout_layers,
+        rewards=torch.zeros(0, dtype=torch.float32),
+        group_id=torch.zeros(0, dtype=torch.int64),
+        truncated=torch.zeros(0, dtype=torch.bool),
+        source_index=[],
+    )
+
+
 def padded_lengths(sequences: Sequence[TrainSequence], multiple: int) -> list[int]:
     """Return the tokens of each sequence as `pack` lays it out."""
     return [-(-len(sequence.token_ids) // multiple) * multiple for sequence in sequences]

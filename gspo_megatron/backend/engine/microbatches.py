@@ -14,7 +14,7 @@ from gspo_megatron.algorithms.interface import GlobalCounts
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, TrainSequence
-from gspo_megatron.data.packing import microbatches_needed, pack
+from gspo_megatron.data.packing import microbatches_needed, pack, padding_alone
 from gspo_megatron.data.validate import check_batch
 from gspo_megatron.errors import GspoError
 
@@ -23,6 +23,9 @@ def microbatches(
     sequences: Sequence[TrainSequence], max_tokens: int, topology: Topology, device: torch.device, unit: int = 1
 ) -> list[PackedBatch]:
     """Pack this replica's share of one optimizer step; every replica gets as many microbatches. A collective.
+
+    With virtual stages their number is a multiple of the pipeline's stages. Where there are not as many sequences, the
+    rest are microbatches of padding alone, which count nowhere: no sequence, no token, no gradient.
 
     Args:
         max_tokens: of one microbatch.
@@ -40,9 +43,11 @@ def microbatches(
         if topology.vp_size > 1:
             count = -(-count // topology.pp_size) * topology.pp_size  # the interleaved schedule wants a multiple
         try:
-            batches = pack(sequences, max_tokens, topology.microbatch_multiple, count, unit, multiple)
+            filled = min(count, len(sequences) // unit)
+            batches = pack(sequences, max_tokens, topology.microbatch_multiple, filled, unit, multiple)
             for batch in batches:
                 check_batch(batch)
+            batches += [padding_alone(batches[0], topology.microbatch_multiple) for _ in range(count - filled)]
         except GspoError as problem:
             error = problem
         failed = torch.tensor([error is not None], device=device)
