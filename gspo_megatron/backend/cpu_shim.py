@@ -66,6 +66,7 @@ def install() -> bool:
     _patch_rng_tracker()
     _patch_moe()
     _patch_latent_attention()
+    _patch_uneven_gathers()
     _installed = True
     return True
 
@@ -236,3 +237,28 @@ def _patch_latent_attention() -> None:
     """It takes Transformer Engine for present where only stand-ins for Megatron's wrappers of it are."""
     attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
     attention.HAVE_TE = isinstance(attention.TELinear, type)
+
+
+def _patch_uneven_gathers() -> None:
+    """Gloo gathers and scatters parts of equal length alone. Ranks that share an expert's matrices, but are of several
+    replicas (expert tensor above tensor parallelism), have different numbers of tokens."""
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(input_, group, output_split_sizes=None, *args, **kwargs):
+        if output_split_sizes is None or len(set(output_split_sizes)) == 1 or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *args, **kwargs)
+        padded = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        padded[: input_.size(0)] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def scatter_uneven(input_, group, input_split_sizes=None, *args, **kwargs):
+        if input_split_sizes is None or len(set(input_split_sizes)) == 1 or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, *args, **kwargs)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_uneven, scatter_uneven
