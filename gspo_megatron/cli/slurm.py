@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     jobs.check(job, config)
     jobs.check_overrides(rest)
     layout = resolve_layout(config, job.world_size, has_cuda=config.device != "cpu")
-    recipe_check.check(config, layout, job.world_size)
+    on_gpus = recipe_check.uses_transformer_engine(config, has_gpu=True)
+    recipe_check.check(config, layout, job.world_size, on_gpus)
     target = job.output or Path(f"{config.name}.sbatch")
     require(
         job.overwrite or not target.exists(),

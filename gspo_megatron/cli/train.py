@@ -2,7 +2,7 @@
 
 import sys
 
-from gspo_megatron.cli.launch import become_ranks, layout_of
+from gspo_megatron.cli.launch import become_ranks, gpu_count, layout_of
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check, lint
 from gspo_megatron.recipe.load import load_recipe
@@ -13,7 +13,7 @@ def main(argv: list[str]) -> int:
     is_first = lifecycle.rank() == 0
     config = load_recipe(argv, quiet=not is_first)
     layout, world_size = layout_of(config)
-    check.check(config, layout, world_size)
+    check.check(config, layout, world_size, check.uses_transformer_engine(config, gpu_count() > 0))
     become_ranks(config, world_size)
     if is_first:
         for sentence in lint.warnings(config):

@@ -6,23 +6,27 @@ here imports torch.
 Left out: memory (whether the model fits), and the number of ranks a node has.
 """
 
+import importlib.util
+
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.recipe.hf_config import check_stop_ids, generation_stops
-from gspo_megatron.recipe.layout import check_layout
+from gspo_megatron.recipe.layout import check_latent, check_layout
 from gspo_megatron.tasks.preferences import load_pairs
 
 
-def check(config: TrainConfig, layout: Layout, world_size: int) -> None:
+def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engine: bool = False) -> None:
     """Raise ConfigError for a run that cannot work. Cheap checks first: the tasks' library takes a second to import.
 
     Args:
         config: the recipe.
         layout: as `resolve_layout` returns it.
         world_size: ranks on all nodes together.
+        transformer_engine: its layers will run, see `uses_transformer_engine`.
     """
     shape = check_layout(config.model, layout, world_size)
+    check_latent(shape, transformer_engine)
     context = layout.context_parallel_size
     data = world_size // layout.model_ranks
     if config.algorithm.name == "dpo":
@@ -44,6 +48,12 @@ def check(config: TrainConfig, layout: Layout, world_size: int) -> None:
     from gspo_megatron.tasks.mixture import TaskMixture
 
     TaskMixture(config.tasks, config.seed)
+
+
+def uses_transformer_engine(config: TrainConfig, has_gpu: bool) -> bool:
+    """Tell, without importing torch, whether the model builder will take Transformer Engine's layers."""
+    is_installed = importlib.util.find_spec("transformer_engine") is not None
+    return has_gpu and config.device != "cpu" and config.model.params_dtype == "bf16" and is_installed
 
 
 def _check_batch(config: TrainConfig, data: int, context: int) -> None:

@@ -58,6 +58,18 @@ def check_layout(model: ModelConfig, layout: Layout, world_size: int) -> Archite
     return shape
 
 
+def check_latent(shape: Architecture, transformer_engine: bool) -> None:
+    """Raise ConfigError where Transformer Engine's layers would run latent attention, as long as they compute something
+    else there than transformers does."""
+    require(
+        shape.latent is None or not transformer_engine,
+        "model.params_dtype",
+        "bf16",
+        f"{shape.family} has latent attention, which Transformer Engine's layers compute otherwise than transformers",
+        "Give fp32, or start without a GPU or where Transformer Engine is not installed: then the layers are our own.",
+    )
+
+
 def _check_world(layout: Layout, world_size: int) -> None:
     tensor, pipeline, context = (
         layout.tensor_model_parallel_size,
@@ -104,33 +116,9 @@ def _check_model(shape: Architecture, layout: Layout) -> None:
         _divides("pipeline_model_parallel_size", stages, stages * virtual, shape, "num_hidden_layers", chunks)
     else:
         _check_uneven(shape.num_hidden_layers, stages, virtual, first, last)
-    cut = f"tensor parallel size {tensor}"
-    _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_attention_heads", cut)
-    _divides("tensor_model_parallel_size", tensor, tensor, shape, "num_key_value_heads", cut)
-    if shape.latent:
-        latent = shape.latent
-        ranks = [
-            ("q_lora_rank", latent.q_lora_rank or tensor),
-            ("kv_lora_rank + qk_rope_head_dim", latent.kv_lora_rank + latent.qk_rope_head_dim),
-        ]
-        for name, size in ranks:
-            require(
-                size % tensor == 0,
-                "parallel.tensor_model_parallel_size",
-                tensor,
-                f"the model's {name} {size} cannot be divided evenly over {cut}",
-                "Give another size.",
-            )
+    _check_tensor(shape, tensor)
     if shape.linear:
-        # As many value heads as key heads, or a multiple: dividing these divides both.
-        heads, context = shape.linear.num_key_heads, layout.context_parallel_size
-        require(
-            heads % tensor == 0,
-            "parallel.tensor_model_parallel_size",
-            tensor,
-            f"the model's linear_num_key_heads {heads} cannot be divided evenly over {cut}",
-            "Give a divisor of it.",
-        )
+        context = layout.context_parallel_size
         require(
             context == 1,
             "parallel.context_parallel_size",
@@ -138,10 +126,6 @@ def _check_model(shape: Architecture, layout: Layout) -> None:
             f"{shape.family} has linear attention, whose memory goes through all tokens of a sequence in order",
             "Give 1, and tensor or pipeline parallelism for long sequences.",
         )
-    if 0 in shape.moe_layers:
-        _divides("tensor_model_parallel_size", tensor, tensor, shape, "intermediate_size", cut)
-    if shape.shared_intermediate_size:
-        _divides("tensor_model_parallel_size", tensor, tensor, shape, "shared_intermediate_size", cut)
     expert = layout.expert_model_parallel_size
     if not shape.num_experts:
         for name, size in (("expert_model_parallel_size", expert), ("expert_tensor_parallel_size", expert_tensor)):
@@ -157,6 +141,31 @@ def _check_model(shape: Architecture, layout: Layout) -> None:
         f"experts of {shape.family} have biases, which Megatron would add once a rank",
         "Give 1.",
     )
+
+
+def _check_tensor(shape: Architecture, tensor: int) -> None:
+    """Every size that tensor parallelism cuts must be divisible. Megatron would give several ranks a copy of the same
+    key/value head where there are fewer heads than ranks; we have not built that."""
+    sizes = {"num_attention_heads": shape.num_attention_heads, "num_key_value_heads": shape.num_key_value_heads}
+    if shape.latent:
+        sizes |= {"q_lora_rank": shape.latent.q_lora_rank} if shape.latent.q_lora_rank else {}
+        sizes["kv_lora_rank + qk_rope_head_dim"] = shape.latent.kv_lora_rank + shape.latent.qk_rope_head_dim
+    if shape.linear:
+        # As many value heads as key heads, or a multiple: dividing these divides both.
+        sizes["linear_num_key_heads"] = shape.linear.num_key_heads
+    if 0 in shape.moe_layers:
+        sizes["intermediate_size"] = shape.intermediate_size
+    if shape.shared_intermediate_size:
+        sizes["shared_intermediate_size"] = shape.shared_intermediate_size
+    fitting = [str(n) for n in range(1, 65) if all(size % n == 0 for size in sizes.values())]
+    for name, size in sizes.items():
+        require(
+            size % tensor == 0,
+            "parallel.tensor_model_parallel_size",
+            tensor,
+            f"the model's {name} {size} cannot be divided evenly over tensor parallel size {tensor}",
+            f"Sizes that fit the model: {', '.join(fitting)}.",
+        )
 
 
 def _check_uneven(layers: int, stages: int, virtual: int, first: int | None, last: int | None) -> None:

@@ -300,6 +300,69 @@ def test_linear_attention_is_not_cut_over_tokens_nor_within_a_head(tmp_path):
     )
 
 
+LATENT = dict(
+    model_type="deepseek_v3", num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=1, n_group=1,
+    topk_group=1, routed_scaling_factor=1.0, topk_method="noaux_tc", scoring_func="sigmoid",
+)  # fmt: skip
+
+
+def test_latent_attention_is_refused_where_transformer_engine_would_run_it(tmp_path, monkeypatch):
+    """By the flag, and the flag is up where a GPU, bf16 and the package meet; with our own layers it is trained."""
+    given = ["--model.hf-config", model_file(tmp_path, **LATENT), "--model.params-dtype", "bf16"]
+    config = configured(*given)
+    layout = resolve_layout(config, 1, has_cuda=False)
+    check.check(config, layout, 1, transformer_engine=False)
+    with pytest.raises(ConfigError, match="params_dtype = 'bf16': deepseek_v3 has latent attention.*Give fp32"):
+        check.check(config, layout, 1, transformer_engine=True)
+    check.check(configured("--model.params-dtype", "bf16"), layout, 1, transformer_engine=True)  # has no such attention
+    found = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.append(name) or "there")
+    assert check.uses_transformer_engine(config, has_gpu=True) and found == ["transformer_engine"]
+    for other, has_gpu in ((configured(*given), False), (configured(*given, "--device", "cpu"), True),
+                           (configured(*given[:2]), True)):  # fmt: skip
+        assert not check.uses_transformer_engine(other, has_gpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not check.uses_transformer_engine(config, has_gpu=True)
+
+
+def test_the_commands_ask_whether_transformer_engine_would_run(tmp_path, monkeypatch):
+    """Of a machine with a GPU that has the package; nothing is started."""
+    from gspo_megatron.cli import doctor, slurm, train
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    for module in (train, doctor):
+        monkeypatch.setattr(module, "layout_of", lambda config: (resolve_layout(config, 1, has_cuda=True), 1))
+        monkeypatch.setattr(module, "gpu_count", lambda: 1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{hf_config: {model_file(tmp_path, **LATENT)}, params_dtype: bf16}}\n")
+    commands = [(train, [str(recipe)]), (doctor, ["--noise-floor", str(recipe)])]
+    for command, argv in [*commands, (slurm, [str(recipe), "--nodes", "1"])]:
+        with pytest.raises(ConfigError, match="has latent attention"):
+            command.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "told"),
+    [
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, 4, "num_key_value_heads 2"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, 8, "num_key_value_heads 2"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 6}, 4, "num_key_value_heads 6"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "num_key_value_heads 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, 2, "num_attention_heads 5"),
+    ],
+)
+def test_more_tensor_ranks_than_key_value_heads_are_refused_with_sizes_that_fit(tmp_path, changes, tensor, told):
+    """The sizes are those that divide all of the model's sizes, so each of them passes when it is tried."""
+    path = model_file(tmp_path, **changes)
+    given = ["--model.hf-config", path, "--parallel.tensor-model-parallel-size"]
+    message = refusal(tensor, *given, str(tensor))
+    assert f"parallel.tensor_model_parallel_size = {tensor}: the model's {told} cannot be divided evenly" in message
+    fitting = message.partition("Sizes that fit the model: ")[2].rstrip(".").split(", ")
+    heads = changes.values()
+    assert fitting == [str(n) for n in range(1, 65) if all(size % n == 0 for size in heads)]
+
+
 def test_a_missing_model_file():
     assert "model.hf_config = 'nowhere.json': no such file" in refusal(1, "--model.hf-config", "nowhere.json")
 

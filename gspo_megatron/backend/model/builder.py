@@ -33,6 +33,7 @@ from gspo_megatron.backend.parallel.runtime import Runtime, has_transformer_engi
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ModelConfig
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.recipe.layout import check_latent
 
 
 class PackedModel(GPTModel):
@@ -206,6 +207,7 @@ def bare(
     # Transformer Engine's packed attention has no fp32 kernel.
     use_te = runtime.device.type == "cuda" and dtype is torch.bfloat16 and has_transformer_engine()
     arch = shape.architecture
+    check_latent(arch, use_te)
     config = transformer_config(arch, model, topology, use_te, dtype)
     chunks = []
     for chunk in range(topology.vp_size):
