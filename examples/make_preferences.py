@@ -64,7 +64,7 @@ def pairs(mixture: TaskMixture, split: str, count: int, generator: random.Random
         item = mixture.item(split, index)
         rejected = None if item.question in rows or not item.answer else corrupted(mixture, item, generator)
         if rejected is not None:
-            rows[item.question] = {"prompt": item.question, "chosen": item.answer, "rejected": rejected}
+            rows[item.question] = {"prompt": item.question, "chosen": mixture.gold_response(item), "rejected": rejected}
         if len(rows) == count:
             break
     else:
@@ -75,10 +75,10 @@ def pairs(mixture: TaskMixture, split: str, count: int, generator: random.Random
 def corrupted(mixture: TaskMixture, item: TaskItem, generator: random.Random) -> str | None:
     """The gold answer with a change that costs marks; None where none was found."""
     for _ in range(TRIES):
-        text = edited(item.answer, generator)
+        text = edited(mixture.gold_response(item), generator)
         if generator.random() < 0.5:
             text = edited(text, generator)
-        if text.strip() and text != item.answer and not is_correct(mixture.score(item, text)):
+        if text.strip() and text != mixture.gold_response(item) and not is_correct(mixture.score(item, text)):
             return text
     return None
 

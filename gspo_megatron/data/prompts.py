@@ -57,7 +57,7 @@ class PromptSource:
         return token_ids
 
     def encode_example(self, item: TaskItem, stop_token_ids: tuple[int, ...]) -> TrainSequence:
-        """Return a question and its gold answer as a supervised example.
+        """Return a question and its gold answer, written as the task's extractor wants it, as a supervised example.
 
         Raises RolloutError for a task that has a scorer but no gold answer, or a prompt that is too long.
         """
@@ -67,7 +67,8 @@ class PromptSource:
                 "or take the task out of the recipe."
             )
         where = f"tasks.{item.task}, answer {item.answer[:60]!r}"
-        prompt, response = example_tokens(self.tokenizer, stop_token_ids, item.question, item.answer, where)
+        gold = self.mixture.gold_response(item)
+        prompt, response = example_tokens(self.tokenizer, stop_token_ids, item.question, gold, where)
         self._check_length(item, prompt)
         return TrainSequence(prompt + response, len(prompt))
 

@@ -47,7 +47,10 @@ def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engi
     _check_routing(config, shape)
     from gspo_megatron.tasks.mixture import TaskMixture
 
-    TaskMixture(config.tasks, config.seed)
+    mixture = TaskMixture(config.tasks, config.seed)
+    if warm_start.steps:
+        for index in range(8 * len(mixture.names)):  # so that nearly surely each task is among them
+            mixture.gold_response(mixture.item("warm_start", index))
 
 
 def uses_transformer_engine(config: TrainConfig, has_gpu: bool) -> bool:

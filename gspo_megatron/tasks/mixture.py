@@ -26,6 +26,7 @@ from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks import walls
+from gspo_megatron.tasks.answers import AnswerExtractor
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ HASH_ORDER_TASKS = ("codeio", "isomorphic_strings", "knight_swap", "ransom_note"
 
 HOPELESS_RESPONSE = "\x00"  # no task's answer: a scorer that likes it likes anything
 BELOW_FULL = math.nextafter(1.0, 0.0)
+ROUNDING = 1e-9  # of partial credits that are added up
+LARGEST_REWARD = 1e30  # whose square and fp32 form are still finite
 LIST_ALL = 'List them with: python -c "from gspo_megatron.tasks.mixture import task_names; print(*task_names())"'
 
 
@@ -78,7 +81,8 @@ def split_of(question: str) -> str:
 
 
 def is_correct(score: float) -> bool:
-    """Ask whether a reward is full marks. Some tasks give partial credit below 1 for answers that are wrong."""
+    """Ask whether a reward is full marks, 1 or more. Some tasks give partial credit below 1 for answers that are wrong,
+    some a bonus above it."""
     return score >= 1.0
 
 
@@ -98,6 +102,7 @@ class TaskMixture:
         self._specs = {name: _spec(name, tasks[name].options, seed) for name in self.names}
         self._datasets = {name: _build(self._specs[name], tasks[name].options) for name in self.names}
         self._process: ScoringProcess | None = None
+        self._extractors = {name: AnswerExtractor.of(tasks[name]) for name in self.names}
         self._warned: set[str] = set()
         for name in self.names:
             require(
@@ -122,15 +127,21 @@ class TaskMixture:
         return self._draw(self.names[place], split, index)
 
     def score(self, item: TaskItem, response_text: str) -> float:
-        """Reward a response by the task's own scorer, with at most 1 (see `is_correct`).
+        """Reward the answer in a response by the task's own scorer: any finite number, full marks are 1 (`is_correct`).
 
-        A scorer that raises on this response, or takes too long, but not on the gold answer, met text it cannot parse:
-        0. Raises RolloutError for a response that is no string, a scorer that always raises, a score that is no finite
-        number.
+        0 where the task's extractor finds no answer, and where the scorer raises or takes too long on this one but not
+        on the gold answer: it met text that it cannot parse. Raises RolloutError for a response that is no string, a
+        scorer that always raises, a score that is no finite number.
         """
         if item.task in EVAL_TASKS and self._process is None:
             raise ValueError(f"tasks.{item.task}: its scorer runs the response as code, so it needs a ScoringProcess.")
-        return self._score(item, response_text)
+        is_text = isinstance(response_text, str)
+        answer = self._extractors[item.task].find(response_text) if is_text else response_text
+        return 0.0 if answer is None else self._score(item, answer)
+
+    def gold_response(self, item: TaskItem) -> str:
+        """Return a response with the gold answer as the task's extractor finds it. Raises as AnswerExtractor.write."""
+        return self._extractors[item.task].write(item.answer, f"tasks.{item.task}")
 
     def _score(self, item: TaskItem, response_text: str) -> float:
         if not isinstance(response_text, str):
@@ -143,14 +154,14 @@ class TaskMixture:
         except Exception as error:
             self._excuse(item, response_text, error)
             return 0.0
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST_REWARD:
             raise RolloutError(
                 f"tasks.{item.task}: the scorer gave {value} for the response {response_text[:80]!r}, a "
-                "score must be finite. Take the task out of the recipe."
+                f"score must be finite, and within {LARGEST_REWARD:g}. Take the task out of the recipe."
             )
         # spell_backward adds up 1/n a letter; at n = 9, 11, 18, ... the right letters followed by more text reach
-        # 1 + 2e-16, and only an exact answer may count as correct.
-        return value if value <= 1.0 else BELOW_FULL
+        # 1 + 2e-16, and only an exact answer may count as correct. A bonus is more than that.
+        return BELOW_FULL if 1.0 < value <= 1.0 + ROUNDING else value
 
     def _ask(self, item: TaskItem, text: str) -> float:
         if self._process is not None:
@@ -211,6 +222,8 @@ class TaskMixture:
                 "the scorer does not give the gold answer full marks",
                 "Take the task out of the recipe.",
             )
+            if self._extractors[name].name != "regex":  # which may want words that are not known here
+                self.gold_response(item)
         nonsense = self._score(item, HOPELESS_RESPONSE)
         require(
             not is_correct(nonsense),

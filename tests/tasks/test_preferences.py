@@ -202,6 +202,9 @@ class OneQuestion:
     def score(self, item: TaskItem, text: str) -> float:
         return float("ab" in text)
 
+    def gold_response(self, item: TaskItem) -> str:
+        return item.answer
+
 
 def test_the_tool_gives_fewer_pairs_rather_than_the_same_question_twice(capsys):
     (row,) = make_preferences().pairs(OneQuestion(), "train", 3, random.Random(1))
