@@ -19,6 +19,14 @@ class FaultsConfig:
     """Updates in a row that may be skipped because a loss or gradient is not finite; one more stops the run."""
     max_ratio: float = 100.0
     """A larger importance ratio of any response is warned about."""
+    min_entropy: float = 0.02
+    """A smaller mean entropy of the next token, in nats, is warned about once. 0: never."""
+    max_truncated: float = 0.95
+    """A larger share of responses cut at rollout.max_response_length is warned about once. 1: never."""
+    max_dead_experts: float = 0.1
+    """A larger share of experts (of all layers) without a token in a whole step is warned about once. 1: never."""
+    max_expert_load: float = 0.99
+    """Of the tokens that one expert of a layer may get at most, a larger share is warned about once. 1: never."""
     reward_timeout: float = 30.0
     """Seconds for the reward of one response; it is 0 where the scorer takes longer."""
     reward_memory_gb: float = 4.0
@@ -29,6 +37,12 @@ class FaultsConfig:
         for name in ("heartbeat_timeout", "max_skipped_updates"):
             value = getattr(self, name)
             require(value >= 0, f"faults.{name}", value, "must be 0 or more", "Give 0 for none.")
+        require(
+            self.min_entropy >= 0, "faults.min_entropy", self.min_entropy, "must be 0 or more", "Give 0 for no warning."
+        )
+        for name in ("max_truncated", "max_dead_experts", "max_expert_load"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"faults.{name}", value, "must be a share from 0 to 1", "Give 1 for no warning.")
         require(
             self.collective_timeout < 600,
             "faults.collective_timeout",

@@ -97,7 +97,11 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
     run.reporter.tell(step, sanity_checks.update_findings(results, row, config.faults.max_ratio))
     if step == 1:
         stops = run.stops.described(run.tokenizer)
-        run.reporter.tell(step, sanity_checks.truncation_findings(row, config.rollout.max_response_length, stops))
+        limit, most = config.rollout.max_response_length, config.faults.max_truncated
+        told = sanity_checks.truncation_findings(row, limit, stops, most)
+        run.collapse.told |= {"response/truncated"} if told else set()  # the same, with what it means at a start
+        run.reporter.tell(step, told)
+    run.reporter.tell(step, run.collapse.findings(row))
     if row["update/skipped"]:
         run.reporter.note(
             f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "

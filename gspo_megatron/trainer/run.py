@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +31,7 @@ from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.trainer import resume
+from gspo_megatron.trainer.collapse import CollapseWatch
 from gspo_megatron.trainer.reporter import Reporter
 
 
@@ -54,6 +56,11 @@ class Run:
     resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
     saver: Saver = field(default_factory=Saver)
+
+    @cached_property
+    def collapse(self) -> CollapseWatch:
+        """Return what tells of a collapse, once a start."""
+        return CollapseWatch(self.config.faults, self.policy.shape.architecture)
 
     @property
     def is_past_warm_start(self) -> bool:

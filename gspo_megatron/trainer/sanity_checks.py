@@ -18,7 +18,6 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, PackedBatch, TrainSequence, UpdateResult
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 
-NEARLY_ALL = 0.95  # of the responses
 ENOUGH = 64  # fp32 numbers that are all bf16 numbers by chance: 2^-16 each
 
 
@@ -61,15 +60,16 @@ def update_findings(results: Sequence[UpdateResult], row: dict, max_ratio: float
     return found
 
 
-def truncation_findings(row: dict, limit: int, stops: str) -> list[str]:
+def truncation_findings(row: dict, limit: int, stops: str, most: float) -> list[str]:
     """Return a sentence where nearly all responses of the first step were cut: perhaps none can end by itself.
 
     Args:
+        most: a larger share is nearly all (faults.max_truncated).
         limit: rollout.max_response_length.
         stops: what ends a response, in words.
     """
     truncated = row["response/truncated"]
-    if truncated < NEARLY_ALL:
+    if truncated <= most:
         return []
     return [
         f"response/truncated is {truncated:.2f}: nearly all responses were cut at rollout.max_response_length = "

@@ -71,15 +71,18 @@ def test_a_response_ends_where_transformers_ends_it(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "several")
     written = model.generate(torch.tensor([[5, 6]]), max_new_tokens=LIMIT, do_sample=False)
     assert written.tolist() == [[5, 6, 3]]
-    assert found["several"] == {"stops": (1, 3), "eval": 1, "told": [], "length": 1, "truncated": 0}
+    assert not any("response/truncated" in text for text in found["several"].pop("told"))
+    assert found["several"] == {"stops": (1, 3), "eval": 1, "length": 1, "truncated": 0}
     assert found["one"] | {"told": []} == {"stops": (1,), "eval": LIMIT, "told": [], "length": LIMIT, "truncated": 1}
     (told,) = (text for text in found["one"]["told"] if "response/truncated" in text)
+    (sure,) = (text for text in found["one"]["told"] if "faults.min_entropy" in text)
+    assert "step 1: entropy is" in sure
     assert "step 1: response/truncated is 1.00" in told and "They would end at 1 <|endoftext|>." in told
 
 
-@pytest.mark.parametrize(("truncated", "count"), [(0.5, 0), (0.94, 0), (0.95, 1), (1.0, 1)])
+@pytest.mark.parametrize(("truncated", "count"), [(0.5, 0), (0.95, 0), (0.96, 1), (1.0, 1)])
 def test_the_warning_is_of_nearly_all(truncated, count):
-    assert len(truncation_findings({"response/truncated": truncated}, 32, "1 <|endoftext|>")) == count
+    assert len(truncation_findings({"response/truncated": truncated}, 32, "1 <|endoftext|>", 0.95)) == count
 
 
 @pytest.mark.parametrize(
