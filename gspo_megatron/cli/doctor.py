@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from gspo_megatron.cli.launch import QUIET_TORCHRUN, become_ranks, gpu_count, layout_of
+from gspo_megatron.cli.launch import OF_A_DIAGNOSIS, become_ranks, gpu_count, layout_of
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.algorithm import SEQUENCE_RATIO
 from gspo_megatron.config.constraints import require
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     layout, world_size = layout_of(config)
     check.check(config, layout, world_size, check.uses_transformer_engine(config, gpu_count() > 0))
     check_prompts(options, world_size // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size))
-    become_ranks(config, world_size, QUIET_TORCHRUN)
+    become_ranks(config, world_size, OF_A_DIAGNOSIS)
     from gspo_megatron.trainer.diagnostics.noise_floor import measure
 
     measured = measure(config, layout, options.num_prompts, options.checkpoint)

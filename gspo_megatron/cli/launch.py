@@ -15,24 +15,31 @@ from pathlib import Path
 
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
+from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe.layout import resolve_layout
 
 CPU_RANKS = 4
-TORCHRUN = ("-m", "torch.distributed.run")
-# A diagnosis that is bad is no failure of a rank: its exit status is passed on, without torchrun's account of it.
-QUIET_TORCHRUN = (
-    "-c",
-    """
+# torchrun gives 1 for every status of a rank, and an account of each failure. Where a rank has said all there is in one
+# message, its status is passed on without that account.
+TORCHRUN = """
 import logging, sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
-logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+quiet = {quiet}
+def is_news(record):
+    text = record.getMessage()
+    return "closing signal" not in text and not any(f"(exitcode: {{status}})" in text for status in quiet)
+logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(is_news)
 try:
     main()
 except ChildFailedError as error:
-    sys.exit(max(1, *(failure.exitcode for failure in error.failures.values())))
-""",
-)
+    status = error.get_first_failure()[1].exitcode
+    if status not in quiet:
+        raise
+    sys.exit(status)
+"""
+OF_A_RUN = (lifecycle.BAD_INPUT, lifecycle.REQUEUE)  # one message was printed
+OF_A_DIAGNOSIS = (lifecycle.DEFECT, lifecycle.BAD_INPUT)  # 1 too: a diagnosis that is bad is no failure of a rank
 
 
 def gpu_count() -> int:
@@ -86,12 +93,12 @@ def _ranks_to_start(default: int) -> int:
     return int(given)
 
 
-def become_ranks(config: TrainConfig, count: int, torchrun: tuple[str, ...] = TORCHRUN) -> None:
+def become_ranks(config: TrainConfig, count: int, quiet: tuple[int, ...] = OF_A_RUN) -> None:
     """Become torchrun, which runs this same command line once a rank; inside a rank only hide the GPUs that the recipe
     does not want.
 
     Args:
-        torchrun: arguments of the interpreter that start it.
+        quiet: exit statuses of ranks that are passed on without torchrun's account.
     """
     if config.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: Megatron uses any GPU it can see
@@ -103,4 +110,5 @@ def become_ranks(config: TrainConfig, count: int, torchrun: tuple[str, ...] = TO
     if Path(sys.argv[0]).resolve() == Path(__file__).resolve().with_name("__main__.py"):
         # torchrun would put this folder into sys.path, where its files hide modules of the same names.
         command = ["-m", "gspo_megatron.cli", *sys.argv[1:]]
-    os.execv(sys.executable, [sys.executable, *torchrun, "--nproc-per-node", str(count), *command])
+    torchrun = TORCHRUN.format(quiet=quiet)
+    os.execv(sys.executable, [sys.executable, "-c", torchrun, "--nproc-per-node", str(count), *command])

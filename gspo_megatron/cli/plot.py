@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from gspo_megatron.metrics.plots import draw
+from gspo_megatron.metrics.tracker import MetricsError
 
 PROGRAM = "gspo-megatron plot"
 
@@ -14,9 +15,17 @@ def main(argv: list[str]) -> int:
     """Run the command. Returns the exit status 0.
 
     Raises:
-        MetricsError: the run has no metrics that can be read.
+        MetricsError: the run has no metrics that can be read, or its charts cannot be written.
     """
-    for path in draw(tyro.cli(_run, prog=PROGRAM, args=argv)):
+    run = tyro.cli(_run, prog=PROGRAM, args=argv)
+    try:
+        paths = draw(run)
+    except OSError as error:
+        place = error.filename or run / "plots"
+        raise MetricsError(
+            f"{place}: cannot be written ({error.strerror}). Make room or make it writable, then draw them again."
+        ) from None
+    for path in paths:
         print(path)
     return 0
 

@@ -1,11 +1,13 @@
 """`gspo-megatron train` reads and checks a recipe, starts the ranks, and hands over to what each of them runs."""
 
+import os
 import sys
 
 from gspo_megatron.cli.launch import become_ranks, gpu_count, layout_of
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check, lint
 from gspo_megatron.recipe.load import load_recipe
+from gspo_megatron.recipe.output import check_output
 
 
 def main(argv: list[str]) -> int:
@@ -14,6 +16,8 @@ def main(argv: list[str]) -> int:
     config = load_recipe(argv, quiet=not is_first)
     layout, world_size = layout_of(config)
     check.check(config, layout, world_size, check.uses_transformer_engine(config, gpu_count() > 0))
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: each must see the folder
+        check_output(config)
     become_ranks(config, world_size)
     if is_first:
         for sentence in lint.warnings(config):

@@ -34,8 +34,9 @@ class TrainConfig:
     output_dir: Path = Path("runs")
     """Where run folders are made."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on with the newest run of this name, if it is unfinished, has a checkpoint and the same recipe (only
-    steps, intervals, layout and device may differ); otherwise, and with never, a new folder with a number added."""
+    """auto: of the folders of this name, go on in the one of the same recipe that got furthest, is unfinished and is
+    trained by nobody else (steps, intervals, layout and device may differ); a finished run is left as it is. Otherwise,
+    and with never: a new folder, with a number added where the name is taken."""
     seed: int = 1
     """Of the initial weights, the prompts and the sampling; 0 or more. Layouts differ by rounding."""
     steps: int = 100

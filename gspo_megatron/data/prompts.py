@@ -5,6 +5,8 @@ integer. Left out: epochs (questions are generated, the stream has no end) and c
 another question).
 """
 
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,15 @@ class PromptSource:
     def fixed(self, n: int) -> list[Prompt]:
         """Return prompts 0 to n - 1, wherever the stream is: the same set at each evaluation."""
         return [self._prompt(uid) for uid in range(n)]
+
+    def look_ahead(self, uids: Iterable[int], seconds: float) -> None:
+        """Draw prompts that will come, as far as they are drawn in that time, so that one that is too long is found now
+        and not in the middle of a run. Raises RolloutError for it."""
+        deadline = time.monotonic() + seconds
+        for uid in uids:
+            self._prompt(uid)
+            if time.monotonic() > deadline:
+                return
 
     def encode_prompt(self, item: TaskItem) -> list[int]:
         """Return token ids of a question up to where the response begins.

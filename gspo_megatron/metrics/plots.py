@@ -4,6 +4,7 @@ Drawn from metrics.jsonl and config.yaml alone, so a run can be redrawn at any t
 What a panel shows is in panels.py. Left out: comparisons of several runs.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 
 from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.record import RunRecord, load_record
+from gspo_megatron.utils.small_files import replace
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType  # of matplotlib 3.11 on
@@ -74,7 +76,7 @@ LOOK: "dict[RcKeyType, Any]" = {
 def draw(run_dir: Path) -> list[Path]:
     """Draw every chart the run has data for as PNGs in run_dir/plots, over older ones, and return their paths.
 
-    Raises MetricsError on missing or corrupt metrics.
+    Raises MetricsError on missing or corrupt metrics, and OSError, which names the file, where one cannot be written.
     """
     record = load_record(run_dir)
     folder = run_dir / "plots"
@@ -83,7 +85,9 @@ def draw(run_dir: Path) -> list[Path]:
         for name, figure in figures(record).items():
             folder.mkdir(exist_ok=True)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1])
+            content = io.BytesIO()
+            figure.savefig(content, format="png")
+            replace(paths[-1], content.getvalue())
     return paths
 
 

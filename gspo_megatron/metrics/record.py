@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gspo_megatron.metrics.tracker import PHASES, MetricsError, read_metrics
+from gspo_megatron.metrics.tracker import METRICS_FILE, PHASES, MetricsError, read_metrics
 
 Row = dict[str, Any]
 
@@ -41,9 +41,15 @@ class RunRecord:
 def load_record(run_dir: Path) -> RunRecord:
     """Read config.yaml and metrics.jsonl. Where a resumed run went over a step again, its later row counts.
 
-    Raises MetricsError on missing or corrupt metrics and on a config.yaml that is not a YAML mapping.
+    Raises MetricsError on missing, empty or corrupt metrics and on a config.yaml that is not a YAML mapping.
     """
-    by_step = {(row["phase"], row["step"]): row for row in read_metrics(run_dir)}
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise MetricsError(
+            f"{run_dir / METRICS_FILE}: has no row. The run has made no step yet; or its record was lost, and is put "
+            "back from the newest checkpoint where the run is started again."
+        )
+    by_step = {(row["phase"], row["step"]): row for row in rows}
     ordered = [by_step[key] for key in sorted(by_step, key=lambda key: key[1])]
     by_phase = {phase: [row for row in ordered if row["phase"] == phase] for phase in PHASES}
     return RunRecord(run_dir, _read_config(run_dir / "config.yaml"), **by_phase)
@@ -60,7 +66,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise MetricsError(f"{path}: not readable as YAML ({error}).") from error
     if not isinstance(config, dict):
         raise MetricsError(f"{path}: not a mapping of settings.")

@@ -1,20 +1,27 @@
 """A run's metric rows are written to metrics.jsonl and TensorBoard, and read back by everything that looks at a run.
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
-a list of them (by layer, by minibatch)}. TensorBoard is a view of the same rows, without the lists. samples.jsonl holds
-a few prompts and responses for the eye.
+a list of them (by layer, by minibatch)}. A row is on the disk before the checkpoint that counts it is begun, and a row
+that cannot be written ends the run. TensorBoard is a view of the same rows, without the lists, and samples.jsonl holds
+a few prompts and responses for the eye: a run goes on without them.
 
 Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files, hosted trackers.
 """
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from gspo_megatron.errors import GspoError
+from gspo_megatron.utils.small_files import append
+
+if TYPE_CHECKING:
+    from gspo_megatron.metrics.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -32,20 +39,25 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, warn: Callable[[str], None] = warnings.warn) -> None:
-        # Here and not at the top: it costs seconds, and read_metrics serves tools that never write an event.
-        from torch.utils.tensorboard import SummaryWriter
-
+        """Open the files. Raises MetricsError where they cannot be written."""
         self._warn = warn
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = self._open(run_dir / METRICS_FILE)
-        self._samples = self._open(run_dir / SAMPLES_FILE)
-        self._events = SummaryWriter(run_dir / "tensorboard")
+        self._is_told: set[str] = set()  # of these views the user knows that they are not complete
+        self._run_dir = run_dir
+        self._events: EventFile | None = None
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._metrics = self._open(run_dir / METRICS_FILE)
+            self._samples = self._open(run_dir / SAMPLES_FILE)
+        except OSError as error:
+            raise _cannot_write(Path(error.filename or run_dir), error) from None
+        self._open_events(run_dir / "tensorboard")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one step's row and flush it, so that a kill loses at most the step in flight.
+        """Append one step's row and see it to the disk, so that no end of the process or the machine loses it.
 
-        A NaN or an infinity is written as null, because JSON has neither, and is warned about. Raises ValueError
-        on a row without a known phase and an integer step: that is a defect of the caller.
+        A NaN or an infinity is written as null, because JSON has neither, and is warned about. Raises MetricsError
+        where the row cannot be written, and ValueError on a row without a known phase and an integer step: that is a
+        defect of the caller.
         """
         if row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
             raise ValueError(f"a metric row needs a phase of {PHASES} and an integer step, got {row!r}")
@@ -54,21 +66,60 @@ class Tracker:
         lost = [f"{key} is {plain[key]}" for key in plain if _not_finite(plain[key])]
         if lost:
             self._warn(f"{row['phase']} step {row['step']}: {', '.join(lost)}; written as null")
-        _append(self._metrics, finite)
-        prefix = "warm_start/" if row["phase"] == "warm_start" else ""
-        for key, value in finite.items():
-            if key not in ("phase", "step") and value is not None and not isinstance(value, list):
-                self._events.add_scalar(prefix + key, value, global_step=row["step"])
+        try:
+            append(self._metrics, _line(finite))
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise _cannot_write(self._run_dir / METRICS_FILE, error) from None
+        self._show(finite)
 
     def sample(self, row: dict[str, Any]) -> None:
         """Append one prompt, response, reward and step to samples.jsonl, for a person to read."""
-        _append(self._samples, {key: None if _not_finite(value) else value for key, value in row.items()})
+        try:
+            append(self._samples, _line({key: None if _not_finite(value) else value for key, value in row.items()}))
+        except OSError as error:
+            self._go_without(SAMPLES_FILE, error)
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds and close the files; further calls of log() fail."""
-        self._events.close()
+        """Close the files; further calls of log() fail."""
+        if self._events is not None:
+            self._events.close()
         self._metrics.close()
         self._samples.close()
+
+    def _open_events(self, folder: Path) -> None:
+        """Begin a file of events. Where a start has removed the old ones, those of the record are made again."""
+        # Here and not at the top: it costs a second, and read_metrics serves tools that never write an event.
+        from gspo_megatron.metrics.events import EventFile
+
+        rows = [] if folder.exists() else read_metrics(self._run_dir)
+        try:
+            self._events = EventFile(folder)
+        except OSError as error:
+            self._go_without("tensorboard", error)
+        for row in rows:
+            self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        """Hand a row's scalars to TensorBoard; those of the warm start have names of their own."""
+        prefix = "warm_start/" if row["phase"] == "warm_start" else ""
+        scalars = {
+            prefix + key: value
+            for key, value in row.items()
+            if key not in ("phase", "step") and value is not None and not isinstance(value, list)
+        }
+        if self._events is None:
+            return
+        try:
+            self._events.add(row["step"], scalars)
+        except OSError as error:
+            self._go_without("tensorboard", error)
+
+    def _go_without(self, view: str, error: OSError) -> None:
+        """Say once that a view of the run is not complete."""
+        if view not in self._is_told:
+            self._is_told.add(view)
+            self._warn(f"{self._run_dir / view}: cannot be written ({error.strerror}); the run goes on without")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -76,17 +127,24 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, path: Path) -> BinaryIO:
+    def _open(self, path: Path) -> FileIO:
         """Open for append, first cutting off a last line that a kill left unfinished: the next row would join it."""
         kept = path.read_bytes() if path.exists() else b""
         tail = kept.rpartition(b"\n")[2]
-        file = path.open("ab")
+        file = FileIO(path, "a")
         if tail and _is_object(tail):
-            file.write(b"\n")
+            append(file, b"\n")
         elif tail:
             file.truncate(len(kept) - len(tail))
             self._warn(f"{path}: removed an unfinished last line ({len(tail)} bytes)")
         return file
+
+
+def _cannot_write(path: Path, error: OSError) -> MetricsError:
+    return MetricsError(
+        f"{path}: cannot be written ({error.strerror}). Make room or make it writable, then start the same command: it "
+        "goes on from the newest checkpoint."
+    )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -108,11 +166,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _append(file: BinaryIO, row: dict[str, Any]) -> None:
+def _line(row: dict[str, Any]) -> bytes:
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     # A lone surrogate in a sampled text cannot be encoded; backslashreplace turns it into JSON's own escape.
-    file.write(text.encode("utf-8", errors="backslashreplace") + b"\n")
-    file.flush()
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def _number(value: Any) -> int | float | list | None:
@@ -142,14 +199,14 @@ def _reject(constant: str) -> None:
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line, parse_constant=_reject), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_reject)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MetricsError(f"{where}: not valid JSON ({error}). Repair or remove the line by hand.") from error
     if not isinstance(row, dict) or row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
         raise MetricsError(f"{where}: not a metric row, which has a phase of {PHASES} and an integer step.")

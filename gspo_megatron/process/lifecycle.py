@@ -42,6 +42,7 @@ LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pi
 
 _told_to_stop = threading.Event()
 _is_asking = threading.Event()  # something looks at the other one now and then
+_before_leaving: Callable[[], None] | None = None
 
 
 def is_told_to_stop() -> bool:
@@ -111,8 +112,26 @@ def _wait_for_first(is_echo: bool) -> None:
         time.sleep(ECHO_SECONDS)
 
 
+def before_leaving(call: Callable[[], None] | None) -> None:
+    """Let this be called when the process ends early, by an error or a signal; it takes the place of the one before.
+
+    It may run in any thread, raises nothing and is quick.
+    """
+    global _before_leaving
+    _before_leaving = call
+
+
+def tidy() -> None:
+    """Do what before_leaving() was given, once."""
+    call = _before_leaving
+    before_leaving(None)
+    if call is not None:
+        call()
+
+
 def leave(status: int, message: str | None = None) -> None:
     """End this process now, from any thread, whatever its main thread is blocked in."""
+    tidy()
     # A reader of our output that has gone away must not keep us from ending, nor a lock that a blocked thread holds.
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()

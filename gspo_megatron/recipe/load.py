@@ -25,6 +25,7 @@ from gspo_megatron.config.names import check_path
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe.field_names import check_overrides, field_names, suggestion
 from gspo_megatron.utils import plain_yaml
+from gspo_megatron.utils.small_files import replace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
@@ -63,9 +64,29 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
 
 
 def save_recipe(config: TrainConfig, path: Path) -> None:
-    """Write every value of the run as a recipe which `load_recipe` reads back to an equal TrainConfig."""
+    """Write every value of the run as a recipe which `load_recipe` reads back to an equal TrainConfig.
+
+    Raises OSError, and leaves the file as it was.
+    """
     plain = TypeAdapter(TrainConfig).dump_python(config, mode="json")
-    path.write_text(yaml.dump(plain, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+    replace(path, yaml.dump(plain, Dumper=_Dumper, sort_keys=False).encode())
+
+
+def read_saved(path: Path) -> dict:
+    """Return the plain values of what `save_recipe` has written, unchecked: they may be of another version.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()}).") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ConfigError(f"{path}: cannot be read (it {'is empty' if content is None else 'holds no recipe'}).")
+    return content
 
 
 def _read(path: Path) -> TrainConfig:

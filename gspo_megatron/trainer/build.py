@@ -4,19 +4,17 @@ header."""
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.checkpoint.files import NewerFormatError, verify
-from gspo_megatron.backend.checkpoint.sharded import read_progress
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
-from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TrainConfig
@@ -26,39 +24,57 @@ from gspo_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
+from gspo_megatron.process import lifecycle
+from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
-from gspo_megatron.trainer import resume
+from gspo_megatron.trainer import folders, resume
+from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
 
 TOKENIZER_EXAMPLES_PER_TASK = 400
+LOOK_AHEAD_SECONDS = 2.0  # all prompts of the example's 100 steps take four ranks less than one
+FINISHED = "{} is finished. Give --resume never to train anew, or more --steps to go on."
+
+
+class AlreadyFinished(Exception):
+    """Raised where a start has nothing left to do; its text says so. No error."""
 
 
 def build_run(config: ResolvedConfig) -> Run:
-    """Build process groups, data, model and run folder."""
+    """Build process groups, data, model and run folder.
+
+    Raises:
+        AlreadyFinished: there is nothing left to do. On every rank.
+    """
     runtime = runtimes.init_process_group(config.device)
     topology = topologies.initialize_model_parallel(config.parallel, config.seed)
-    plan, lock = _plan(config, runtime)
+    plan, hold = _plan(config, runtime)
     folder = plan.folder
     checkpoint, resumed, notes = _intact(plan)
-    if resumed and runtime.is_main:
-        resume.cut_back(folder, resumed)
+    if runtime.is_main:
+        resume.sweep(folder)
+    if resumed and checkpoint:
+        with together():
+            notes += resume.restore_record(folder, checkpoint, resumed) if runtime.is_main else []
     scorers = ScoringProcess(config.faults)
     if topology.is_first_of_replica:
         scorers.start()  # it comes up while the model is built
     mixture = TaskMixture(config.tasks, config.seed, scorers)
     tokenizer = build_tokenizer(config, mixture)
     limit = config.data.max_prompt_length
+    prompts = PromptSource(mixture, tokenizer, "train", limit)
+    if config.algorithm.name != "dpo":
+        _look_ahead(prompts, config, resumed.prompts if resumed else 0, runtime)
     shape = ModelShape.of(config.model, len(tokenizer))
     stops = find_stops(config, tokenizer, shape.vocab_size)
     policy = build_policy(config, shape, topology, runtime)
-    if runtime.is_main:
-        save_recipe(config, folder / "config.yaml")
-        tokenizer.save_pretrained(folder / "tokenizer")
+    with together():
+        reporter = _open_folder(folder, config, tokenizer, runtime.is_main)
     run = Run(
         config=config,
         runtime=runtime,
@@ -67,12 +83,12 @@ def build_run(config: ResolvedConfig) -> Run:
         tokenizer=tokenizer,
         stops=stops,
         mixture=mixture,
-        prompts=PromptSource(mixture, tokenizer, "train", limit),
+        prompts=prompts,
         held_out=PromptSource(mixture, tokenizer, "eval", limit).fixed(config.data.num_eval_prompts),
         policy=policy,
         engine=MegatronEngine(policy),
-        reporter=Reporter(folder, runtime.is_main),
-        lock=lock,
+        reporter=reporter,
+        hold=hold,
         checkpoint=checkpoint,
         resumed=resumed,
     )
@@ -98,42 +114,77 @@ def build_policy(
 
 
 def close_run(run: Run) -> None:
-    """Close files and leave the process groups."""
+    """Close files, give the folder back and leave the process groups."""
     run.reporter.close()
+    lifecycle.before_leaving(None)
+    if run.hold is not None:
+        run.hold.close()
+    leave_groups()
+
+
+def leave_groups() -> None:
+    """Leave the process groups."""
     topologies.destroy_model_parallel()
     runtimes.destroy_process_group()
 
 
-def _plan(config: TrainConfig, runtime: Runtime) -> tuple[resume.Plan, TextIO | None]:
-    """Return rank 0's plan on every rank, and rank 0's hold on the folder."""
+def _plan(config: TrainConfig, runtime: Runtime) -> tuple[Plan, Hold | None]:
+    """Return rank 0's plan on every rank, and rank 0's hold on the folder.
+
+    Raises:
+        AlreadyFinished: the run is over. On every rank.
+    """
     chosen: list = [None]
-    error = lock = None
-    if runtime.is_main:
-        try:
-            chosen = [resume.plan(config)]
-            lock = resume.hold(chosen[0].folder)
-        except CheckpointError as caught:
-            error = caught
-        except BlockingIOError:
-            folder = chosen[0].folder
-            error = CheckpointError(f"{folder}: another process began to train there at this moment. Start again.")
-    raise_together(error)
+    hold = None
+    with together():
+        if runtime.is_main:
+            chosen[0], hold = folders.take(config)
+            # However this process ends: what has made no step leaves nothing.
+            lifecycle.before_leaving(lambda: folders.discard_if_empty(chosen[0].folder))
     dist.broadcast_object_list(chosen, src=0)
-    return chosen[0], lock
+    if chosen[0].is_finished:
+        raise AlreadyFinished("\n".join([*chosen[0].notes, FINISHED.format(chosen[0].folder)]))
+    return chosen[0], hold
 
 
-def _intact(plan: resume.Plan) -> tuple[Path | None, resume.Progress | None, list[str]]:
+def _look_ahead(prompts: PromptSource, config: TrainConfig, position: int, runtime: Runtime) -> None:
+    """Find a prompt that is too long before the model is built; the ranks share the work. A collective."""
+    end = position + config.steps * config.rollout.num_prompts
+    with together():
+        prompts.look_ahead(range(position + runtime.rank, end, runtime.world_size), LOOK_AHEAD_SECONDS)
+
+
+def _open_folder(folder: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, is_main: bool) -> Reporter:
+    """Write what a run folder has before the first step, on rank 0, and return the reporter.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+        MetricsError: the same, of the record.
+    """
+    try:
+        if is_main:
+            save_recipe(config, folder / resume.CONFIG_FILE)
+            tokenizer.save_pretrained(folder / "tokenizer")
+        return Reporter(folder, is_main)
+    except OSError as error:
+        place = error.filename or folder
+        raise CheckpointError(
+            f"{place}: cannot be written ({error.strerror}). Make room or make it writable, or give another output_dir."
+        ) from None
+
+
+def _intact(plan: Plan) -> tuple[Path | None, resume.Progress | None, list[str]]:
     """Return the newest checkpoint whose files are as they were written, and what to tell the user. A collective."""
     notes = list(plan.notes)
     for path in plan.checkpoints:
         try:
             verify(path)
+            progress = resume.Progress.of(path)
         except NewerFormatError:
             raise
         except CheckpointError as error:
             notes.append(f"{error}. The checkpoint before it is tried")
             continue
-        progress = resume.Progress(**read_progress(path))
         notes.append(f"goes on after {progress.phase} step {progress.step}, from {path}")
         return path, progress, notes
     if plan.checkpoints:

@@ -3,13 +3,18 @@
 from pathlib import Path
 
 from gspo_megatron.metrics.console import Console
-from gspo_megatron.metrics.tracker import Tracker
+from gspo_megatron.metrics.tracker import MetricsError, Tracker
 
 
 class Reporter:
-    """A reporter has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others."""
+    """A reporter has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others.
+
+    Raises:
+        MetricsError: on rank 0, where the run's files cannot be opened.
+    """
 
     def __init__(self, run_dir: Path, is_main: bool):
+        self.error: MetricsError | None = None  # the record could not be written; every rank must hear of it
         self.console: Console | None = None
         self.tracker: Tracker | None = None
         if is_main:
@@ -26,7 +31,10 @@ class Reporter:
 
     def row(self, row: dict) -> None:
         if self.console and self.tracker:
-            self.tracker.log(row)
+            try:
+                self.tracker.log(row)
+            except MetricsError as error:
+                self.error = error
             self.console.step(row)
 
     def sample(self, row: dict) -> None:

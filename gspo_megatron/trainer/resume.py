@@ -1,45 +1,31 @@
-"""A run goes on where it ended: here is which folder and checkpoint to take, and what of the run's record to keep.
+"""A run goes on where it ended: here is what its folder holds of that, and what of the run's record to keep.
 
 A run that was ended at any moment goes on from its newest intact checkpoint and repeats the steps after it. On the same
 layout they are the same to the bit, because every draw is seeded by the run's seed and the step; so nothing of them
-needs to be kept. The record (metrics.jsonl, samples.jsonl, TensorBoard) is cut back to the checkpoint first: each step
-is in it once.
+needs to be kept. A checkpoint carries the recipe and the record (metrics.jsonl) up to its step: the record is put back
+to that, so each step is in it once, whatever has become of the file.
 
-Left out: checkpoints in the middle of a rollout batch, and going on with another recipe.
+Which folder a start takes is folders.py. Left out: checkpoints in the middle of a rollout batch.
 """
 
-import dataclasses
-import fcntl
 import json
+import re
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import yaml
-from pydantic import TypeAdapter
-
-from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import CheckpointError
-from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE, read_metrics
+from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
+from gspo_megatron.utils import plain_json
+from gspo_megatron.utils.small_files import replace
 
-# A run may go on with other values of these: they say where, how long and how often, not what is learned. (The layout
-# and the packing change rounding alone.)
-FREE = (
-    "name",
-    "output_dir",
-    "resume",
-    "steps",
-    "eval_interval",
-    "max_tokens_per_microbatch",
-    "device",
-    "parallel",
-    "checkpoint",
-    "faults",
-    "save_hf",
-)
-LOCK = ".lock"  # flock'ed by rank 0 of the process that trains there
+CONFIG_FILE = "config.yaml"
+FINISHED_FILE = "finished.json"
 FOLDERS = {"warm_start": "warm_start_{:06d}", "rl": "step_{:06d}", "dpo": "step_{:06d}"}
+HALVES = ("*.unfinished", "*.new", "*.replaced")  # names of what is being written, or removed
+IS_CHECKPOINT = re.compile(r"(step|warm_start)_\d+")
 
 
 @dataclass(frozen=True)
@@ -51,6 +37,24 @@ class Progress:
     prompts: int  # position of the prompt stream
     score: float | None  # eval/accuracy of that step, where it was evaluated
 
+    @classmethod
+    def of(cls, folder: Path) -> "Progress":
+        """Read that of a checkpoint. Raises CheckpointError that names the file and what is wrong with it."""
+        path = folder / "progress.json"
+        try:
+            found = plain_json.read_object(path).get("progress")
+            if not isinstance(found, dict) or found.keys() != {"phase", "step", "prompts", "score"}:
+                raise ValueError("says nothing of phase, step, prompts and score")
+            phase, step, prompts, score = (found[name] for name in ("phase", "step", "prompts", "score"))
+            if phase not in list(FOLDERS) or not all(type(number) is int and number >= 0 for number in (step, prompts)):
+                raise ValueError(f"phase {phase!r}, step {step!r}, prompts {prompts!r} cannot be")
+            if score is not None and type(score) not in (int, float):
+                raise ValueError(f"score {score!r} is no number")
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(f"{path}: damaged ({why})") from None
+        return cls(phase, step, prompts, score)
+
     @property
     def order(self) -> tuple[bool, int]:
         """Later in a run is larger."""
@@ -61,145 +65,177 @@ class Progress:
         return FOLDERS[self.phase].format(self.step)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Says what a start will do. Made on rank 0 alone."""
-
-    folder: Path
-    checkpoints: tuple[Path, ...] = ()  # to be tried in this order, newest first; none: a new run
-    notes: tuple[str, ...] = ()  # for the user
+# ---- Checkpoints ----
 
 
-def plan(config: TrainConfig) -> Plan:
-    """Choose the folder of this start: an unfinished run's, or the next free one (output_dir/name, name-2, name-3,
-    ...).
-
-    Raises:
-        CheckpointError: the newest run's config.yaml cannot be read.
-    """
-    newest, free = _folders(config)
-    if config.resume == "never" or newest is None:
-        return Plan(free)
-    if not _is_free(newest):
-        return Plan(free, notes=(f"{newest} is being trained by another process: a new run starts in {free}",))
-    found = checkpoints(newest)
-    if not found:
-        return Plan(free, notes=(f"{newest} has no checkpoint to go on from: a new run starts in {free}",))
-    last = max(found, key=lambda path: found[path].order)
-    if found[last].phase != "warm_start" and found[last].step >= config.steps:
-        return Plan(free)
-    other = _difference(config, newest / "config.yaml")
-    if other:
-        note = f"{newest} is unfinished and of another recipe ({other}): a new run starts in {free}"
-        return Plan(free, notes=(note,))
-    return Plan(newest, tuple(sorted(found, key=lambda path: found[path].order, reverse=True)))
-
-
-def hold(run_dir: Path) -> TextIO:
-    """Take a run folder for this process until it ends, however it ends. Returns the file that holds it.
-
-    Raises BlockingIOError where another process has it. A file system without locks lets every process have it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    except OSError:
-        pass
-    return file
-
-
-def checkpoints(run_dir: Path) -> dict[Path, Progress]:
-    """Return every complete checkpoint of a run. One whose progress cannot be read is none."""
-    found = {}
-    for path in sorted((run_dir / "checkpoints").glob("*/progress.json")):
-        if path.parent.suffix != ".unfinished":
+def survey(run_dir: Path) -> tuple[dict[Path, Progress], list[str]]:
+    """Return every complete checkpoint of a run, and a sentence about each one whose progress cannot be read."""
+    found, damage = {}, []
+    for path in sorted((run_dir / "checkpoints").glob("*")):
+        if path.suffix == ".unfinished" or not path.is_dir():
+            continue
+        if IS_CHECKPOINT.fullmatch(path.name) or (path / "progress.json").exists():
             try:
-                found[path.parent] = Progress(**json.loads(path.read_text())["progress"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-    return found
+                found[path] = Progress.of(path)
+            except CheckpointError as error:
+                damage.append(f"{error}. The checkpoint before it is tried.")
+    return found, damage
+
+
+def newest_first(found: Mapping[Path, Progress]) -> tuple[Path, ...]:
+    """Return checkpoints in the order in which a start tries them."""
+    return tuple(sorted(found, key=lambda path: found[path].order, reverse=True))
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int, keep_best: bool) -> list[Path]:
-    """Remove checkpoints that the recipe does not keep. Returns those removed."""
-    found = checkpoints(run_dir)
-    newest = sorted(found, key=lambda path: found[path].order, reverse=True)
+    """Remove checkpoints that the recipe does not keep, and what an end amid a removal or a save has left.
+
+    Returns those removed. One that cannot be removed stays, and is tried again at the next call.
+    """
+    found, _ = survey(run_dir)
+    newest = newest_first(found)
     kept = set(newest[:keep_last])
     if keep_every:
         kept |= {path for path in found if found[path].step % keep_every == 0}
     scores = {path: score for path in newest if (score := found[path].score) is not None}
     if keep_best and scores:
         kept.add(max(scores, key=lambda path: scores[path]))  # the newest of equal ones
-    removed = [path for path in newest if path not in kept]
-    for path in removed:
-        # Out of sight first, so that a kill in between leaves nothing that looks complete.
-        aside = path.with_name(path.name + ".unfinished")
-        path.rename(aside)
-        shutil.rmtree(aside)
-    return removed
+    return [path for path in newest if path not in kept and _remove(path)]
 
 
-def cut_back(run_dir: Path, progress: Progress) -> None:
-    """Take out of the record what came after a checkpoint. TensorBoard's events are made again from what is left."""
-    rows = [row for row in read_metrics(run_dir) if (row["phase"] != "warm_start", row["step"]) <= progress.order]
-    _replace(run_dir / METRICS_FILE, rows)
-    samples = run_dir / SAMPLES_FILE
-    if samples.is_file():
-        past = progress.step if progress.phase != "warm_start" else 0
-        lines = samples.read_bytes().split(b"\n")[:-1]  # behind the last newline there is nothing, or half a line
-        _replace(samples, [row for row in map(json.loads, lines) if row["step"] <= past])
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-
-
-def _replace(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".new")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    aside.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    aside.rename(path)
-
-
-def _is_free(run_dir: Path) -> bool:
+def _remove(path: Path) -> bool:
+    # Out of sight first, so that an end in between leaves nothing that looks complete.
+    aside = path.with_name(path.name + ".unfinished")
+    clear(aside)
     try:
-        hold(run_dir).close()
-    except BlockingIOError:
+        path.rename(aside)
+    except OSError:
         return False
+    clear(aside)
     return True
 
 
-def _folders(config: TrainConfig) -> tuple[Path | None, Path]:
-    """Return (the newest folder of this name or None, the next free one)."""
-    newest, folder, number = None, config.output_dir / config.name, 1
-    while folder.exists():
-        number += 1
-        newest, folder = folder, config.output_dir / f"{config.name}-{number}"
-    return newest, folder
+def sweep(run_dir: Path) -> list[Path]:
+    """Remove the halves of checkpoints and files that a kill has left; the folder must be held. Returns them."""
+    halves = [path for end in HALVES for path in (*run_dir.glob(end), *(run_dir / "checkpoints").glob(end))]
+    for path in halves:
+        clear(path)
+    return halves
 
 
-def _difference(config: TrainConfig, path: Path) -> str | None:
-    """Return the first value of the recipe that is another one there than here, in words."""
+def clear(path: Path) -> None:
+    """Remove a folder or a file, if there is one. What cannot be removed stays, to be tried again at the next
+    start."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass
+
+
+# ---- The end of a run ----
+
+
+def mark_finished(run_dir: Path, step: int, has_hf: bool) -> None:
+    """Note that everything is done that follows this step. Raises OSError."""
+    replace(run_dir / FINISHED_FILE, json.dumps({"step": step, "hf": has_hf}).encode())
+
+
+def finished_step(run_dir: Path, wants_hf: bool) -> int | None:
+    """Return the step at which the run ended in order, with a Hugging Face folder if one is wanted; else None."""
     try:
-        there = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        mark = plain_json.read_object(run_dir / FINISHED_FILE)
+    except (OSError, ValueError):  # none, or a damaged one: then the end is made once more
+        return None
+    step = mark.get("step")
+    return step if type(step) is int and (mark.get("hf") is True or not wants_hf) else None
+
+
+# ---- The record ----
+
+
+def carry(run_dir: Path, checkpoint: Path) -> None:
+    """Copy recipe and record into a checkpoint that is being written. Raises OSError."""
+    for name in (CONFIG_FILE, METRICS_FILE):
+        shutil.copyfile(run_dir / name, checkpoint / name)
+
+
+def restore_record(run_dir: Path, checkpoint: Path, progress: Progress) -> list[str]:
+    """Put metrics.jsonl and samples.jsonl back to what they were at a checkpoint; returns what to tell the user.
+
+    TensorBoard's events are removed: the tracker makes them again from the record.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
+    try:
+        notes = [*_restore_metrics(run_dir, checkpoint, progress), *_cut_samples(run_dir, progress)]
+    except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}), so it is unknown whether that run can go on. Give --resume never for a "
-            "new one."
+            f"{error.filename or run_dir}: cannot be written ({error.strerror}). Make room or make it writable, then "
+            "start the same command."
         ) from None
-    plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
-    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, TrainConfig()))
-    # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
-    there = {name: value for name, value in defaults.items() if not name.startswith("tasks.")} | there
-    for name in [*here, *(other for other in there if other not in here)]:
-        if name.split(".")[0] not in FREE and here.get(name) != there.get(name):
-            return f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
-    return None
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    return notes
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
+def _restore_metrics(run_dir: Path, checkpoint: Path, progress: Progress) -> list[str]:
+    path = run_dir / METRICS_FILE
+    here = path.read_bytes() if path.is_file() else b""
+    if not (checkpoint / METRICS_FILE).is_file():
+        return _cut_metrics(path, here, progress)  # of a version whose checkpoints do not carry it
+    carried = (checkpoint / METRICS_FILE).read_bytes()
+    if here != carried:
+        replace(path, carried)
+    if here.startswith(carried):
+        return []
+    missing = "is missing or empty" if not here else "was damaged"
+    return [f"{path} {missing}: its rows up to {progress.phase} step {progress.step} are those of {checkpoint}"]
+
+
+def _cut_metrics(path: Path, here: bytes, progress: Progress) -> list[str]:
+    lines, bad = _objects(here)
+    rows = [row for row in lines if row.get("phase") in list(FOLDERS) and type(row.get("step")) is int]
+    kept = [row for row in rows if (row["phase"] != "warm_start", row["step"]) <= progress.order]
+    _write_rows(path, kept)
+    bad += len(lines) - len(rows)
+    notes = [f"{path}: {bad} damaged lines were left out"] if bad else []
+    if not kept or (kept[-1]["phase"], kept[-1]["step"]) != (progress.phase, progress.step):
+        notes.append(f"{path} was damaged: the row of {progress.phase} step {progress.step} is lost")
+    return notes
+
+
+def _cut_samples(run_dir: Path, progress: Progress) -> list[str]:
+    path = run_dir / SAMPLES_FILE
+    if not path.is_file():
+        return []
+    past = progress.step if progress.phase != "warm_start" else 0
+    lines, bad = _objects(path.read_bytes())
+    rows = [row for row in lines if type(row.get("step")) is int]
+    _write_rows(path, [row for row in rows if row["step"] <= past])
+    bad += len(lines) - len(rows)
+    return [f"{path}: {bad} damaged lines were left out"] if bad else []
+
+
+def _objects(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the JSON objects of all lines, and how many lines are none; half a line at the end, as a kill leaves it,
+    is not counted."""
+    *lines, tail = content.split(b"\n")
+    rows = [row for line in lines if (row := _object(line)) is not None]
+    last = _object(tail)
+    return rows + ([last] if last is not None else []), len(lines) - len(rows)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = plain_json.parse(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace(path, text.encode("utf-8", errors="backslashreplace"))

@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from gspo_megatron.backend.engine.critic import Critic
 from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.reference import FrozenReference
+from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, Prompt, TrainSequence
@@ -26,6 +26,7 @@ from gspo_megatron.data.stops import Stops
 from gspo_megatron.errors import StopRequested
 from gspo_megatron.hf import export
 from gspo_megatron.process import lifecycle, progress
+from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
@@ -51,7 +52,7 @@ class Run:
     policy: Policy
     engine: MegatronEngine
     reporter: Reporter
-    lock: TextIO | None  # rank 0 holds the folder by it
+    hold: Hold | None  # rank 0 has the folder by it
     checkpoint: Path | None = None  # what this start goes on from
     resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
@@ -95,10 +96,14 @@ class Run:
         Raises:
             StopRequested: on every rank, once a checkpoint is written, because one of them was told to stop.
             CheckpointError: on every rank, because one of them could not write.
+            MetricsError: on every rank, because the row could not be written.
         """
         config = self.config.checkpoint
         self.finish_written()
-        is_told = self._any(lifecycle.is_told_to_stop())
+        state = self._most(2 if self.reporter.error else int(lifecycle.is_told_to_stop()))
+        if state == 2:
+            raise_together(self.reporter.error)
+        is_told = state == 1
         is_last = phase != "warm_start" and step == self.config.steps
         must_stop = is_told and not is_last
         if not (is_last or must_stop) and (step == 0 or config.interval == 0 or step % config.interval):
@@ -116,18 +121,23 @@ class Run:
         progress = resume.Progress(phase, step, self.prompts.position, row.get("eval/accuracy"))
         folder = self.folder / "checkpoints" / progress.folder
         dtype, (hf, companions) = self.policy.models[0].config.params_dtype, self.hf_files()
+
+        def add(unfinished: Path) -> None:
+            export.write_side(unfinished, hf, companions, dtype)
+            resume.carry(self.folder, unfinished)
+
         self.saver.begin(
             self._networks(critic),
             folder,
             dataclasses.asdict(progress),
             self.reference,
-            lambda unfinished: export.write_side(unfinished, hf, companions, dtype),
+            add,
         )
         return folder
 
     def finish_written(self) -> None:
         """Make the checkpoint under way visible once all ranks have written it. A collective; nothing where none is."""
-        if self.saver.is_begun and not self._any(self.saver.is_writing):
+        if self.saver.is_begun and not self._most(int(self.saver.is_writing)):
             self._finish()
 
     def _finish(self) -> None:
@@ -144,11 +154,11 @@ class Run:
         ids = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
         return hf | ids, [self.folder / "tokenizer"]
 
-    def _any(self, flag: bool) -> bool:
-        """Tell whether it is true on any rank. A collective: all must do the same after the same step."""
-        on_any = torch.tensor([float(flag)], device=self.runtime.device)
-        dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
-        return bool(on_any)
+    def _most(self, number: int) -> int:
+        """Return the largest of all ranks' numbers. A collective: all must do the same after the same step."""
+        largest = torch.tensor([number], device=self.runtime.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     def _networks(self, critic: Critic | None) -> dict[str, Network]:
         return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})

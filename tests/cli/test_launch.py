@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gspo_megatron.cli import train
+from gspo_megatron.cli.launch import OF_A_RUN
+from gspo_megatron.cli.launch import TORCHRUN as TORCHRUN_PROGRAM
+from gspo_megatron.errors import ConfigError
 from tools.validation.launching import LIMIT, PYTHON, ROOT, TORCHRUN, launched
 
 SCRIPT = ROOT / "examples/train_moe_gspo.sh"
@@ -32,6 +36,15 @@ BAD_INPUT = {
     "name": (["--stepz", "1"], "--stepz"),
     "layout": (["--parallel.tensor-model-parallel-size", "3"], "tensor 3 x pipeline 1 = 3 does not divide"),
     "model": (["--model.hf-config", "nowhere.json"], "model.hf_config = 'nowhere.json'"),
+}
+OUTPUT = {  # output_dir or name, and what is said of it
+    "a file": (["--output-dir", "file"], "/file is a file"),
+    "below a file": (["--output-dir", "file/runs"], "/file is a file"),
+    "a dangling link": (["--output-dir", "link"], "/link is a link to nowhere"),
+    "not writable": (["--output-dir", "/sys/runs"], "nothing can be written in /sys ("),
+    "a long part": (["--output-dir", "x" * 300], "output_dir = "),
+    "a long name": (["--name", "x" * 300], "name = "),
+    "a long path": (["--output-dir", "/".join(20 * ["x" * 199])], "bytes, of 4096"),
 }
 # What needs the model's shape or several parts of the recipe; four ranks.
 MISFITS = {
@@ -62,6 +75,20 @@ def test_bad_input_exits_2_before_any_rank_starts(tmp_path, form, mistake):
     assert launch.stdout == ""
     assert launch.stderr.count(text) == 1
     assert "Traceback" not in launch.stderr and "torchrun" not in launch.stderr
+
+
+@pytest.mark.parametrize("mistake", OUTPUT)
+def test_an_output_folder_that_cannot_be_is_told_before_any_rank_starts(tmp_path, monkeypatch, capfd, mistake):
+    """In this process: become_ranks would be called next, and is not."""
+    argv, text = OUTPUT[mistake]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "become_ranks", lambda *args: pytest.fail("the ranks are started"))
+    with pytest.raises(ConfigError) as caught:
+        train.main([*argv, "--device", "cpu"])
+    assert text in str(caught.value) and str(caught.value).count("\n") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]  # nothing is left
 
 
 @pytest.mark.parametrize("mistake", MISFITS)
@@ -155,3 +182,30 @@ def test_hidden_gpus_do_not_count(monkeypatch, visible):
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_count() == 0
+
+
+RANK = """
+import os, sys
+sys.exit(int(os.environ["STATUS"]) if os.environ["RANK"] == "1" else 0)
+"""
+
+
+@pytest.mark.parametrize(("status", "seen", "is_quiet"), [(2, 2, True), (85, 85, True), (1, 1, False), (0, 0, True)])
+def test_a_status_that_was_explained_is_passed_on_without_an_account(tmp_path, status, seen, is_quiet):
+    (tmp_path / "rank.py").write_text(RANK)
+    program = TORCHRUN_PROGRAM.format(quiet=OF_A_RUN)
+    command = [PYTHON, "-c", program, "--nproc-per-node", "2", str(tmp_path / "rank.py")]
+    with launched(command, tmp_path, STATUS=str(status)) as launch:
+        assert launch.wait(60) == seen
+    assert (launch.stderr == "") == is_quiet, launch.stderr
+    assert ("ChildFailedError" in launch.stderr) != is_quiet
+
+
+def test_a_prompt_that_is_too_long_ends_the_start_with_one_message_and_leaves_nothing(tmp_path):
+    """Found in the ranks, where the tokenizer is: status 2, one line, no account of torchrun's, and no run folder."""
+    argv = ["--data.max-prompt-length", "5", "--output-dir", "runs", "--device", "cpu"]
+    with launched([*FORMS["gspo-megatron"], *argv], tmp_path, NPROC="2", **ENV) as launch:
+        assert launch.wait(120) == 2
+    said = [line for line in launch.stderr.splitlines() if "warning" not in line.lower()]
+    assert len(said) == 1 and said[0].startswith("error: data.max_prompt_length = 5: a prompt of tasks."), launch.stderr
+    assert list((tmp_path / "runs").iterdir()) == []

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspo_megatron.errors import GspoError
+from gspo_megatron.metrics import plots
 from gspo_megatron.metrics.record import load_record, series
 from gspo_megatron.metrics.tracker import Tracker, read_metrics
 
@@ -120,3 +125,99 @@ def test_unreadable_config_is_a_user_error(write_run) -> None:
         (run / "config.yaml").write_text(text)
         with pytest.raises(GspoError, match=r"config\.yaml"):
             load_record(run)
+
+
+# ---- What cannot be written ----
+
+
+@contextmanager
+def full_at(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the system writes a part of what would, and then refuses, as a full disk
+    does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def test_a_row_that_cannot_be_written_is_one_error_and_no_half_line(tmp_path: Path) -> None:
+    """The file has room for 10 bytes of the second row."""
+    tracker = Tracker(tmp_path, warn=lambda text: None)
+    tracker.log({"phase": "rl", "step": 0})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    with full_at(len(whole) + 10), pytest.raises(GspoError) as caught:
+        tracker.log({"phase": "rl", "step": 1, "loss": 0.25})
+    assert str(caught.value).startswith(f"{tmp_path / 'metrics.jsonl'}: cannot be written (File too large). Make room")
+    assert "the same command: it goes on from the newest checkpoint" in str(caught.value)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    tracker.log({"phase": "rl", "step": 2})  # there is room again
+    tracker.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2]
+
+
+def test_a_run_goes_on_without_samples_and_events_and_says_so_once(tmp_path: Path) -> None:
+    """The limit is 50 bytes behind the first event: the second event of the same 40 numbers does not fit, a sample of
+    3000 characters neither, and both rows do (11 bytes a number, an event 24)."""
+    said: list[str] = []
+    numbers = {f"m/{number}": 1 for number in range(40)}
+    with Tracker(tmp_path, warn=said.append) as tracker:
+        tracker.sample({"step": 0, "response": "a"})
+        tracker.log({"phase": "warm_start", "step": 1} | numbers)
+        with full_at(next((tmp_path / "tensorboard").iterdir()).stat().st_size + 50):
+            for step in (2, 3):
+                tracker.sample({"step": 1, "response": 3000 * "a"})
+                if step == 2:
+                    tracker.log({"phase": "warm_start", "step": step} | numbers)
+    assert [text.split(" (")[0] for text in said] == [
+        f"{tmp_path / name}: cannot be written" for name in ("samples.jsonl", "tensorboard")
+    ]
+    assert all(text.endswith("(File too large); the run goes on without") for text in said)
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 0, "response": "a"}\n'
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert scalars(tmp_path)["warm_start/m/39"] == [(1, 1.0)]  # whole events, as many as there was room for
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_events_of_a_resumed_run_are_those_of_its_record(tmp_path: Path) -> None:
+    """A resume removes the events and cuts the record back: both show each step once."""
+    rows = [{"phase": "warm_start", "step": 1, "loss": 2.0}, {"phase": "rl", "step": 0, "loss": 0.5, "lr": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"phase": "rl", "step": 1, "loss": 0.25})
+    assert scalars(tmp_path) == {"warm_start/loss": [(1, 2.0)], "loss": [(0, 0.5), (1, 0.25)]}
+
+
+def test_each_row_is_synced_before_log_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is begun after log(): the row that it counts is on the disk by then, not in the system's memory."""
+    synced: list[tuple[str, int]] = []
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        real(descriptor)
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"phase": "rl", "step": 0})
+        assert synced == [(str(tmp_path / "metrics.jsonl"), len('{"phase": "rl", "step": 0}\n'))]
+
+
+def test_an_empty_record_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(GspoError, match=r"metrics\.jsonl: has no row"):
+        plots.draw(tmp_path)
+
+
+def test_a_chart_that_cannot_be_written_leaves_no_half_of_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "rl", "step": 0, "reward/mean": 0.5}\n')
+    with full_at(4096), pytest.raises(OSError, match="File too large") as caught:
+        plots.draw(tmp_path)
+    assert caught.value.filename == str(tmp_path / "plots/reward.png")
+    assert list((tmp_path / "plots").iterdir()) == []

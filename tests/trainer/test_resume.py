@@ -30,11 +30,11 @@ from gspo_megatron.config import (
 )
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.metrics.tracker import read_metrics
-from gspo_megatron.recipe.load import save_recipe
-from gspo_megatron.trainer import build, resume, rl
+from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer import sft as warm_starts
-from gspo_megatron.trainer.resume import Progress, checkpoints, cut_back, hold, plan, prune
+from gspo_megatron.trainer.folders import Plan
+from gspo_megatron.trainer.resume import Progress, newest_first, prune, restore_record, survey, sweep
 from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
 from tools.validation.ranks import spawn
 
@@ -92,8 +92,8 @@ def train_once(config: TrainConfig, end: tuple[str, int] | None = None) -> dict:
         runs.Run.maybe_save = keep
         dist.barrier()
         run.reporter.close()
-        if run.lock:
-            run.lock.close()
+        if run.hold:
+            run.hold.close()
         topology.destroy_model_parallel()
     return {"weights": weights, "folder": run.folder}
 
@@ -230,35 +230,6 @@ def made(run_dir: Path, phase: str, step: int, score: float | None = None) -> Pa
     return folder
 
 
-def started(tmp_path: Path, **changes) -> TrainConfig:
-    config = dataclasses.replace(CONFIG, output_dir=tmp_path, algorithm=GRPO.resolved(), **changes)
-    (tmp_path / "moe_gspo").mkdir()
-    save_recipe(config, tmp_path / "moe_gspo/config.yaml")
-    return config
-
-
-def test_which_folder_a_start_takes(tmp_path):
-    config = started(tmp_path)
-    run, free = tmp_path / "moe_gspo", tmp_path / "moe_gspo-2"
-    assert plan(config).folder == free and "no checkpoint" in plan(config).notes[0]
-    warm, rl = made(run, "warm_start", 3), made(run, "rl", 2)
-    (run / "checkpoints/step_000003.unfinished").mkdir()
-    assert plan(config) == resume.Plan(run, (rl, warm))
-    assert plan(dataclasses.replace(config, resume="never")) == resume.Plan(free)
-    elsewhere = dataclasses.replace(config, parallel=PP2, eval_interval=7, checkpoint=CheckpointConfig(keep_last=9))
-    assert plan(elsewhere).folder == run
-    other = plan(dataclasses.replace(config, seed=2))
-    assert other.folder == free and "unfinished and of another recipe (seed = 1 there, 2 here)" in other.notes[0]
-    assert plan(dataclasses.replace(config, steps=2)) == resume.Plan(free)  # that many are done
-    assert plan(dataclasses.replace(config, steps=9)).folder == run
-    with hold(run):
-        busy = plan(config)
-        assert busy.folder == free and "is being trained by another process" in busy.notes[0]
-    (run / "config.yaml").write_text("- 1")
-    with pytest.raises(CheckpointError, match=r"config.yaml: cannot be read .* --resume never"):
-        plan(config)
-
-
 def test_which_checkpoints_are_kept(tmp_path):
     """Of rl 10, 20, 30 (score .5), 40 (.4), 50: the last two, every 20th, and the best. The warm start's goes."""
     made(tmp_path, "warm_start", 60)
@@ -268,23 +239,144 @@ def test_which_checkpoints_are_kept(tmp_path):
     (tmp_path / "checkpoints/torn/progress.json").write_text("{")
     removed = prune(tmp_path, keep_last=2, keep_every=20, keep_best=True)
     assert {path.name for path in removed} == {"step_000010"}
-    assert [p.step for p in checkpoints(tmp_path).values()] == [20, 30, 40, 50, 60]
+    found, damage = survey(tmp_path)
+    assert [p.step for p in found.values()] == [20, 30, 40, 50, 60]
+    assert damage[0].startswith(f"{tmp_path / 'checkpoints/torn/progress.json'}: damaged (Expecting property name")
     prune(tmp_path, keep_last=1, keep_every=0, keep_best=True)
-    assert {path.name for path in checkpoints(tmp_path)} == {"step_000030", "step_000050"}
+    assert {path.name for path in survey(tmp_path)[0]} == {"step_000030", "step_000050"}
     prune(tmp_path, keep_last=1, keep_every=0, keep_best=False)
-    assert {path.name for path in checkpoints(tmp_path)} == {"step_000050"}
+    assert {path.name for path in survey(tmp_path)[0]} == {"step_000050"}
 
 
-def test_the_record_is_cut_back(tmp_path):
-    rows = [("warm_start", 1), ("warm_start", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
-    text = "".join(json.dumps({"phase": phase, "step": step}) + "\n" for phase, step in rows)
+ROWS = [("warm_start", 1), ("warm_start", 2), ("rl", 0), ("rl", 1), ("rl", 2)]
+
+
+def lines(steps: list[tuple[str, int]]) -> str:
+    return "".join(json.dumps({"phase": phase, "step": step}) + "\n" for phase, step in steps)
+
+
+def steps_of(run_dir: Path) -> list[tuple[str, int]]:
+    return [(row["phase"], row["step"]) for row in read_metrics(run_dir)]
+
+
+@pytest.mark.parametrize("carries", [True, False], ids=["today's checkpoint", "one of version 0.1.0"])
+def test_the_record_is_cut_back(tmp_path, carries):
     samples = "".join(json.dumps({"step": step, "response": "grün"}) + "\n" for step in (1, 2))
     for progress, left, kept in ((Progress("rl", 1, 8, None), 4, [1]), (Progress("warm_start", 1, 0, None), 1, [])):
-        (tmp_path / "metrics.jsonl").write_text(text)
+        (tmp_path / "metrics.jsonl").write_text(lines(ROWS))
         (tmp_path / "samples.jsonl").write_text(samples + '{"step": 2, "resp')
-        cut_back(tmp_path, progress)
-        assert [(r["phase"], r["step"]) for r in read_metrics(tmp_path)] == rows[:left]
+        checkpoint = tmp_path / "checkpoints" / progress.folder
+        checkpoint.mkdir(parents=True)
+        if carries:
+            (checkpoint / "metrics.jsonl").write_text(lines(ROWS[:left]))
+        assert restore_record(tmp_path, checkpoint, progress) == []
+        assert steps_of(tmp_path) == ROWS[:left]
         assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").open()] == kept
+
+
+WHOLE = lines(ROWS[:4])
+HARMED = {  # what became of metrics.jsonl, whose whole contents are WHOLE, and whether a word is said
+    "cut in its last line": (WHOLE[:-9], "was damaged"),
+    "without its last line": (lines(ROWS[:3]), "was damaged"),
+    "empty": ("", "is missing or empty"),
+    "missing": (None, "is missing or empty"),
+    "zeros in the middle": (WHOLE[:20] + "\0" * 40 + WHOLE[60:], "was damaged"),
+    "a line of garbage": (lines(ROWS[:2]) + "\udcff}{\n" + lines(ROWS[2:4]), "was damaged"),
+    "nested": ("[" * 100_000 + "\n", "was damaged"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMED)
+def test_a_damaged_record_is_put_back_from_the_checkpoint(tmp_path, harm):
+    """The checkpoint of rl step 1 is there, so the record has that step again, whatever has become of the file."""
+    content, says = HARMED[harm]
+    checkpoint = tmp_path / "checkpoints/step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "metrics.jsonl").write_text(WHOLE)
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content.encode(errors="surrogateescape"))
+    said = restore_record(tmp_path, checkpoint, Progress("rl", 1, 8, None))
+    assert len(said) == 1 and f"metrics.jsonl {says}: its rows up to rl step 1 are those of {checkpoint}" in said[0]
+    assert (tmp_path / "metrics.jsonl").read_text() == WHOLE
+
+
+def test_a_lost_step_of_an_old_record_is_named(tmp_path):
+    """A checkpoint of version 0.1.0 carries no record: what can be read stays, and what is lost is said."""
+    (tmp_path / "metrics.jsonl").write_bytes(lines(ROWS[:2]).encode() + b"\0\0\n" + lines(ROWS[2:4])[:-9].encode())
+    checkpoint = tmp_path / "checkpoints/step_000001"
+    checkpoint.mkdir(parents=True)
+    said = restore_record(tmp_path, checkpoint, Progress("rl", 1, 8, None))
+    assert steps_of(tmp_path) == ROWS[:3]
+    assert "1 damaged lines were left out" in said[0] and "the row of rl step 1 is lost" in said[1]
+
+
+BAD_SAMPLES = (
+    b"garbage",
+    b"\0" * 4096,
+    b"\xff\xfe",
+    b"[]",
+    b"null",
+    b"[" * 100_000,
+    b'{"step": "1"}',
+    b'{"step": null}',
+)
+
+
+@pytest.mark.parametrize("bad", BAD_SAMPLES, ids=lambda bad: repr(bad[:12]))
+def test_damaged_samples_are_left_out(tmp_path, bad):
+    good = b'{"step": 1, "response": "a"}\n'
+    (tmp_path / "metrics.jsonl").write_text(WHOLE)
+    (tmp_path / "samples.jsonl").write_bytes(good + bad + b"\n" + good)
+    said = restore_record(tmp_path, tmp_path / "checkpoints/step_000001", Progress("rl", 1, 8, None))
+    assert said == [f"{tmp_path / 'samples.jsonl'}: 1 damaged lines were left out"]
+    assert (tmp_path / "samples.jsonl").read_bytes() == good + good
+
+
+BAD_PROGRESS = {
+    "empty": b"", "null": b"null", "a list": b"[]", "no table": b"{}", "not UTF-8": b"\xff\xfe{}",
+    "cut": b'{"progress": {',
+    "nested": b"[" * 100_000, "zeros": b"\0" * 200, "a number": b'{"progress": 7}',
+    "no step": b'{"progress": {"phase": "rl", "prompts": 1, "score": null}}',
+    "a step in words": b'{"progress": {"phase": "rl", "step": "3", "prompts": 1, "score": null}}',
+    "a true step": b'{"progress": {"phase": "rl", "step": true, "prompts": 1, "score": null}}',
+    "no phase": b'{"progress": {"phase": "sleep", "step": 3, "prompts": 1, "score": null}}',
+    "a phase that is a list": b'{"progress": {"phase": [], "step": 3, "prompts": 1, "score": null}}',
+    "a score in words": b'{"progress": {"phase": "rl", "step": 3, "prompts": 1, "score": "good"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", [*BAD_PROGRESS, "missing", "a folder"])
+def test_a_checkpoint_with_damaged_progress_is_named_and_the_one_before_is_found(tmp_path, harm):
+    good, bad = made(tmp_path, "rl", 2), made(tmp_path, "rl", 3)
+    path = bad / "progress.json"
+    path.unlink()
+    if harm == "a folder":
+        path.mkdir()
+    elif harm != "missing":
+        path.write_bytes(BAD_PROGRESS[harm])
+    found, damage = survey(tmp_path)
+    assert list(found) == [good]
+    assert len(damage) == 1 and damage[0].startswith(f"{path}: damaged (")
+    assert damage[0].endswith("The checkpoint before it is tried.")
+
+
+def test_a_kill_inside_a_removal_leaves_nothing_for_good(tmp_path):
+    """What such a kill leaves is step_000001.unfinished. It stands in no later removal's way, be it a folder or a file,
+    and a start removes it."""
+    for step in (1, 2, 3):
+        made(tmp_path, "rl", step)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step_000001.unfinished/hf").mkdir(parents=True)
+    (checkpoints / "step_000001.unfinished/hf/config.json").write_text("{}")
+    (checkpoints / "step_000002.unfinished").write_text("a file")
+    removed = prune(tmp_path, keep_last=1, keep_every=0, keep_best=False)
+    assert {path.name for path in removed} == {"step_000001", "step_000002"}
+    assert [path.name for path in checkpoints.iterdir()] == ["step_000003"]
+    (checkpoints / "step_000001.old.unfinished/hf").mkdir(parents=True)
+    (tmp_path / "config.yaml.new").write_text("")
+    (tmp_path / "hf.unfinished").mkdir()
+    assert {path.name for path in sweep(tmp_path)} == {"step_000001.old.unfinished", "config.yaml.new", "hf.unfinished"}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoints", "progress.json", "step_000003"]
 
 
 def spoiled(rank: int, world_size: int, folder: Path) -> list[str]:
@@ -313,9 +405,8 @@ def after(harm: Callable[[Path], None], victim: Path, rank: int) -> str:
     return f"{notes[0]} | {found.name} {progress.step}"
 
 
-def plan_of(folder: Path) -> resume.Plan:
-    found = checkpoints(folder / "moe_gspo")
-    return resume.Plan(folder / "moe_gspo", tuple(sorted(found, key=lambda p: found[p].order, reverse=True)))
+def plan_of(folder: Path) -> Plan:
+    return Plan(folder / "moe_gspo", newest_first(survey(folder / "moe_gspo")[0]))
 
 
 def flip(path: Path) -> None:

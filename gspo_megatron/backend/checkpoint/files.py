@@ -22,6 +22,7 @@ from gspo_megatron.backend.checkpoint.index import METADATA
 from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.utils import plain_json
+from gspo_megatron.utils.small_files import to_disk
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -51,12 +52,12 @@ def make_visible(folder: Path, known: dict[str, Digest]) -> None:
     names = [str(path.relative_to(aside)) for path in sorted(aside.rglob("*")) if path.is_file()]
     manifest = {name: known.get(name) or digest(aside / name) for name in names}
     (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1))
-    _to_disk(aside / MANIFEST)
+    to_disk(aside / MANIFEST)
     old = folder.with_name(folder.name + ".old.unfinished")
     if folder.exists():  # a spoiled one, which the run did not go on from
         os.rename(folder, old)
     os.rename(aside, folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -118,7 +119,7 @@ def _digest_of(name: str, entry: object) -> Digest:
 
 def digest(path: Path) -> Digest:
     """Return a file's size and hash; the file is on its disk afterwards."""
-    _to_disk(path)
+    to_disk(path)
     return path.stat().st_size, _sha256(path)
 
 
@@ -143,12 +144,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Written through to the disk: without it a machine that loses power could keep the rename and not the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

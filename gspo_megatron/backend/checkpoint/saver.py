@@ -16,7 +16,8 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,17 +152,15 @@ class Saver:
             progress.detail(f"until {job.folder.name} is written")
             time.sleep(POLL_SECONDS)
         self._job = None
-        try:
+        with _removed_if_it_fails(files.unfinished(job.folder)):
             raise_together(_cannot_write(job.folder, job.error) if job.error else None)
-        except CheckpointError:
-            _on_main(lambda: shutil.rmtree(files.unfinished(job.folder), ignore_errors=True))
-            raise
         for finalize in job.request.finalize_fns:
-            finalize()
+            _finalized(job.folder, finalize)
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, job.digests)
         known = {name: digest for part in everyone for name, digest in part.items()}
-        _on_main(lambda: files.make_visible(job.folder, known))
+        with _removed_if_it_fails(files.unfinished(job.folder)):
+            _on_main(lambda: files.make_visible(job.folder, known))
         return job.folder
 
 
@@ -225,6 +224,29 @@ def _on_main(write: Callable[[], None]) -> None:
         except OSError as caught:
             error = CheckpointError(f"the checkpoint cannot be written ({caught}). The ones before it are kept.")
     raise_together(error)
+
+
+@contextmanager
+def _removed_if_it_fails(unfinished: Path) -> Iterator[None]:
+    """Remove the half checkpoint where the block raises an error, which it does on every rank."""
+    try:
+        yield
+    except CheckpointError:
+        _on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+        raise
+
+
+def _finalized(folder: Path, finalize: Callable[[], None]) -> None:
+    """Let Megatron write its small files, on rank 0 between its collectives.
+
+    An error there is raised on rank 0 alone, for the others wait in a collective that it can no longer join; they end
+    when it does.
+    """
+    try:
+        finalize()
+    except OSError as error:
+        shutil.rmtree(files.unfinished(folder), ignore_errors=True)
+        raise _cannot_write(folder, error) from None
 
 
 def _cannot_write(folder: Path, error: Exception) -> CheckpointError:

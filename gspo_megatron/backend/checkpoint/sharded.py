@@ -8,7 +8,6 @@ Left out: random states (nothing here draws from one: each draw is seeded by the
 a checkpoint is of the end of a step, and the steps after it are made again, the same to the bit.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.errors import CheckpointError
+from gspo_megatron.utils import plain_json
 
 
 @torch.no_grad()
@@ -76,9 +76,12 @@ def load_weights(network: Network, folder: Path) -> None:
 def read_progress(folder: Path, part: str = "progress") -> dict:
     """Read what Saver.begin() was told of the run's place. Raises CheckpointError without a complete checkpoint."""
     try:
-        return json.loads((folder / "progress.json").read_text())[part]
-    except (OSError, ValueError, KeyError):
-        raise _incomplete(folder) from None
+        found = plain_json.read_object(folder / "progress.json").get(part)
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise _incomplete(folder)
+    return found
 
 
 def _incomplete(folder: Path) -> CheckpointError:

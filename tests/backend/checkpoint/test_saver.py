@@ -1,6 +1,7 @@
 """A checkpoint holds what was there when it was begun, and is whole or not there at all."""
 
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,25 @@ def test_what_cannot_be_written_is_said_on_every_rank_and_leaves_nothing(tmp_pat
         assert "step_000002: rank 1 cannot write it" in cannot and "File too large" in cannot
         assert "step_000003: a checkpoint takes" in no_room and "checkpoint.keep_last" in no_room
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def full_at_the_end(rank: int, world_size: int, folder: Path) -> str:
+    """The tensors are written; then no file may grow. What is said."""
+    policy, writer = small_policy(SINGLE), Saver()
+    writer.begin({"": policy.network}, folder / "step_000001")
+    while writer.is_writing:
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as caught:
+        writer.finish()
+    return str(caught.value)
+
+
+def test_a_disk_that_is_full_behind_the_tensors_is_one_message_and_leaves_nothing(tmp_path):
+    """Megatron's own metadata cannot be written, which is tried on rank 0 alone."""
+    (message,) = spawn(full_at_the_end, 1, tmp_path)
+    assert "File too large" in message and "The checkpoints before it are kept" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def sizes(rank: int, world_size: int, folder: Path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from gspo_megatron.backend.engine import network, policy
 from gspo_megatron.cli import main
 from gspo_megatron.process import progress
 from gspo_megatron.tasks import isolation
+from gspo_megatron.trainer import finish, resume
 
 
 def kill() -> None:
@@ -170,6 +171,36 @@ def full_disk(phase: str, step: int) -> None:
     saver._in_host_memory = filled
 
 
+def full_disk_for_the_record(phase: str, step: int) -> None:
+    """Somebody else's file takes all of the disk when a step begins; no checkpoint is written in that step."""
+
+    def fill() -> None:
+        with Path("runs/filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(1 << 16)):
+                pass
+
+    At(phase, step, "rollout", "", fill)
+
+
+def in_removal(phase: str, step: int) -> None:
+    """An old checkpoint has lost its name and its first file."""
+    clear = resume.clear
+
+    def cut_off(path: Path) -> None:
+        here = progress.here()
+        if (here.phase, here.step) == (phase, step) and path.is_dir():
+            next(path.glob("*.distcp")).unlink()
+            kill()
+        clear(path)
+
+    resume.clear = cut_off
+
+
+def in_charts(phase: str, step: int) -> None:
+    """The last checkpoint and the Hugging Face folder are there, and nothing of what follows them."""
+    finish.draw = lambda folder: kill()
+
+
 def scorers(kind: str):
     def install(phase: str, step: int) -> None:
         isolation.PROGRAM = "tools.validation.faults.scorers"
@@ -203,6 +234,7 @@ FAULTS = {
     "checkpoint": in_checkpoint, "hang": hang, "absent": absent, "nan gradient": nan_gradient,
     "inf gradient": inf_gradient, "nan loss": nan_loss, "exploding ratio": exploding_ratio,
     "overflowing ratio": overflowing_ratio, "full disk": full_disk,
+    "full disk for the record": full_disk_for_the_record, "removal": in_removal, "charts": in_charts,
     "scorer raises": scorers("raises"), "scorer hangs": scorers("hangs"),
     "scorer gives nan": scorers("nan"), "scorer always raises": scorers("always raises"),
 }  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.validation.faults import disks, scenarios
+from tools.validation.faults import disks, folders, scenarios
 from tools.validation.faults.scenarios import Whole
 
 
@@ -66,6 +66,27 @@ ROWS = [
         lambda f, w: scenarios.scorer(f, "scorer gives nan", "nan", 1)),
     Row("a reward function that always raises", "the run ends with one message",
         lambda f, w: scenarios.scorer(f, "scorer always raises", "gold answer too", 1)),
+    Row("metrics.jsonl cut in its last line", "put back from the checkpoint; " + SAME,
+        lambda f, w: folders.damaged(f, w, folders.cut_record, "metrics.jsonl was damaged:", 3)),
+    Row("metrics.jsonl of 0 bytes", "put back from the checkpoint; " + SAME,
+        lambda f, w: folders.damaged(f, w, folders.empty_record, "metrics.jsonl is missing or empty:", 3)),
+    Row("zeros in samples.jsonl", "the line is left out; " + SAME,
+        lambda f, w: folders.damaged(f, w, folders.spoil_samples, "samples.jsonl: 1 damaged lines", 3)),
+    Row("a damaged progress.json", "named; the checkpoint before is taken",
+        lambda f, w: folders.damaged(f, w, folders.write("checkpoints/step_000003/progress.json", b"[]"),
+                                     "step_000003/progress.json: damaged", 2)),
+    Row("a manifest.json that names nothing", "named; the checkpoint before is taken",
+        lambda f, w: folders.damaged(f, w, folders.write("checkpoints/step_000003/manifest.json", b"{}"),
+                                     "step_000003/manifest.json: damaged", 2)),
+    Row("an empty config.yaml", "named; the checkpoint's copy is read; " + SAME,
+        lambda f, w: folders.damaged(f, w, folders.write("config.yaml", b""), "config.yaml: cannot be read", 3)),
+    Row("the disk is full when a metrics row is written", "one message, no half line; with room " + SAME,
+        folders.full_disk),
+    Row("kill -9 inside the removal of an old checkpoint", "its rest is removed; " + SAME, folders.killed_in_removal),
+    Row("kill -9 between the last checkpoint and the end", "the same command makes what is missing, and no step",
+        folders.killed_at_the_end, in_ci=True),
+    Row("two unfinished folders of one name", "the one that got furthest goes on; the other is not touched",
+        folders.two_folders),
     Row("a corrupt line in a data file", "file and line are named before anything starts",
         lambda f, w: disks.corrupt_line(f)),
 ]  # fmt: skip

@@ -1,0 +1,226 @@
+"""Which run folder a start takes.
+
+Among the folders of the recipe's name (output_dir/name, name-2, name-3, ...) that hold a run of the same recipe, the
+one that got furthest and that nobody trains in goes on. A folder is chosen and held in one go, so that two starts at
+the same moment, on one machine or on two that share a file system, never take the same one.
+
+Left out: going on with another recipe, and folders that were moved to another output_dir (name them there).
+"""
+
+import dataclasses
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from gspo_megatron.config import TrainConfig
+from gspo_megatron.errors import CheckpointError, ConfigError
+from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
+from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
+from gspo_megatron.recipe.load import read_saved
+from gspo_megatron.trainer.resume import CONFIG_FILE, Progress, finished_step, newest_first, survey
+
+# A run may go on with other values of these: they say where, how long, how often and what is refused, not what is
+# learned. (The layout and the packing change rounding alone.)
+FREE = (
+    "name",
+    "output_dir",
+    "resume",
+    "steps",
+    "eval_interval",
+    "max_tokens_per_microbatch",
+    "data.max_prompt_length",
+    "device",
+    "parallel",
+    "checkpoint",
+    "faults",
+    "save_hf",
+)
+# What a start leaves that ended before its first step.
+OF_A_START = {LOCK, CONFIG_FILE, "tokenizer", "tensorboard", METRICS_FILE, SAMPLES_FILE, "checkpoints"}
+NEW_RUN = "Give --resume never for a new run."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Says what a start will do. Made on rank 0 alone."""
+
+    folder: Path
+    checkpoints: tuple[Path, ...] = ()  # to be tried in this order, newest first; none: a new run
+    notes: tuple[str, ...] = ()  # for the user
+    is_finished: bool = False  # nothing is left to do
+
+
+@dataclass(frozen=True)
+class Found:
+    """A folder of the recipe's name, as a start finds it."""
+
+    folder: Path
+    checkpoints: dict[Path, Progress]
+    damage: tuple[str, ...]  # sentences about its checkpoints and its config.yaml
+    finished: int | None  # the step of its mark
+    other: str | None  # why it is not this recipe's, in words; "" where nobody knows
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Later in a run is larger; below all others where no checkpoint can be read."""
+        return max((progress.order for progress in self.checkpoints.values()), default=(False, -1))
+
+
+def take(config: TrainConfig) -> tuple[Plan, Hold | None]:
+    """Choose the folder of this start and hold it: an unfinished run's, or a new one. A finished one is not held.
+
+    Raises:
+        CheckpointError: an unfinished run cannot go on (no checkpoint of it can be read; its config.yaml is damaged;
+            its folder cannot be written), or no new folder can be made.
+    """
+    notes: list[str] = []
+    finished = None
+    if config.resume == "auto":
+        found = sorted(_of_this_name(config), key=lambda one: one.order, reverse=True)  # equal ones: as numbered
+        finished = next((one for one in found if _is_over(one, config)), None)
+        for one in found:
+            if (taken := _go_on(one, config, notes)) is not None:
+                return taken
+        if unknown := next((one for one in found if one.other == "" and one.finished is None), None):
+            raise CheckpointError(f"{unknown.damage[-1]} So it is unknown whether that run can go on. {NEW_RUN}")
+    if finished is not None:
+        return Plan(finished.folder, notes=tuple(notes), is_finished=True), None
+    return _new(config, notes)
+
+
+def _go_on(one: Found, config: TrainConfig, notes: list[str]) -> tuple[Plan, Hold] | None:
+    """Take this folder if its run can go on; where not, a note says why."""
+    if one.other:
+        if one.order >= (False, 0) and one.finished is None:
+            notes.append(f"{one.folder} is of another recipe ({one.other}): passed over")
+        return None
+    if one.other == "" or _is_over(one, config):
+        return None
+    if not one.checkpoints and not one.damage:
+        if not is_empty(one.folder):
+            notes.append(f"{one.folder} has no checkpoint to go on from: passed over")
+        return None
+    hold = held(one.folder)
+    if hold is None:
+        notes.append(f"{one.folder} is being trained by another process{holder(one.folder)}: passed over")
+        return None
+    now = look(one.folder, config)  # it may have gone on, or ended, before it was ours
+    if now is None or now.other is not None or _is_over(now, config):
+        hold.close()
+        return None
+    if not now.checkpoints:
+        raise CheckpointError("\n".join([*now.damage, f"no checkpoint of {one.folder} is intact. {NEW_RUN}"]))
+    said = (*notes, *now.damage, *hold.notes)
+    return Plan(one.folder, newest_first(now.checkpoints), said), hold
+
+
+def _new(config: TrainConfig, notes: list[str]) -> tuple[Plan, Hold]:
+    """Make the next free folder; one that a start left empty is as good."""
+    for number in itertools.count(1):
+        folder = config.output_dir / (config.name if number == 1 else f"{config.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not is_empty(folder):
+                continue
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made ({error.strerror}). Give another output_dir.") from None
+        hold = held(folder)
+        if hold is not None and is_empty(folder):
+            said = [f"a new run starts in {folder}"] if notes else []
+            return Plan(folder, notes=(*notes, *said, *hold.notes)), hold
+        if hold is not None:
+            hold.close()
+    raise AssertionError("numbers do not end")
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether a start that ended before its first step, or nobody, has left this folder: nothing is lost with
+    it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if {path.name for path in folder.iterdir()} - OF_A_START or any((folder / "checkpoints").glob("*[0-9]")):
+        return False
+    metrics = folder / METRICS_FILE
+    return not metrics.exists() or metrics.stat().st_size == 0
+
+
+def discard_if_empty(folder: Path) -> None:
+    """Remove the folder of a start that ended before its first step."""
+    try:
+        if is_empty(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # gone, or no longer to be read: the end of a run has nothing to say about it
+
+
+def _of_this_name(config: TrainConfig) -> Iterator[Found]:
+    """Look at every folder of the recipe's name, by its number."""
+    pattern = re.compile(re.escape(config.name) + r"(?:-(\d+))?")
+    try:
+        names = [found for path in config.output_dir.iterdir() if (found := pattern.fullmatch(path.name))]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"output_dir = {str(config.output_dir)!r}: {error.strerror}. Give another one.") from None
+    for name in sorted(names, key=lambda found: int(found[1] or 1)):
+        if (one := look(config.output_dir / name[0], config)) is not None:
+            yield one
+
+
+def look(folder: Path, config: TrainConfig) -> Found | None:
+    """Return what a folder of the recipe's name holds; None where it is no run's, or one of another name."""
+    if not folder.is_dir():
+        return None
+    checkpoints, damage = survey(folder)
+    finished = finished_step(folder, config.save_hf)
+    problems: list[str] = []
+    there = None
+    for place in (folder, *newest_first(checkpoints)):  # a checkpoint has a copy of the recipe
+        try:
+            there = _flat(read_saved(place / CONFIG_FILE))
+            break
+        except ConfigError as error:
+            problems.append(str(error))
+    if there is None:
+        if not checkpoints and not damage:
+            return Found(folder, {}, (), finished, None)
+        return Found(folder, checkpoints, (*damage, problems[0]), finished, "")
+    if folder.name != config.name and there.get("name") != config.name:
+        return None
+    if problems:
+        damage = [*damage, f"{problems[0]} Its copy in {place} is read instead."]
+    return Found(folder, checkpoints, tuple(damage), finished, _difference(config, there))
+
+
+def _is_over(one: Found, config: TrainConfig) -> bool:
+    """The run has made all steps, and what follows the last one."""
+    last = max(one.order[1], one.finished or 0)
+    return one.other is None and one.finished is not None and one.finished == last >= config.steps
+
+
+def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
+    """Return the first value of the recipe that is another one there than here, in words."""
+    plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
+    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, TrainConfig()))
+    # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
+    there = {name: value for name, value in defaults.items() if not name.startswith("tasks.")} | there
+    for name in [*here, *(other for other in there if other not in here)]:
+        if name.split(".")[0] in FREE or name in FREE:
+            continue
+        if here.get(name) != there.get(name):
+            return f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
+    return None
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,50 @@
+"""Small files are written whole: a kill, a loss of power or a full disk leaves the old contents or the new, no part.
+
+Left out: large files (file_writing.py).
+"""
+
+import os
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put `content` in the place of what the file holds, if there is one.
+
+    Raises OSError that names the file, which is then as it was.
+    """
+    aside = path.with_name(path.name + ".new")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        to_disk(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Write to the end of a file that was opened for that, without a buffer: all of it, or nothing and OSError."""
+    size, view = os.fstat(file.fileno()).st_size, memoryview(content)
+    try:
+        while view.nbytes:
+            view = view[file.write(view) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise
+
+
+def to_disk(path: Path) -> None:
+    """Write a file or a folder's names through to the disk: without it a machine that loses power could keep a rename
+    and not the contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
