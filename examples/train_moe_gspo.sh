@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A process that imports this file, as those of multiprocessing do, must not train.
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    from gspo_megatron.cli.main import main
+    from gspo_megatron.cli.main import console
 
-    sys.exit(main(["train", str(ROOT / "examples/recipes/moe_gspo.yaml"), *sys.argv[1:]]))
+    sys.exit(console(["train", str(ROOT / "examples/recipes/moe_gspo.yaml"), *sys.argv[1:]]))
 # end of the Python program

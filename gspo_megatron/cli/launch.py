@@ -99,11 +99,21 @@ def become_ranks(config: TrainConfig, count: int, quiet: tuple[int, ...] = OF_A_
 
     Args:
         quiet: exit statuses of ranks that are passed on without torchrun's account.
+
+    Raises:
+        ConfigError: called from Python, outside torchrun, where the process is not ours to replace.
     """
     if config.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: Megatron uses any GPU it can see
     if "RANK" in os.environ:
         return
+    require(
+        lifecycle.owns_process(),
+        "ranks",
+        count,
+        "a call from Python starts none, because this process would become torchrun",
+        "Run gspo-megatron, or python -m gspo_megatron.cli, as a process of its own, or call under torchrun.",
+    )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
     command = sys.argv

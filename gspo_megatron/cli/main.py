@@ -1,4 +1,5 @@
-"""The command `gspo-megatron` looks up the subcommand, and ends the process as lifecycle.guard says.
+"""The command `gspo-megatron` looks up the subcommand, and ends the process as lifecycle.guard says; called with
+arguments from Python, it raises instead.
 
 A subcommand is a file of this folder with `main(argv)`; it is imported when it is called, and none imports torch before
 its checks have passed. Left out: the subcommands eval, plan and report.
@@ -45,16 +46,33 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the console script. Returns the exit status of what ends normally."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command. Returns the exit status of what ends normally.
+
+    Args:
+        argv: the subcommand and what follows it. None: those of this process, which is the command's own: an error
+            ends it, with one message and the status (`console`). Given, errors are raised, and the process lives on.
+
+    Raises:
+        GspoError: what the command cannot work with; only with `argv`.
+        SystemExit: after --help, an unknown subcommand or option, whose message has been printed; only with `argv`.
+    """
+    return console(sys.argv[1:]) if argv is None else _run(argv)
+
+
+def console(argv: list[str]) -> int:
+    """Run a command in a process of its own, as the console script does; an error ends the process."""
+    with lifecycle.guard():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         if lifecycle.rank() == 0:
             print(USAGE)
         return 0
-    with lifecycle.guard():
-        if not argv or argv[0] not in COMMANDS:
-            problem = f"unknown command {argv[0]!r}" if argv else "no command given"
-            if lifecycle.rank() == 0:
-                print(f"error: {problem}\n{USAGE}", file=sys.stderr)
-            raise SystemExit(lifecycle.BAD_INPUT)
-        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
+    if not argv or argv[0] not in COMMANDS:
+        problem = f"unknown command {argv[0]!r}" if argv else "no command given"
+        if lifecycle.rank() == 0:
+            print(f"error: {problem}\n{USAGE}", file=sys.stderr)
+        raise SystemExit(lifecycle.BAD_INPUT)
+    return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])

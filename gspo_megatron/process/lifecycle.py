@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gspo_megatron.errors import GspoError, LostRankError, StopRequested
+from gspo_megatron.process.console_streams import fill_closed, forgiving
 
 ECHO_SECONDS = 2.0  # torchrun looks every 0.1 s, but ranks of a busy machine fail up to a second apart
 BAD_INPUT = 2
@@ -43,6 +44,7 @@ LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pi
 _told_to_stop = threading.Event()
 _is_asking = threading.Event()  # something looks at the other one now and then
 _before_leaving: Callable[[], None] | None = None
+_owns_process = False
 
 
 def is_told_to_stop() -> bool:
@@ -62,12 +64,16 @@ def guard() -> Iterator[None]:
 
     A GspoError prints its message and exits with status 2 (1 where another rank was lost, that of _tell_scheduler
     where the run was told to stop), every other exception prints its trace and exits with status 1, SIGINT and SIGTERM
-    print one line on rank 0 and exit with 130 and 143, also while the main thread is blocked in C++. Must be entered
-    on the main thread.
+    print one line on rank 0 and exit with 130 and 143, also while the main thread is blocked in C++. What is printed
+    for nobody is dropped (console_streams.py). Must be entered on the main thread.
     """
+    global _owns_process
+    fill_closed()
     restore = _answer_signals()
+    _owns_process = True
     try:
-        yield
+        with forgiving():
+            yield
     except StopRequested as error:
         leave(_tell_scheduler(), str(error) if rank() == 0 else None)
     except LostRankError as error:
@@ -82,14 +88,23 @@ def guard() -> Iterator[None]:
         _wait_for_first(status != 0 and rank() != 0)
         leave(status, error.code if isinstance(error.code, str) else None)
     except BaseException as error:
-        lost = isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in LOST_PEER)
+        # Gloo's and NCCL's errors are RuntimeErrors; a BrokenPipeError is of some pipe or file of this process.
+        is_transport = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, BrokenPipeError)
+        has_peers = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        lost = has_peers and is_transport and any(text in str(error).lower() for text in LOST_PEER)
         _wait_for_first(lost or rank() != 0)
         if lost:
             reason = str(error).strip().splitlines()[0]
             leave(DEFECT, f"rank {rank()}: lost the connection to another rank, which ended first ({reason})")
         leave(DEFECT, f"rank {rank()} failed:\n{traceback.format_exc().rstrip()}")
     finally:
+        _owns_process = False
         restore()
+
+
+def owns_process() -> bool:
+    """Tell whether this process is a command's own, which may end it or become another program: it is in `guard`."""
+    return _owns_process
 
 
 def _tell_scheduler() -> int:

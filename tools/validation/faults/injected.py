@@ -245,4 +245,4 @@ if __name__ == "__main__":
     for name, rank, phase, step, start in json.loads(os.environ["FAULTS"]):
         if int(os.environ["RANK"]) == rank and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == start:
             FAULTS[name](phase, step)
-    sys.exit(main.main(["train", *sys.argv[1:]]))
+    sys.exit(main.console(["train", *sys.argv[1:]]))
