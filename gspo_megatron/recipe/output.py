@@ -1,7 +1,7 @@
 """Can the run folder be written? Found out before the ranks start, by making a folder there and removing it.
 
-Names and lengths of their parts are held in config/names.py. Left out: how much room there is. A checkpoint's is checked
-before each (backend/checkpoint/saver.py).
+Names and lengths of their parts are held in config/names.py. Left out: how much room there is. A checkpoint's is
+checked before each (backend/checkpoint/saver.py).
 """
 
 import os
