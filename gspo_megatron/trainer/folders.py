@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import TaskConfig, TrainConfig
 from gspo_megatron.errors import CheckpointError, ConfigError
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
@@ -210,7 +210,11 @@ def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
     plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
     here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, TrainConfig()))
     # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
-    there = {name: value for name, value in defaults.items() if not name.startswith("tasks.")} | there
+    known = {name: value for name, value in defaults.items() if not name.startswith("tasks.")}
+    of_a_task = _flat(TypeAdapter(TaskConfig).dump_python(TaskConfig(), mode="json"))
+    for task in {name.split(".")[1] for name in there if name.startswith("tasks.")}:
+        known |= {f"tasks.{task}.{name}": value for name, value in of_a_task.items() if name != "options"}
+    there = known | there
     for name in [*here, *(other for other in there if other not in here)]:
         if name.split(".")[0] in FREE or name in FREE:
             continue

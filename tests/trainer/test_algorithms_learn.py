@@ -44,6 +44,8 @@ CONFIG = TrainConfig(
 class Rows:
     """A Reporter that keeps the metric rows."""
 
+    error = None
+
     def __init__(self):
         self.rows: list[dict] = []
 

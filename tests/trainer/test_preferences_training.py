@@ -193,14 +193,15 @@ def test_numbers_come_back_in_the_order_of_the_pairs():
 
 def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
     calls: list[str] = []
-    steps = ("encode_pairs", "warm_start", "train_preferences", "reinforce")
+    steps = ("encode_pairs", "warm_start", "train_preferences", "reinforce", "finish")
     for owner, name in ((train.build, "close_run"), *((train, name) for name in steps)):
         monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
-    stand_in = SimpleNamespace(
-        policy=None, folder=tmp_path, runtime=SimpleNamespace(is_main=False), topology=SimpleNamespace(coordinates="")
-    )
     monkeypatch.setattr(train, "Watchdog", lambda *_: SimpleNamespace(stop=lambda: None))
-    monkeypatch.setattr(train.build, "build_run", lambda config: stand_in)
+    monkeypatch.setattr(
+        train.build,
+        "build_run",
+        lambda config: SimpleNamespace(config=config, topology=SimpleNamespace(coordinates="")),
+    )
     layout = LAYOUTS["DP2"]
     train.train(configured(tmp_path / "pairs.jsonl", layout), layout)
     train.train(TrainConfig(), layout)
@@ -208,9 +209,11 @@ def test_dpo_takes_the_place_of_rl(monkeypatch, tmp_path):
         "encode_pairs",
         "warm_start",
         "train_preferences",
+        "finish",
         "close_run",
         "warm_start",
         "reinforce",
+        "finish",
         "close_run",
     ]
 

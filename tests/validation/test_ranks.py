@@ -47,7 +47,9 @@ def surroundings(rank, world_size):
 
 def ranks_of(test: psutil.Process) -> list[int]:
     """Every process below the servers that a test process has started."""
-    servers = [child for child in test.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    # A child that has ended and that nobody has waited for has no command line.
+    alive = [child for child in test.children() if child.status() != psutil.STATUS_ZOMBIE]
+    servers = [child for child in alive if "multiprocessing.forkserver" in " ".join(child.cmdline())]
     return [rank.pid for server in servers for rank in server.children(recursive=True)]
 
 
