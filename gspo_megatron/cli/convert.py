@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gspo_megatron.config.constraints import require
-from gspo_megatron.errors import ConfigError
 from gspo_megatron.process import lifecycle
-from gspo_megatron.recipe.model_folders import COMPLETE, unlike_a_model
+from gspo_megatron.recipe.model_folders import COMPLETE, require_weights
 
 PROGRAM = "gspo-megatron convert"
 LIMIT = 1e-5  # of the logits' difference, as a share of the largest: fp32's rounding over tens of layers
@@ -125,8 +124,8 @@ def check(options: Options, direction: Direction | None) -> Direction:
     """Raise ConfigError for options that cannot work; otherwise say which way it goes."""
     source = str(options.source)
     is_megatron = (options.source / COMPLETE).is_file()
-    if not is_megatron and (told := unlike_a_model(options.source)):
-        raise ConfigError(f"SOURCE = {source!r}: {told.what}. {told.remedy}")
+    if not is_megatron:
+        require_weights(options.source, "SOURCE")
     found: Direction = "megatron_to_hf" if is_megatron else "hf_to_megatron"
     wanted = {"hf_to_megatron": "Hugging Face folder", "megatron_to_hf": "Megatron checkpoint"}
     require(

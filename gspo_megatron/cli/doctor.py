@@ -16,11 +16,10 @@ from gspo_megatron.cli.launch import OF_A_DIAGNOSIS, become_ranks, gpu_count, la
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.algorithm import SEQUENCE_RATIO
 from gspo_megatron.config.constraints import require
-from gspo_megatron.errors import ConfigError
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check
 from gspo_megatron.recipe.load import load_recipe
-from gspo_megatron.recipe.model_folders import COMPLETE, no_checkpoint
+from gspo_megatron.recipe.model_folders import require_checkpoint
 from gspo_megatron.trainer.diagnostics.rows import ROWS, Diagnosis, diagnose
 
 PROGRAM = "gspo-megatron doctor --noise-floor [RECIPE.yaml]"
@@ -84,9 +83,8 @@ def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
     )
     require(options.num_prompts > 0, "--num-prompts", options.num_prompts, "must be above 0", "Give 32.")
     folder = options.checkpoint
-    if folder is not None and not (folder / COMPLETE).is_file():
-        found = no_checkpoint(folder)
-        raise ConfigError(f"--checkpoint = {str(folder)!r}: {found.what}. {found.remedy}")
+    if folder is not None:
+        require_checkpoint(folder, "--checkpoint")
     target = options.json
     require(
         target is None or target.resolve().parent.is_dir(),

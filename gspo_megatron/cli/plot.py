@@ -7,6 +7,7 @@ import tyro
 
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.tracker import MetricsError
+from gspo_megatron.utils.small_files import unwritten
 
 PROGRAM = "gspo-megatron plot"
 
@@ -21,10 +22,8 @@ def main(argv: list[str]) -> int:
     try:
         paths = draw(run)
     except OSError as error:
-        place = error.filename or run / "plots"
-        raise MetricsError(
-            f"{place}: cannot be written ({error.strerror}). Make room or make it writable, then draw them again."
-        ) from None
+        remedy = "Make room or make it writable, then draw them again."
+        raise MetricsError(unwritten(error, run / "plots", remedy)) from None
     for path in paths:
         print(path)
     return 0

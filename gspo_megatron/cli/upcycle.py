@@ -12,8 +12,7 @@ from rich.console import Console
 
 from gspo_megatron.cli.convert import bar
 from gspo_megatron.config.constraints import require
-from gspo_megatron.errors import ConfigError
-from gspo_megatron.recipe.model_folders import unlike_a_model
+from gspo_megatron.recipe.model_folders import require_weights
 
 PROGRAM = "gspo-megatron upcycle"
 
@@ -81,8 +80,7 @@ def main(argv: list[str]) -> int:
 
 def check(options: Options) -> None:
     """Raise ConfigError for options that cannot work."""
-    if found := unlike_a_model(options.source):
-        raise ConfigError(f"SOURCE = {str(options.source)!r}: {found.what}. {found.remedy}")
+    require_weights(options.source, "SOURCE")
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     require(options.experts > 1, "--experts", options.experts, "must be above 1", "Give 8.")
     require(

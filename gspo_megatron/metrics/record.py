@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from gspo_megatron.metrics.tracker import METRICS_FILE, PHASES, MetricsError, read_metrics
+from gspo_megatron.utils import plain_yaml
 
 Row = dict[str, Any]
 
@@ -65,8 +66,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=plain_yaml.Loader)
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise MetricsError(f"{path}: not readable as YAML ({error}).") from error
     if not isinstance(config, dict):
         raise MetricsError(f"{path}: not a mapping of settings.")

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo_megatron.errors import GspoError
-from gspo_megatron.utils.small_files import append
+from gspo_megatron.utils.small_files import append, unwritten
 
 if TYPE_CHECKING:
     from gspo_megatron.metrics.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+REMEDY = "Make room or make it writable, then start the same command: it goes on from the newest checkpoint."
 PHASES = ("warm_start", "rl", "dpo")
 
 
@@ -49,7 +50,7 @@ class Tracker:
             self._metrics = self._open(run_dir / METRICS_FILE)
             self._samples = self._open(run_dir / SAMPLES_FILE)
         except OSError as error:
-            raise _cannot_write(Path(error.filename or run_dir), error) from None
+            raise MetricsError(unwritten(error, run_dir, REMEDY)) from None
         self._open_events(run_dir / "tensorboard")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class Tracker:
             append(self._metrics, _line(finite))
             os.fsync(self._metrics.fileno())
         except OSError as error:
-            raise _cannot_write(self._run_dir / METRICS_FILE, error) from None
+            raise MetricsError(unwritten(error, self._run_dir / METRICS_FILE, REMEDY)) from None
         self._show(finite)
 
     def sample(self, row: dict[str, Any]) -> None:
@@ -138,13 +139,6 @@ class Tracker:
             file.truncate(len(kept) - len(tail))
             self._warn(f"{path}: removed an unfinished last line ({len(tail)} bytes)")
         return file
-
-
-def _cannot_write(path: Path, error: OSError) -> MetricsError:
-    return MetricsError(
-        f"{path}: cannot be written ({error.strerror}). Make room or make it writable, then start the same command: it "
-        "goes on from the newest checkpoint."
-    )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

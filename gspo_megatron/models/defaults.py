@@ -4,7 +4,8 @@ A literal table, because importing those classes imports torch; tests/models/tes
 them (transformers 5.23). What is not in a family's row has no default that makes sense: sizes of tensors. ConfigReader
 refuses a file that lacks one.
 
-Left out: fields that only training with dropout or an auxiliary loss reads, and token ids, which stop_tokens.py reads.
+Left out: fields that only training with dropout or an auxiliary loss reads, and token ids, which recipe/hf_config.py
+reads.
 """
 
 from typing import Any

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gspo_megatron.errors import CheckpointError
+from gspo_megatron.utils.small_files import unwritten
 
 LOCK = ".lock"
 
@@ -50,9 +51,8 @@ def held(folder: Path) -> Hold | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}). Make the folder writable, or give another name."
-        ) from None
+        remedy = "Make the folder writable, or give another name."
+        raise CheckpointError(unwritten(error, path, remedy)) from None
     is_exclusive = True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,7 +48,7 @@ def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engi
     from gspo_megatron.tasks.mixture import TaskMixture
 
     mixture = TaskMixture(config.tasks, config.seed)
-    if warm_start.steps:
+    if warm_start.steps and any(task.answer_extractor != "none" for task in config.tasks.values()):
         for index in range(8 * len(mixture.names)):  # so that nearly surely each task is among them
             mixture.gold_response(mixture.item("warm_start", index))
 

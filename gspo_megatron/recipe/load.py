@@ -31,7 +31,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
 OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 PROGRAM = "gspo-megatron train [RECIPE.yaml]"
-LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) -> TrainConfig:
@@ -191,14 +190,12 @@ def _refuse_other_bases(name: str | None, node: yaml.Node) -> None:
     text = node.value
     if not isinstance(node, yaml.ScalarNode) or node.style is not None or not OTHER_BASE.fullmatch(text):
         return
-    if len(text) > LONGEST_SHOWN:
-        text = f"{text[:LONGEST_SHOWN]}..."
     place = f"in {node.start_mark.name}, line {node.start_mark.line + 1}"
     if ":" in text:
         reason, remedy = "YAML reads a colon between digits as base 60", "Write the number in the field's unit"
     else:
-        reason, remedy = "YAML reads a zero in front as base 8", f"Write {text.lstrip('+-0_') or '0'}"
-    raise ConfigError(f"{name} = {text}: {reason}. {remedy}, or a text in quotes, {place}.")
+        reason, remedy = "YAML reads a zero in front as base 8", f"Write {text.lstrip('+-0_') or '0':.100}"
+    raise ConfigError(f"{name} = {text:.100}: {reason}. {remedy}, or a text in quotes, {place}.")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -25,11 +25,17 @@ class Finding:
     what: str
     remedy: str
 
+    def error(self, field: str, path: Path) -> ConfigError:
+        """Return the message for who gave the path as `field`."""
+        return ConfigError(f"{field} = {str(path)!r}: {self.what}. {self.remedy}")
+
+
+INCOMPLETE = Finding(f"has no {COMPLETE}, so it is no complete checkpoint", "Give a folder named step_NNNNNN of a run.")
+
 
 def require_model(folder: Path, field: str) -> None:
     """Raise ConfigError unless a folder has config.json, safetensors files and a tokenizer."""
-    if found := unlike_a_model(folder):
-        raise ConfigError(f"{field} = {str(folder)!r}: {found.what}. {found.remedy}")
+    require_weights(folder, field)
     # Without one, transformers makes up a tokenizer that knows no token.
     require(
         any((folder / name).is_file() for name in TOKENIZERS),
@@ -40,10 +46,23 @@ def require_model(folder: Path, field: str) -> None:
     )
 
 
-def unlike_a_model(folder: Path) -> Finding | None:
-    """Say what a path is that is no Hugging Face folder with safetensors files; None where it is one."""
+def require_weights(folder: Path, field: str) -> None:
+    """Raise ConfigError unless a folder has config.json and safetensors files."""
+    if found := _unlike_a_model(folder):
+        raise found.error(field, folder)
+
+
+def require_checkpoint(folder: Path, field: str) -> None:
+    """Raise ConfigError, which names the checkpoints that are near, unless a folder is a complete one."""
+    if not (folder / COMPLETE).is_file():
+        raise (no_folder(folder) or _of_a_run(folder) or INCOMPLETE).error(field, folder)
+
+
+def _unlike_a_model(folder: Path) -> Finding | None:
+    has_config = (folder / "config.json").is_file()
+    has_weights = any((folder / name).is_file() for name in WEIGHTS)
     found = no_folder(folder) or _of_a_run(folder)
-    if found or any((folder / name).is_file() for name in WEIGHTS) and (folder / "config.json").is_file():
+    if found or (has_config and has_weights):
         return found
     if (folder / COMPLETE).is_file():
         side = folder / "hf"
@@ -58,14 +77,12 @@ def unlike_a_model(folder: Path) -> Finding | None:
             "Merge it into its base model (PEFT's merge_and_unload, then save_pretrained) and give that folder.",
         )
     others = next((names for kind in OTHER_WEIGHTS if (names := sorted(p.name for p in folder.glob(kind)))), [])
-    if others and not any((folder / name).is_file() for name in WEIGHTS):
+    if others and not has_weights:
         return Finding(
             f"its weights are {_some(others)}, and only safetensors files are read",
             "Save the model again by transformers' save_pretrained, which writes them.",
         )
-    lost = [n for n in ("config.json",) if not (folder / n).is_file()]
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        lost.append(" or ".join(WEIGHTS))
+    lost = ([] if has_config else ["config.json"]) + ([] if has_weights else [" or ".join(WEIGHTS)])
     return Finding(
         f"has no {' and no '.join(lost)}",
         "Give a Hugging Face folder with config.json, safetensors files and tokenizer.",
@@ -86,15 +103,6 @@ def no_folder(path: Path) -> Finding | None:
             "Download the model and give its folder.",
         )
     return Finding("no such folder", "Give a folder.")
-
-
-def no_checkpoint(folder: Path) -> Finding:
-    """Say what a folder is that is no complete checkpoint, and name those that are near."""
-    return (
-        no_folder(folder)
-        or _of_a_run(folder)
-        or Finding(f"has no {COMPLETE}, so it is no complete checkpoint", "Give a folder named step_NNNNNN of a run.")
-    )
 
 
 def _of_a_run(folder: Path) -> Finding | None:

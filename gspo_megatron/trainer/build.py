@@ -35,6 +35,7 @@ from gspo_megatron.trainer import folders, resume
 from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
+from gspo_megatron.utils.small_files import unwritten
 
 TOKENIZER_EXAMPLES_PER_TASK = 400
 LOOK_AHEAD_SECONDS = 2.0  # all prompts of the example's 100 steps take four ranks less than one
@@ -167,10 +168,8 @@ def _open_folder(folder: Path, config: TrainConfig, tokenizer: PreTrainedTokeniz
             tokenizer.save_pretrained(folder / "tokenizer")
         return Reporter(folder, is_main)
     except OSError as error:
-        place = error.filename or folder
-        raise CheckpointError(
-            f"{place}: cannot be written ({error.strerror}). Make room or make it writable, or give another output_dir."
-        ) from None
+        remedy = "Make room or make it writable, or give another output_dir."
+        raise CheckpointError(unwritten(error, folder, remedy)) from None
 
 
 def _intact(plan: Plan) -> tuple[Path | None, resume.Progress | None, list[str]]:

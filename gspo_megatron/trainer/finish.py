@@ -13,6 +13,9 @@ from gspo_megatron.hf import export
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.run import Run
+from gspo_megatron.utils.small_files import unwritten
+
+REMEDY = "The last checkpoint is there. Make room, then start the same command: it makes what is missing."
 
 
 def finish(run: Run) -> None:
@@ -42,7 +45,7 @@ def _make_way(target: Path) -> None:
             resume.clear(target.with_name("hf.replaced"))
             os.rename(target, target.with_name("hf.replaced"))
     except OSError as error:
-        raise TrainingError(f"{target}: cannot be replaced ({error.strerror}). {_remedy()}") from None
+        raise TrainingError(f"{target}: cannot be replaced ({error.strerror}). {REMEDY}") from None
 
 
 def _draw(run: Run) -> int:
@@ -53,10 +56,5 @@ def _draw(run: Run) -> int:
         last = run.resumed.step if run.resumed is not None and run.is_past_warm_start else 0
         resume.mark_finished(run.folder, max(run.config.steps, last), run.config.save_hf)
     except OSError as error:
-        place = error.filename or run.folder / "plots"
-        raise TrainingError(f"{place}: cannot be written ({error.strerror}). {_remedy()}") from None
+        raise TrainingError(unwritten(error, run.folder / "plots", REMEDY)) from None
     return len(pictures)
-
-
-def _remedy() -> str:
-    return "The last checkpoint is there. Make room, then start the same command: it makes what is missing."

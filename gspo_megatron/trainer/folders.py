@@ -208,13 +208,11 @@ def _is_over(one: Found, config: TrainConfig) -> bool:
 def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
     """Return the first value of the recipe that is another one there than here, in words."""
     plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
-    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, TrainConfig()))
+    tasks = {name.split(".")[1]: TaskConfig() for name in there if name.startswith("tasks.")}
+    bare = TrainConfig(tasks=tasks)
+    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, bare))
     # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
-    known = {name: value for name, value in defaults.items() if not name.startswith("tasks.")}
-    of_a_task = _flat(TypeAdapter(TaskConfig).dump_python(TaskConfig(), mode="json"))
-    for task in {name.split(".")[1] for name in there if name.startswith("tasks.")}:
-        known |= {f"tasks.{task}.{name}": value for name, value in of_a_task.items() if name != "options"}
-    there = known | there
+    there = {name: value for name, value in defaults.items() if not name.endswith(".options")} | there
     for name in [*here, *(other for other in there if other not in here)]:
         if name.split(".")[0] in FREE or name in FREE:
             continue

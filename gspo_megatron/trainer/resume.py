@@ -19,7 +19,7 @@ from typing import Any
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.utils import plain_json
-from gspo_megatron.utils.small_files import replace
+from gspo_megatron.utils.small_files import replace, unwritten
 
 CONFIG_FILE = "config.yaml"
 FINISHED_FILE = "finished.json"
@@ -173,10 +173,8 @@ def restore_record(run_dir: Path, checkpoint: Path, progress: Progress) -> list[
     try:
         notes = [*_restore_metrics(run_dir, checkpoint, progress), *_cut_samples(run_dir, progress)]
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or run_dir}: cannot be written ({error.strerror}). Make room or make it writable, then "
-            "start the same command."
-        ) from None
+        remedy = "Make room or make it writable, then start the same command."
+        raise CheckpointError(unwritten(error, run_dir, remedy)) from None
     shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     return notes
 

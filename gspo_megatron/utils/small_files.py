@@ -40,6 +40,11 @@ def append(file: FileIO, content: bytes) -> None:
         raise
 
 
+def unwritten(error: OSError, place: Path, remedy: str) -> str:
+    """Say what could not be written: the file that the error names, else `place`."""
+    return f"{error.filename or place}: cannot be written ({error.strerror}). {remedy}"
+
+
 def to_disk(path: Path) -> None:
     """Write a file or a folder's names through to the disk: without it a machine that loses power could keep a rename
     and not the contents."""
