@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gspo_megatron.config.constraints import require
+from gspo_megatron.config.constraints import check_options, require
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe.model_folders import COMPLETE, require_weights
 
@@ -136,6 +136,7 @@ def check(options: Options, direction: Direction | None) -> Direction:
         "Use the tool for the other way.",
     )
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
+    check_options(options)
     require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")
     return found
 

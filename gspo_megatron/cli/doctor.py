@@ -15,7 +15,7 @@ from rich.table import Table
 from gspo_megatron.cli.launch import OF_A_DIAGNOSIS, become_ranks, gpu_count, layout_of
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.algorithm import SEQUENCE_RATIO
-from gspo_megatron.config.constraints import require
+from gspo_megatron.config.constraints import check_options, require
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check
 from gspo_megatron.recipe.load import load_recipe
@@ -81,6 +81,7 @@ def parse(argv: list[str], quiet: bool) -> tuple[Options, list[str]]:
         "says what to examine, and is the only choice",
         f"usage: {PROGRAM} [--some.override VALUE ...]; --help lists the options.",
     )
+    check_options(options)
     require(options.num_prompts > 0, "--num-prompts", options.num_prompts, "must be above 0", "Give 32.")
     folder = options.checkpoint
     if folder is not None:

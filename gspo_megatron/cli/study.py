@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from gspo_megatron.config.constraints import require
+from gspo_megatron.config.constraints import check_options, require
 from gspo_megatron.recipe.load import find_file
 from gspo_megatron.study import plan
 
@@ -112,6 +112,7 @@ def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
     Raises:
         ConfigError: an option cannot work.
     """
+    check_options(options)
     require(options.recipe.is_file(), "--recipe", str(options.recipe), "is no file", "Give a YAML recipe.")
     for name in ("seeds", "slots"):
         require(getattr(options, name) > 0, f"--{name}", getattr(options, name), "must be above 0", "Give 1 or more.")

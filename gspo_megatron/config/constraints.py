@@ -51,10 +51,7 @@ def check_numbers(value: Any, name: str = "") -> None:
     """
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            inner, inner_name = getattr(value, field.name), _dotted(name, field.name)
-            too_large = isinstance(inner, int) and abs(inner) > LARGEST
-            require(not too_large, inner_name, inner, f"must be at most {LARGEST:,}", "Give a smaller number.")
-            check_numbers(inner, inner_name)
+            _check_field(getattr(value, field.name), _dotted(name, field.name))
     elif isinstance(value, dict):
         for key, inner in value.items():
             check_numbers(inner, _dotted(name, str(key)))
@@ -63,6 +60,18 @@ def check_numbers(value: Any, name: str = "") -> None:
             check_numbers(inner, f"{name}[{index}]")
     elif isinstance(value, float):
         require(math.isfinite(value), name, value, "must be a finite number", "Give a number.")
+
+
+def check_options(options: Any) -> None:
+    """Do as check_numbers for the options of a command, whose names are those of its command line."""
+    for field in dataclasses.fields(options):
+        _check_field(getattr(options, field.name), "--" + field.name.replace("_", "-"))
+
+
+def _check_field(value: Any, name: str) -> None:
+    too_large = isinstance(value, int) and abs(value) > LARGEST
+    require(not too_large, name, value, f"must be at most {LARGEST:,}", "Give a smaller number.")
+    check_numbers(value, name)
 
 
 def _dotted(prefix: str, name: str) -> str:
