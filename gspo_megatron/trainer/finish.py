@@ -34,7 +34,8 @@ def finish(run: Run) -> None:
         export.export(policy.models, policy.topology, target, hf, policy.shape.architecture, companions=companions)
     with together():
         if run.runtime.is_main:
-            number = _draw(run)
+            last = run.resumed.step if run.resumed is not None and run.is_past_warm_start else 0
+            number = complete(run.folder, max(run.config.steps, last), run.config.save_hf)
             run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {number} plots")
 
 
@@ -48,13 +49,16 @@ def _make_way(target: Path) -> None:
         raise TrainingError(f"{target}: cannot be replaced ({error.strerror}). {REMEDY}") from None
 
 
-def _draw(run: Run) -> int:
-    """Draw the charts and set the mark. Returns their number."""
+def complete(run_dir: Path, step: int, has_hf: bool) -> int:
+    """Draw the charts and set the mark of a run that ended with this step. Returns the number of charts.
+
+    Raises:
+        TrainingError: one cannot be written; then there is no mark.
+    """
     try:
-        pictures = draw(run.folder)
-        resume.clear(run.folder / "hf.replaced")
-        last = run.resumed.step if run.resumed is not None and run.is_past_warm_start else 0
-        resume.mark_finished(run.folder, max(run.config.steps, last), run.config.save_hf)
+        pictures = draw(run_dir)
+        resume.clear(run_dir / "hf.replaced")
+        resume.mark_finished(run_dir, step, has_hf)
     except OSError as error:
-        raise TrainingError(unwritten(error, run.folder / "plots", REMEDY)) from None
+        raise TrainingError(unwritten(error, run_dir / "plots", REMEDY)) from None
     return len(pictures)

@@ -199,7 +199,7 @@ def _cut_metrics(path: Path, here: bytes, progress: Progress) -> list[str]:
     kept = [row for row in rows if (row["phase"] != "warm_start", row["step"]) <= progress.order]
     _write_rows(path, kept)
     bad += len(lines) - len(rows)
-    notes = [f"{path}: {bad} damaged lines were left out"] if bad else []
+    notes = [f"{path}: damaged lines left out: {bad}"] if bad else []
     if not kept or (kept[-1]["phase"], kept[-1]["step"]) != (progress.phase, progress.step):
         notes.append(f"{path} was damaged: the row of {progress.phase} step {progress.step} is lost")
     return notes
@@ -214,7 +214,7 @@ def _cut_samples(run_dir: Path, progress: Progress) -> list[str]:
     rows = [row for row in lines if type(row.get("step")) is int]
     _write_rows(path, [row for row in rows if row["step"] <= past])
     bad += len(lines) - len(rows)
-    return [f"{path}: {bad} damaged lines were left out"] if bad else []
+    return [f"{path}: damaged lines left out: {bad}"] if bad else []
 
 
 def _objects(content: bytes) -> tuple[list[dict[str, Any]], int]:

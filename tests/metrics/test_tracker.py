@@ -3,9 +3,6 @@
 import json
 import math
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics import plots
 from gspo_megatron.metrics.record import load_record, series
 from gspo_megatron.metrics.tracker import Tracker, read_metrics
+from tests.full_disk import full_at
 
 
 def strict_lines(path: Path) -> list[dict]:
@@ -128,18 +126,6 @@ def test_unreadable_config_is_a_user_error(write_run) -> None:
 
 
 # ---- What cannot be written ----
-
-
-@contextmanager
-def full_at(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system writes a part of what would, and then refuses, as a full disk
-    does."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_row_that_cannot_be_written_is_one_error_and_no_half_line(tmp_path: Path) -> None:

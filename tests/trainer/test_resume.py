@@ -307,7 +307,7 @@ def test_a_lost_step_of_an_old_record_is_named(tmp_path):
     checkpoint.mkdir(parents=True)
     said = restore_record(tmp_path, checkpoint, Progress("rl", 1, 8, None))
     assert steps_of(tmp_path) == ROWS[:3]
-    assert "1 damaged lines were left out" in said[0] and "the row of rl step 1 is lost" in said[1]
+    assert said[0].endswith("damaged lines left out: 1") and "the row of rl step 1 is lost" in said[1]
 
 
 BAD_SAMPLES = (
@@ -328,7 +328,7 @@ def test_damaged_samples_are_left_out(tmp_path, bad):
     (tmp_path / "metrics.jsonl").write_text(WHOLE)
     (tmp_path / "samples.jsonl").write_bytes(good + bad + b"\n" + good)
     said = restore_record(tmp_path, tmp_path / "checkpoints/step_000001", Progress("rl", 1, 8, None))
-    assert said == [f"{tmp_path / 'samples.jsonl'}: 1 damaged lines were left out"]
+    assert said == [f"{tmp_path / 'samples.jsonl'}: damaged lines left out: 1"]
     assert (tmp_path / "samples.jsonl").read_bytes() == good + good
 
 

@@ -23,12 +23,12 @@ def damaged(folder: Path, whole: Whole, harm: Callable[[Path], None], says: str,
     harm(folder / RUN)
     with running(folder) as launch:
         assert launch.wait(LONG) == 0, launch.stderr
-        text = " ".join(launch.stdout.split())
+        told, text = line_with(launch.stdout, says), launch.stdout
     assert f"goes on after rl step {goes_on}," in text, text[-3000:]
     same(result(folder), whole)
     assert text.count(says) == 1 and "Traceback" not in launch.stderr, text[-3000:]
     assert [path.name for path in (folder / "runs").iterdir()] == ["moe_gspo"]
-    return text[text.index(says) :]
+    return told
 
 
 def cut_record(run: Path) -> None:

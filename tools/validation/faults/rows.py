@@ -71,7 +71,7 @@ ROWS = [
     Row("metrics.jsonl of 0 bytes", "put back from the checkpoint; " + SAME,
         lambda f, w: folders.damaged(f, w, folders.empty_record, "metrics.jsonl is missing or empty:", 3)),
     Row("zeros in samples.jsonl", "the line is left out; " + SAME,
-        lambda f, w: folders.damaged(f, w, folders.spoil_samples, "samples.jsonl: 1 damaged lines", 3)),
+        lambda f, w: folders.damaged(f, w, folders.spoil_samples, "samples.jsonl: damaged lines left out: 1", 3)),
     Row("a damaged progress.json", "named; the checkpoint before is taken",
         lambda f, w: folders.damaged(f, w, folders.write("checkpoints/step_000003/progress.json", b"[]"),
                                      "step_000003/progress.json: damaged", 2)),
