@@ -18,7 +18,7 @@ from gspo_megatron.batch import TaskItem
 from gspo_megatron.errors import GspoError
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.tasks.isolation import ScoringProcess
-from gspo_megatron.tasks.mixture import TaskMixture, is_correct
+from gspo_megatron.tasks.mixture import TaskMixture
 
 TRIES = 20  # corruptions of one answer before the question is given up
 KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
@@ -78,7 +78,11 @@ def corrupted(mixture: TaskMixture, item: TaskItem, generator: random.Random) ->
         text = edited(mixture.gold_response(item), generator)
         if generator.random() < 0.5:
             text = edited(text, generator)
-        if text.strip() and text != mixture.gold_response(item) and not is_correct(mixture.score(item, text)):
+        if (
+            text.strip()
+            and text != mixture.gold_response(item)
+            and not mixture.is_correct(item, mixture.score(item, text))
+        ):
             return text
     return None
 

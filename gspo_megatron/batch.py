@@ -13,6 +13,7 @@ import torch
 from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
 
+Message = dict[str, str]  # role and content
 Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns"]  # of a PackedBatch
 
 
@@ -21,9 +22,37 @@ class TaskItem:
     """A task item is one question of one task, with what its scorer needs."""
 
     task: str  # key of the recipe's `tasks` table
-    question: str
-    answer: str  # a gold answer; the scorer may accept others
-    entry: dict  # the task generator's own record, handed back to its scorer
+    question: str  # as people read it; of a conversation, its texts
+    answer: str  # a gold answer, "" where there is none; the scorer may accept others
+    entry: dict  # the task's own record, handed back to its scorer: the generator's, or the row's columns
+    has_answer: bool = True
+    messages: tuple[Message, ...] = ()  # the conversation that the prompt is; (): the question alone, as the user's
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
+    epoch: int = 0  # how often the task had given all its rows before this one; 0 where it has no end
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """Return the messages of the prompt."""
+        return self.messages or ({"role": "user", "content": self.question},)
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response is what a model wrote to an item, as a scorer gets it."""
+
+    item: TaskItem
+    text: str
+    token_ids: list[int]
+    where: str = ""  # for messages: which response to which prompt
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score is what a task thinks of a response."""
+
+    reward: float | None  # any finite number; None: there is none, and the response is left out
+    parts: dict[str, float] = field(default_factory=dict)  # by the names of reward functions, before weights
+    error: str | None = None  # what went wrong, where `reward` is the recipe's on_error
 
 
 @dataclass(frozen=True)
@@ -47,17 +76,27 @@ class Completion:
 
 @dataclass
 class RolloutGroup:
-    """A group is G responses to one prompt with their rewards (`group_size` of the recipe)."""
+    """A group is G responses to one prompt with their scores (`group_size` of the recipe)."""
 
     prompt: Prompt
     completions: list[Completion]
-    rewards: list[float] = field(default_factory=list)  # the task's own, before any penalty
+    scores: list[Score] = field(default_factory=list)  # the task's own, before any penalty
     texts: list[str] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        """Return the rewards, 0 for a response that has none."""
+        return [score.reward or 0.0 for score in self.scores]
+
+    @property
+    def is_kept(self) -> list[bool]:
+        """Tell of each response whether it has a reward; those without are neither trained on nor compared with."""
+        return [score.reward is not None for score in self.scores]
 
     @property
     def has_signal(self) -> bool:
         """Tell whether the task's rewards differ: an answer was better than another."""
-        return max(self.rewards) != min(self.rewards)
+        return len({score.reward for score in self.scores if score.reward is not None}) > 1
 
 
 @dataclass

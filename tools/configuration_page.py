@@ -49,6 +49,13 @@ def sections(kind: type, name: str = "") -> Iterator[Section]:
             yield from sections(hint, inner)
         elif get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
             yield from sections(get_args(hint)[1], f"{inner}.NAME")
+        elif _is_list(hint):
+            yield from sections(get_args(hint)[0], inner)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether it is a list of sections."""
+    return get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
 
 
 def hints(kind: type) -> dict[str, Any]:
@@ -78,6 +85,8 @@ def type_words(hint: Any) -> str:
         return ", ".join("`null`" if part is type(None) else type_words(part) for part in get_args(hint))
     if get_origin(hint) is dict:
         return "table"
+    if _is_list(hint):
+        return "text, list of tables"
     if get_origin(hint) is tuple:
         return {int: "list of integers", str: "list of texts"}[get_args(hint)[0]]
     return {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}[hint]
@@ -89,6 +98,8 @@ def default_words(field: dataclasses.Field) -> str:
         made = field.default_factory()
         return f"`{{{', '.join(f'{key}: {{}}' for key in made)}}}`" if isinstance(made, dict) else ""
     value = field.default
+    if value is dataclasses.MISSING:
+        return ""
     if isinstance(value, bool) or value is None:
         return f"`{ {None: 'null', True: 'true', False: 'false'}[value] }`"
     return "`[]`" if value == () else f"`{value}`"
@@ -106,6 +117,8 @@ def rows(section: Section) -> Iterator[str]:
         meaning = told[field.name].replace("|", "\\|")
         if get_origin(hint) is dict and dataclasses.is_dataclass(get_args(hint)[1]):
             meaning += f" Each is a section: [{dotted}.NAME](#{anchor(dotted + '.NAME')})."
+        if _is_list(hint):
+            meaning += f" Each is a section: [{dotted}](#{anchor(dotted)})."
         yield f"| `{field.name}` | {type_words(hint)} | {default_words(field)} | {meaning} |"
 
 

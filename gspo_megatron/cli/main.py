@@ -12,6 +12,7 @@ from gspo_megatron.process import lifecycle
 
 USAGE = """\
 usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
+       gspo-megatron data RECIPE.yaml [--rows 2 ...]
        gspo-megatron doctor --noise-floor [RECIPE.yaml] [--some.override VALUE ...]
        gspo-megatron convert SOURCE TARGET [--dtype bf16 ...]
        gspo-megatron upcycle SOURCE TARGET [--experts 8 ...]
@@ -22,6 +23,7 @@ usage: gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
        torchrun --no-python --nproc-per-node N gspo-megatron train [RECIPE.yaml] [--some.override VALUE ...]
 
 train   train a MoE model with GSPO or one of its relatives; `gspo-megatron train --help` lists every override
+data    show a recipe's prompts as the model will see them: text, tokens, mask, lengths, what is left out
 doctor  measure how far the sequence ratio is from 1 at unchanged weights, beside the recipe's clip range
 convert Hugging Face folder to Megatron checkpoint, or back; `gspo-megatron convert --help` lists the options
 upcycle dense Hugging Face folder to a MoE whose experts are copies; `gspo-megatron upcycle --help` lists the options
@@ -35,6 +37,7 @@ Without torchrun it starts its own ranks on this machine: one a GPU, 4 on a CPU,
 
 COMMANDS = {
     "train": "gspo_megatron.cli.train",
+    "data": "gspo_megatron.cli.data",
     "doctor": "gspo_megatron.cli.doctor",
     "convert": "gspo_megatron.cli.convert",
     "upcycle": "gspo_megatron.cli.upcycle",

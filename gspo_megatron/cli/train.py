@@ -15,8 +15,10 @@ def main(argv: list[str]) -> int:
     is_first = lifecycle.rank() == 0
     config = load_recipe(argv, quiet=not is_first)
     layout, world_size = layout_of(config)
-    check.check(config, layout, world_size, check.uses_transformer_engine(config, gpu_count() > 0))
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: each must see the folder
+    is_one_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"  # each machine must see the folder and the functions
+    on_gpus = check.uses_transformer_engine(config, gpu_count() > 0)
+    check.check(config, layout, world_size, on_gpus, rewards=is_one_of_machine)
+    if is_one_of_machine:
         check_output(config)
     become_ranks(config, world_size)
     if is_first:

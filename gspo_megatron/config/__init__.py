@@ -3,7 +3,7 @@
 from gspo_megatron.config.algorithm import AlgorithmConfig, ResolvedAlgorithm
 from gspo_megatron.config.checkpoint import CheckpointConfig
 from gspo_megatron.config.critic import CriticConfig
-from gspo_megatron.config.data import DataConfig, TaskConfig
+from gspo_megatron.config.data import DataConfig
 from gspo_megatron.config.faults import FaultsConfig
 from gspo_megatron.config.kl import KlConfig, ResolvedKl
 from gspo_megatron.config.mismatch import MismatchConfig
@@ -13,6 +13,7 @@ from gspo_megatron.config.parallel import Layout, ParallelConfig
 from gspo_megatron.config.preference import PreferenceConfig
 from gspo_megatron.config.rollout import RolloutConfig
 from gspo_megatron.config.routing import RoutingConfig
+from gspo_megatron.config.task import AnswerConfig, RewardConfig, TaskConfig
 from gspo_megatron.config.train import ResolvedConfig, TrainConfig
 from gspo_megatron.config.warm_start import WarmStartConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "ResolvedConfig",
     "ResolvedKl",
     "AlgorithmConfig",
+    "AnswerConfig",
     "CheckpointConfig",
     "CriticConfig",
     "DataConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PreferenceConfig",
+    "RewardConfig",
     "RolloutConfig",
     "RoutingConfig",
     "TaskConfig",

@@ -69,6 +69,9 @@ class AlgorithmConfig:
     dapo a fifth of max_response_length, as in its paper."""
     overlong_penalty: float = 1.0
     """What a response of max_response_length loses of its reward where overlong_buffer is on."""
+    mask_truncated_completions: bool = False
+    """Responses that were cut at max_response_length are compared with but not trained on (DAPO's overlong filtering;
+    TRL's name). No denominator counts them: a mean over sequences is one over those that have a trained token."""
     shuffle_advantages: bool = False
     """Control run: advantages are permuted within each group, so nothing can be learned from them."""
     kl: KlConfig = field(default_factory=KlConfig)

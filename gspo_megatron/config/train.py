@@ -13,7 +13,7 @@ from typing import Literal
 from gspo_megatron.config.algorithm import GROUP_NORMALISED, AlgorithmConfig, ResolvedAlgorithm
 from gspo_megatron.config.checkpoint import CheckpointConfig
 from gspo_megatron.config.constraints import STRICT, at_most, check_numbers, positive, require
-from gspo_megatron.config.data import DataConfig, TaskConfig
+from gspo_megatron.config.data import DataConfig
 from gspo_megatron.config.faults import FaultsConfig
 from gspo_megatron.config.model import ModelConfig
 from gspo_megatron.config.names import check_path, check_run_name
@@ -21,6 +21,7 @@ from gspo_megatron.config.optimizer import OptimizerConfig
 from gspo_megatron.config.parallel import Layout, ParallelConfig
 from gspo_megatron.config.rollout import RolloutConfig
 from gspo_megatron.config.routing import RoutingConfig
+from gspo_megatron.config.task import TASK_NAME, TaskConfig
 from gspo_megatron.config.warm_start import WarmStartConfig
 
 
@@ -53,7 +54,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tasks: dict[str, TaskConfig] = field(default_factory=lambda: {"spell_backward": TaskConfig()})
-    """reasoning-gym tasks by name."""
+    """Tasks by name: data and rewards of yours, or a generator of reasoning-gym."""
     data: DataConfig = field(default_factory=DataConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -89,6 +90,15 @@ class TrainConfig:
         )
         for name, task in self.tasks.items():
             at_most(f"tasks.{name}", task, weight=1_000_000)
+            require(
+                task.data is None or TASK_NAME.fullmatch(name) is not None,
+                "tasks",
+                name[:100],
+                "must be at most 100 letters (a-z), digits, '_' and '-', for its metrics are named by it",
+                "Give a name such as gsm8k.",
+            )
+            for part in ("data", "eval_data"):
+                check_path(f"tasks.{name}.{part}", getattr(task, part))
         require(
             self.rollout.group_size >= 2 or self.algorithm.name not in GROUP_NORMALISED,
             "rollout.group_size",

@@ -5,42 +5,58 @@ rollout: with the think block, the channel or the end-of-turn token that the mod
 ends no turn (GLM-4.5), the response ends with the token that begins the next one, if rollouts stop there, else with
 the tokenizer's end-of-text token.
 
-Left out: conversations of several turns, system prompts and tools, and a template's own options.
+Left out: tools, and responses of several turns.
 """
 
+from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from gspo_megatron.batch import Message
 from gspo_megatron.config.constraints import require
 from gspo_megatron.data.limits import limited
 from gspo_megatron.errors import RolloutError
 
 LONGEST = 1 << 24  # characters of a rendered conversation
+Question = str | Sequence[Message]
 PROBE = "gspoprobe"  # an answer that no template changes
 
 
-def question_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """Return token ids of a question through the chat template, up to where the response begins."""
-    return _encode(tokenizer, _render(tokenizer, [_user(question)], add_generation_prompt=True))
+def question_tokens(
+    tokenizer: PreTrainedTokenizerBase, question: Question, options: dict[str, Any] | None = None
+) -> list[int]:
+    """Return token ids of a question, or of a conversation, through the chat template, up to where the response begins.
+
+    Args:
+        options: further arguments of the template, as enable_thinking.
+    """
+    return _encode(tokenizer, _render(tokenizer, _messages(question), **(options or {}), add_generation_prompt=True))
 
 
 def example_tokens(
-    tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...], question: str, answer: str, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: tuple[int, ...],
+    question: Question,
+    answer: str,
+    where: str,
+    options: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Return token ids of a question up to where the response begins, and of the response that an answer is.
 
     Args:
         stop_token_ids: that end a rollout; the first of them ends the response.
         where: the answer's task, or file and line, for messages.
+        options: further arguments of the template.
 
     Raises:
         ConfigError: the template's [user, assistant] does not begin with the prompt, or nothing ends a response.
         RolloutError: the answer has a stop token before its end, or the template refuses it.
     """
-    prompt = _render(tokenizer, [_user(question)], add_generation_prompt=True)
-    whole = _render(tokenizer, [_user(question), _assistant(answer)])
+    messages, options = _messages(question), options or {}
+    prompt = _render(tokenizer, messages, **options, add_generation_prompt=True)
+    whole = _render(tokenizer, [*messages, _assistant(answer)], **options)
     _check_prefix(prompt, whole, where)
     prompt_ids, whole_ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
@@ -122,15 +138,19 @@ def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _user(text: str) -> dict[str, str]:
+def _messages(question: Question) -> list[Message]:
+    return [_user(question)] if isinstance(question, str) else list(question)
+
+
+def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> dict[str, str]:
+def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     """Apply the template. Raises RolloutError for what it refuses, and where it has no end."""
     try:
         with limited():

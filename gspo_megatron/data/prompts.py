@@ -1,7 +1,7 @@
 """The stream of prompts has the questions of one split, through the chat template, as token ids.
 
 Every rank builds the same stream from the same mixture, so prompts need no broadcast and the state of a stream is one
-integer. Left out: epochs (questions are generated, the stream has no end) and cutting a long prompt (it would ask
+integer. The stream has no end: rows of data come again in another order. Left out: cutting a long prompt (it would ask
 another question).
 """
 
@@ -12,9 +12,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.batch import Prompt, TaskItem, TrainSequence
+from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.data.chat import example_tokens, question_tokens
 from gspo_megatron.errors import CheckpointError, RolloutError
+from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.mixture import TaskMixture
 
 
@@ -46,8 +48,10 @@ class PromptSource:
         return prompts
 
     def fixed(self, n: int) -> list[Prompt]:
-        """Return prompts 0 to n - 1, wherever the stream is: the same set at each evaluation."""
-        return [self._prompt(uid) for uid in range(n)]
+        """Return prompts 0 to n - 1, wherever the stream is: the same set at each evaluation. A row of data is there
+        once, so there may be fewer."""
+        items = [(uid, self.mixture.item(self.split, uid)) for uid in range(n)]
+        return [Prompt(uid, item, self.encode_prompt(item)) for uid, item in items if item.epoch == 0]
 
     def look_ahead(self, uids: Iterable[int], seconds: float) -> None:
         """Draw prompts that will come, as far as they are drawn in that time, so that one that is too long is found now
@@ -63,25 +67,70 @@ class PromptSource:
 
         Raises RolloutError for more than max_prompt_length tokens.
         """
-        token_ids = question_tokens(self.tokenizer, item.question)
+        token_ids = self._encode(item)
         self._check_length(item, token_ids)
         return token_ids
+
+    def length(self, item: TaskItem) -> int:
+        """Return how many tokens a question has, whatever the limit."""
+        return len(self._encode(item))
 
     def encode_example(self, item: TaskItem, stop_token_ids: tuple[int, ...]) -> TrainSequence:
         """Return a question and its gold answer, written as the task's extractor wants it, as a supervised example.
 
         Raises RolloutError for a task that has a scorer but no gold answer, or a prompt that is too long.
         """
-        if item.entry.get("answer") is None:
-            raise RolloutError(
-                f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
-                "or take the task out of the recipe."
-            )
         where = f"tasks.{item.task}, answer {item.answer[:60]!r}"
         gold = self.mixture.gold_response(item)
-        prompt, response = example_tokens(self.tokenizer, stop_token_ids, item.question, gold, where)
+        prompt, response = example_tokens(
+            self.tokenizer, stop_token_ids, item.conversation, gold, where, item.template_kwargs
+        )
         self._check_length(item, prompt)
         return TrainSequence(prompt + response, len(prompt))
+
+    def row_lengths(self, first: int = 0, every: int = 1) -> dict[tuple[str, int], int]:
+        """Return how many tokens the prompt of each row of data has, by task and place in its every().
+
+        Args:
+            first, every: measure row `first` and each `every` rows after it: ranks share the work.
+        """
+        items = {(name, i): row.item for name, task in self._data().items() for i, row in enumerate(task.every())}
+        mine = list(items)[first::every]
+        return {key: self.length(self.mixture.as_asked(items[key])) for key in mine}
+
+    def hold_to_limit(self, tasks: dict[str, TaskConfig], lengths: dict[tuple[str, int], int]) -> list[str]:
+        """Leave out the rows that are too long where the recipe says so. Returns sentences for the user.
+
+        Args:
+            lengths: of all rows, as row_lengths gives them.
+
+        Raises:
+            ConfigError: a row is too long and the recipe does not say so, or no row is left.
+        """
+        notes, limit = [], self.max_prompt_length
+        for name, task in self._data().items():
+            rows = task.every()
+            long = [place for place in range(len(rows)) if lengths[name, place] > limit]
+            if not long:
+                continue
+            longest = max(lengths[name, place] for place in long)
+            require(
+                tasks[name].overlong == "drop",
+                "data.max_prompt_length",
+                limit,
+                f"{len(long)} of {len(rows)} prompts of tasks.{name} have more tokens, the first of them "
+                f"{rows[long[0]].where}",
+                f"Give {longest} for the longest, or tasks.{name}.overlong drop.",
+            )
+            task.keep([lengths[name, place] <= limit for place in range(len(rows))])
+            notes.append(f"tasks.{name}: {len(long)} of {len(rows)} prompts have more than {limit} tokens: left out")
+        return notes
+
+    def _data(self) -> dict[str, DatasetTask]:
+        return {name: task for name, task in self.mixture.tasks.items() if isinstance(task, DatasetTask)}
+
+    def _encode(self, item: TaskItem) -> list[int]:
+        return question_tokens(self.tokenizer, item.conversation, item.template_kwargs)
 
     def _check_length(self, item: TaskItem, token_ids: list[int]) -> None:
         if len(token_ids) > self.max_prompt_length:

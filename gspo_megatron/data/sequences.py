@@ -2,11 +2,17 @@
 
 import numpy as np
 
-from gspo_megatron.batch import RolloutGroup, TrainSequence
+from gspo_megatron.batch import Completion, RolloutGroup, TrainSequence
 
 
-def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
-    """Make one sequence a response, group after group. Advantages come later (trainer/advantages/)."""
+def train_sequences(groups: list[RolloutGroup], mask_truncated: bool = False) -> list[TrainSequence]:
+    """Make one sequence a response, group after group. Advantages come later (trainer/advantages/).
+
+    A response without a reward has the mask 0 throughout, so that no denominator counts it.
+
+    Args:
+        mask_truncated: so has one that was cut at the limit (algorithm.mask_truncated_completions).
+    """
     return [
         TrainSequence(
             token_ids=group.prompt.token_ids + completion.token_ids,
@@ -15,11 +21,16 @@ def train_sequences(groups: list[RolloutGroup]) -> list[TrainSequence]:
             group_id=group.prompt.uid,
             truncated=completion.truncated,
             rollout_logprobs=completion.logprobs,
+            loss_mask=None if is_kept and not (mask_truncated and completion.truncated) else _none(completion),
             routes=completion.routes,
         )
         for group in groups
-        for completion, reward in zip(group.completions, group.rewards, strict=True)
+        for completion, reward, is_kept in zip(group.completions, group.rewards, group.is_kept, strict=True)
     ]
+
+
+def _none(completion: Completion) -> list[int]:
+    return [0] * len(completion.token_ids)
 
 
 def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:

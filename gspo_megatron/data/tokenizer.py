@@ -26,9 +26,12 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.tasks.mixture import TaskMixture
 
+EXAMPLES_PER_TASK = 400
 # The padding token has id 0 because packed batches are padded with 0.
 PAD, END_OF_TEXT, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>")
 
@@ -36,7 +39,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|endoftext|>"
-    "{% else %}{{ raise_exception('this chat template knows the roles user and assistant only') }}{% endif %}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}"
+    "{% else %}{{ raise_exception('this chat template knows the roles system, user and assistant only') }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -54,6 +58,17 @@ MIN_CHOICE = 4
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 START, STOP = "<start>", "<stop>"  # never equal to a piece, which is all letters or one character
+
+
+def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the folder to start from; else train one on warm-start questions and answers, in every
+    rank alike: that is cheaper than to wait for one."""
+    if config.model.load_hf is not None:
+        return load_tokenizer(config.model.load_hf)
+    count = EXAMPLES_PER_TASK * len(mixture.names)
+    has_answers = all(task.size("warm_start") != 0 for task in mixture.tasks.values())
+    items = [mixture.item("warm_start" if has_answers else "train", index) for index in range(count)]
+    return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 LINES_OF_SHORT_STEPS = 20
+SECONDS_A_COUNT = 10.0
 LINES_A_PAGE = 30  # the column titles are repeated after this many lines
 
 
@@ -141,6 +142,18 @@ class Console:
     def warn(self, text: str) -> None:
         """Print a sentence that the user should act on or know."""
         self._print((f"warning: {text}", "yellow"))
+
+    def counter(self, what: str, total: int) -> Callable[[int], None]:
+        """Return what prints "what: done of total" where that takes long, every SECONDS_A_COUNT."""
+        last = self._clock()
+
+        def told(done: int) -> None:
+            nonlocal last
+            if self._clock() - last >= SECONDS_A_COUNT:
+                last = self._clock()
+                self.note(f"{what}: {done} of {total}")
+
+        return told
 
     def close(self) -> None:
         """Stop the bar and give the terminal back. May be called twice."""

@@ -7,6 +7,7 @@ Left out: memory (whether the model fits), and the number of ranks a node has.
 """
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.config.constraints import require
@@ -15,8 +16,13 @@ from gspo_megatron.recipe.hf_config import check_stop_ids, generation_stops
 from gspo_megatron.recipe.layout import check_latent, check_layout
 from gspo_megatron.tasks.preferences import load_pairs
 
+if TYPE_CHECKING:
+    from gspo_megatron.tasks.mixture import TaskMixture
 
-def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engine: bool = False) -> None:
+
+def check(
+    config: TrainConfig, layout: Layout, world_size: int, transformer_engine: bool = False, rewards: bool = False
+) -> None:
     """Raise ConfigError for a run that cannot work. Cheap checks first: the tasks' library takes a second to import.
 
     Args:
@@ -24,6 +30,7 @@ def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engi
         layout: as `resolve_layout` returns it.
         world_size: ranks on all nodes together.
         transformer_engine: its layers will run, see `uses_transformer_engine`.
+        rewards: load the reward functions too, which are code of the user's.
     """
     shape = check_layout(config.model, layout, world_size)
     check_latent(shape, transformer_engine)
@@ -48,7 +55,35 @@ def check(config: TrainConfig, layout: Layout, world_size: int, transformer_engi
     from gspo_megatron.tasks.mixture import TaskMixture
 
     mixture = TaskMixture(config.tasks, config.seed)
-    if warm_start.steps and any(task.answer_extractor != "none" for task in config.tasks.values()):
+    _check_warm_start(config, mixture)
+    if rewards:
+        check_rewards(config, mixture)
+
+
+def check_rewards(config: TrainConfig, mixture: "TaskMixture") -> list[str]:
+    """Load every reward function in such a process as it will run in. Returns sentences about their forms.
+
+    Raises:
+        ConfigError: one cannot be loaded, or has no form that is known, or wants a column that the data have not.
+    """
+    from gspo_megatron.tasks.rewards import RewardRunner
+
+    notes = []
+    for name, task in config.tasks.items():
+        if task.data is not None:
+            runner = RewardRunner(name, task, config.faults)
+            try:
+                notes += runner.check(list(mixture.tasks[name].item("train", 0).entry))
+            finally:
+                runner.close()
+    return notes
+
+
+def _check_warm_start(config: TrainConfig, mixture: "TaskMixture") -> None:
+    """Gold answers must be there, and be found where a task's extractor looks."""
+    if config.warm_start.steps and any(
+        task.answer_extractor != "none" or task.data is not None for task in config.tasks.values()
+    ):
         for index in range(8 * len(mixture.names)):  # so that nearly surely each task is among them
             mixture.gold_response(mixture.item("warm_start", index))
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gspo_megatron.config import TrainConfig
+from gspo_megatron.config import TaskConfig, TrainConfig
 from gspo_megatron.config.names import check_path
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe.field_names import check_overrides, field_names, suggestion
@@ -60,7 +60,29 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
     pairs, held_out = (given and find_file(given, path) for given in (preference.path, preference.eval_path))
     preference = dataclasses.replace(preference, path=pairs, eval_path=held_out)
     algorithm = dataclasses.replace(config.algorithm, preference=preference)
-    return dataclasses.replace(config, model=model, algorithm=algorithm.resolved())
+    tasks = {name: _found(task, path) for name, task in config.tasks.items()}
+    return dataclasses.replace(config, model=model, algorithm=algorithm.resolved(), tasks=tasks)
+
+
+def _found(task: TaskConfig, recipe: Path | None) -> TaskConfig:
+    """The task with its files as absolute paths."""
+    data, held_out = (given and _data(given, recipe) for given in (task.data, task.eval_data))
+    rewards = []
+    for reward in task.reward:
+        file, colon, name = reward.function.rpartition(":")
+        if file.endswith(".py"):
+            reward = dataclasses.replace(reward, function=f"{find_file(Path(file), recipe)}:{name}")
+        rewards.append(reward)
+    return dataclasses.replace(task, data=data, eval_data=held_out, reward=tuple(rewards))
+
+
+def _data(path: Path, recipe: Path | None) -> Path:
+    """A file of data, or a folder that the library datasets saved."""
+    for mark in ("dataset_info.json", "dataset_dict.json"):
+        found = find_file(path, recipe, mark)
+        if found.is_file():
+            return found.parent if found.name == mark else found
+    return path
 
 
 def save_recipe(config: TrainConfig, path: Path) -> None:
@@ -138,14 +160,17 @@ def _remedy(item: ErrorDetails, path: Path) -> str:
 
 
 def _without_gaps(content: dict) -> dict:
-    """The recipe with {} for a task, or its options, of which only the name is written."""
+    """The recipe with {} for a task, or its options, of which only the name is written, and a list of one reward for a
+    reward that is written as a text."""
     tasks = content.get("tasks")
     if not isinstance(tasks, dict):
         return content
     filled = {name: {} if task is None else task for name, task in tasks.items()}
     for name, task in filled.items():
         if isinstance(task, dict) and task.get("options", {}) is None:
-            filled[name] = task | {"options": {}}
+            filled[name] = task = task | {"options": {}}
+        if isinstance(task, dict) and isinstance(task.get("reward"), str):
+            filled[name] = task | {"reward": [{"function": task["reward"]}]}
     return content | {"tasks": filled}
 
 
@@ -199,8 +224,14 @@ def _refuse_other_bases(name: str | None, node: yaml.Node) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text such as "1e3", which _Loader would read as a number."""
+    """Quotes a text such as "1e3", which _Loader would read as a number, and "0809", which it would refuse."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = "'" if OTHER_BASE.fullmatch(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(

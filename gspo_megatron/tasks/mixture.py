@@ -1,119 +1,56 @@
-"""A weighted mixture of reasoning-gym tasks: random access to questions, three disjoint splits, scores.
+"""A weighted mixture of tasks: random access to questions, three disjoint splits, scores.
 
-Nothing here keeps a position: `item(split, index)` is a pure function of the mixture's seed and its arguments, so
-every rank can draw any prompt and a resumed run needs one integer. Left out: tokenization and the order of prompts
-(data/prompts.py), curricula (a task's options are fixed for a run), and any dedupe: two indices may hold the same
-question when a task has few, but never across splits.
-
-Source of tasks and scorers: reasoning-gym (github.com/open-thought/reasoning-gym); the tables below were found by
-running every task of version 0.1.25.
+Nothing here keeps a position: `item(split, index)` is a pure function of the mixture's seed, the data and its
+arguments, so every rank can draw any prompt and a resumed run needs one integer. Left out: tokenization and the order
+of prompts (data/prompts.py).
 """
 
-import dataclasses
-import difflib
-import hashlib
 import itertools
-import logging
-import math
-import os
 from bisect import bisect_right
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from reasoning_gym.factory import DATASETS, create_dataset
-
-from gspo_megatron.batch import TaskItem
+from gspo_megatron.batch import Response, Score, TaskItem
 from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
-from gspo_megatron.errors import ConfigError, RolloutError
-from gspo_megatron.tasks import walls
+from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks.answers import AnswerExtractor
-from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
-
-log = logging.getLogger(__name__)
-
-# Sixteenths of the hash space. RL takes fresh questions all the time, the evaluation needs a few hundred.
-SPLITS = {"train": range(0, 10), "warm_start": range(10, 14), "eval": range(14, 16)}
-# (14/16)^256 = 1e-15: a task that has questions in every split does not fail by bad luck.
-MAX_DRAWS = 256
-
-# reasoning-gym seeds a question with seed + index, so the size costs nothing but in the tasks of TABLE_TASKS,
-# which build a list of that length (or refuse a longer one).
-VIRTUAL_SIZE = 2**31 - 1
-TABLE_TASKS = ("acre", "gsm_symbolic", "list_functions", "word_ladder")
-TABLE_SIZE = 10_000
-
-# Their scorers hand the response to eval() or to sympy's parse_expr, which is eval() on a transformed string: that is
-# done in a process of its own alone (isolation.py, evaluation.py).
-EVAL_TASKS = (
-    "binary_matrix",
-    "countdown",
-    "intermediate_integration",
-    "n_queens",
-    "polynomial_multiplication",
-    "puzzle24",
-    "simple_integration",
-    "spiral_matrix",
-    "string_insertion",
-)
-# Their generators iterate over sets of strings, whose order follows Python's hash seed.
-HASH_ORDER_TASKS = ("codeio", "isomorphic_strings", "knight_swap", "ransom_note", "word_ladder")
-
-HOPELESS_RESPONSE = "\x00"  # no task's answer: a scorer that likes it likes anything
-BELOW_FULL = math.nextafter(1.0, 0.0)
-ROUNDING = 1e-9  # of partial credits that are added up
-LARGEST_REWARD = 1e30  # whose square and fp32 form are still finite
-LIST_ALL = 'List them with: python -c "from gspo_megatron.tasks.mixture import task_names; print(*task_names())"'
-
-
-def task_names() -> list[str]:
-    """List the names that a recipe's `tasks` table may use, sorted."""
-    return sorted(set(DATASETS) - {"composite"})
-
-
-def split_of(question: str) -> str:
-    """Return the only split in which a question may appear.
-
-    A function of the text alone, not of seed or task: no run's evaluation holds a question that another run
-    was trained on.
-    """
-    bucket = _hash64("split", question) % 16
-    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
-
-
-def is_correct(score: float) -> bool:
-    """Ask whether a reward is full marks, 1 or more. Some tasks give partial credit below 1 for answers that are wrong,
-    some a bonus above it."""
-    return score >= 1.0
+from gspo_megatron.tasks.dataset import DatasetTask, Scorer
+from gspo_megatron.tasks.isolation import ScoringProcess
+from gspo_megatron.tasks.reasoning_gym import ReasoningGymTask
+from gspo_megatron.tasks.splits import SPLITS, hash64
+from gspo_megatron.tasks.task import Task, Told
 
 
 class TaskMixture:
     """Questions of several tasks, drawn by weight.
 
-    `tasks`: the recipe's table, reasoning-gym name -> weight and options. `seed`: any integer; another seed is another
-    order of questions within the same splits. `process`: where scorers run; None: in this one, for text that no model
-    wrote. Raises ConfigError for a name, option or scorer that cannot be used.
+    `tasks`: the recipe's table. `seed`: any integer; another seed is another order of questions within the same splits.
+    `process`: where reasoning-gym's scorers run; None: in this one, for text that no model wrote. `rewards`: what
+    scores responses to data, by the task's name. Raises ConfigError for a task that cannot be used.
     """
 
-    def __init__(self, tasks: dict[str, TaskConfig], seed: int, process: ScoringProcess | None = None):
+    def __init__(
+        self,
+        tasks: dict[str, TaskConfig],
+        seed: int,
+        process: ScoringProcess | None = None,
+        rewards: Mapping[str, Scorer] | None = None,
+    ):
         require(len(tasks) > 0, "tasks", tasks, "must name at least one task", "For example spell_backward: {}.")
         self.seed = seed
         self.names = sorted(tasks)  # so that the order of lines in a recipe does not matter
+        self._configs = tasks
         self._thresholds = list(itertools.accumulate(tasks[name].weight for name in self.names))
-        self._specs = {name: _spec(name, tasks[name].options, seed) for name in self.names}
-        self._datasets = {name: _build(self._specs[name], tasks[name].options) for name in self.names}
-        self._process: ScoringProcess | None = None
         self._extractors = {name: AnswerExtractor.of(tasks[name]) for name in self.names}
-        self._warned: set[str] = set()
+        self._turns: defaultdict[str, _Turns] = defaultdict(_Turns)
+        self.tasks: dict[str, Task] = {}
         for name in self.names:
-            require(
-                name not in EVAL_TASKS or walls.has_seccomp(),
-                f"tasks.{name}",
-                name,
-                "its scorer evaluates what the model wrote, and this kernel takes no seccomp filter to confine that",
-                "Take the task out of the recipe, or train on Linux (x86_64, aarch64) with seccomp.",
-            )
-            self._check_scorer(name)
-        self._process = process  # from here on; the checks score no model's text
+            if tasks[name].data is None:
+                self.tasks[name] = ReasoningGymTask(name, tasks[name], seed, process)
+            else:
+                self.tasks[name] = DatasetTask(name, tasks[name], seed, (rewards or {}).get(name))
 
     def item(self, split: str, index: int) -> TaskItem:
         """Return question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
@@ -122,178 +59,85 @@ class TaskMixture:
         """
         if split not in SPLITS or index < 0:
             raise ValueError(f"item({split!r}, {index}): split must be one of {list(SPLITS)} and index 0 or more.")
-        point = _hash64("task", self.seed, split, index) / 2**64 * self._thresholds[-1]
-        place = min(bisect_right(self._thresholds, point), len(self.names) - 1)  # the quotient may round up to 1
-        return self._draw(self.names[place], split, index)
+        place = self._place(split, index)
+        task = self.tasks[self.names[place]]
+        if task.size(split) is None:
+            item = task.item(split, index)
+        else:  # its rows follow each other, whatever other tasks are drawn between them
+            item = task.item(split, self._turns[split].before(index, lambda at: self._place(split, at)))
+        return self.as_asked(item)
 
-    def score(self, item: TaskItem, response_text: str) -> float:
-        """Reward the answer in a response by the task's own scorer: any finite number, full marks are 1 (`is_correct`).
+    def as_asked(self, item: TaskItem) -> TaskItem:
+        """Return a task's item with the recipe's system prompt and template arguments."""
+        config = self._configs[item.task]
+        messages = item.messages
+        if config.system_prompt is not None and item.conversation[0]["role"] != "system":
+            messages = ({"role": "system", "content": config.system_prompt}, *item.conversation)
+        return replace(item, messages=messages, template_kwargs=config.chat_template_kwargs)
 
-        0 where the task's extractor finds no answer, and where the scorer raises or takes too long on this one but not
-        on the gold answer: it met text that it cannot parse. Raises RolloutError for a response that is no string, a
-        scorer that always raises, a score that is no finite number.
+    def score(self, item: TaskItem, response_text: str) -> float | None:
+        """Return one reward, as score_all does; token ids are not known."""
+        return self.score_all([Response(item, response_text, [])])[0].reward
+
+    def score_all(self, responses: Sequence[Response], told: Told = lambda done: None) -> list[Score]:
+        """Return what the tasks think of responses, in their order. Full marks are `correct_at` of their task.
+
+        Args:
+            told: called with the number of responses that have a score.
+
+        Raises:
+            RolloutError: a scorer always fails, or gave no finite number.
         """
-        if item.task in EVAL_TASKS and self._process is None:
-            raise ValueError(f"tasks.{item.task}: its scorer runs the response as code, so it needs a ScoringProcess.")
-        is_text = isinstance(response_text, str)
-        answer = self._extractors[item.task].find(response_text) if is_text else response_text
-        return 0.0 if answer is None else self._score(item, answer)
+        scores: dict[int, Score] = {}
+
+        def tell(done: int) -> None:
+            told(len(scores) + done)
+
+        for name in self.names:
+            places = [place for place, response in enumerate(responses) if response.item.task == name]
+            found = self.tasks[name].score([responses[place] for place in places], tell)
+            scores |= zip(places, found, strict=True)
+        return [scores[place] for place in range(len(responses))]
+
+    def is_correct(self, item: TaskItem, reward: float | None) -> bool:
+        """Tell whether a reward is full marks of its task: `correct_at` or more."""
+        return reward is not None and reward >= self._configs[item.task].correct_at
 
     def gold_response(self, item: TaskItem) -> str:
-        """Return a response with the gold answer as the task's extractor finds it. Raises as AnswerExtractor.write."""
+        """Return a response with the gold answer as the task's extractor finds it.
+
+        Raises:
+            ConfigError: as AnswerExtractor.write.
+            RolloutError: the task has no gold answer.
+        """
+        if not item.has_answer:
+            raise RolloutError(
+                f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
+                "or take the task out of the recipe."
+            )
         return self._extractors[item.task].write(item.answer, f"tasks.{item.task}")
 
-    def _score(self, item: TaskItem, response_text: str) -> float:
-        if not isinstance(response_text, str):
-            raise RolloutError(
-                f"tasks.{item.task}: a response of type {type(response_text).__name__} cannot be scored, "
-                "it must be str. Decode the token ids first."
-            )
-        try:
-            value = self._ask(item, response_text)
-        except Exception as error:
-            self._excuse(item, response_text, error)
-            return 0.0
-        if not abs(value) <= LARGEST_REWARD:
-            raise RolloutError(
-                f"tasks.{item.task}: the scorer gave {value} for the response {response_text[:80]!r}, a "
-                f"score must be finite, and within {LARGEST_REWARD:g}. Take the task out of the recipe."
-            )
-        # spell_backward adds up 1/n a letter; at n = 9, 11, 18, ... the right letters followed by more text reach
-        # 1 + 2e-16, and only an exact answer may count as correct. A bonus is more than that.
-        return BELOW_FULL if 1.0 < value <= 1.0 + ROUNDING else value
+    def close(self) -> None:
+        """End what runs for the tasks."""
+        for task in self.tasks.values():
+            task.close()
 
-    def _ask(self, item: TaskItem, text: str) -> float:
-        if self._process is not None:
-            return self._process.score(self._specs[item.task], text, item.entry)
-        return float(self._datasets[item.task].score_answer(text, item.entry))
-
-    def _draw(self, name: str, split: str, index: int) -> TaskItem:
-        dataset = self._datasets[name]
-        failures: list[Exception] = []
-        for attempt in range(MAX_DRAWS):
-            position = _hash64("draw", self.seed, split, index, attempt) % len(dataset)
-            try:
-                entry = dataset[position]
-                question, answer = entry["question"], entry["answer"]
-            except Exception as error:  # a few generators (maze) give up now and then; the next draw is as good
-                failures.append(error)
-                continue
-            if split_of(question) == split:
-                # Some tasks have a scorer but no gold answer; the entry keeps the None.
-                return TaskItem(name, question, "" if answer is None else str(answer), entry)
-        if len(failures) == MAX_DRAWS:
-            raise RolloutError(
-                f"tasks.{name}.options: {MAX_DRAWS} draws gave no question, the generator failed each time, last with "
-                f"{type(failures[-1]).__name__}: {failures[-1]}. Change the options."
-            ) from failures[-1]
-        raise ConfigError(
-            f"tasks.{name}.options: {MAX_DRAWS} draws held no question of the split {split!r}, so the task "
-            "has too few distinct questions. Widen its options."
-        )
-
-    def _excuse(self, item: TaskItem, response_text: str, error: Exception) -> None:
-        """Return if the scorer can score at all; raise the error of a broken scorer otherwise."""
-        try:
-            self._ask(item, item.answer)
-        except Exception:
-            raise RolloutError(
-                f"tasks.{item.task}: the scorer raised {_in_words(error)} on the response "
-                f"{response_text[:80]!r}, and raises on the gold answer too. Take the task out of "
-                "the recipe."
-            ) from error
-        if item.task not in self._warned:
-            self._warned.add(item.task)
-            log.warning(
-                "tasks.%s: the scorer raised %s on %r; such responses score 0 (told once).",
-                item.task,
-                _in_words(error),
-                response_text[:80],
-            )
-
-    def _check_scorer(self, name: str) -> None:
-        item = self._draw(name, "train", 0)
-        if item.entry["answer"] is not None:
-            gold = self._score(item, item.answer)
-            require(
-                is_correct(gold),
-                f"tasks.{name}",
-                gold,
-                "the scorer does not give the gold answer full marks",
-                "Take the task out of the recipe.",
-            )
-            if self._extractors[name].name != "regex":  # which may want words that are not known here
-                self.gold_response(item)
-        nonsense = self._score(item, HOPELESS_RESPONSE)
-        require(
-            not is_correct(nonsense),
-            f"tasks.{name}",
-            nonsense,
-            "the scorer gives full marks to nonsense",
-            "Take the task out of the recipe: nothing can be learned from this reward.",
-        )
+    def _place(self, split: str, index: int) -> int:
+        """The number of the task that gives this question."""
+        point = hash64("task", self.seed, split, index) / 2**64 * self._thresholds[-1]
+        return min(bisect_right(self._thresholds, point), len(self.names) - 1)  # the quotient may round up to 1
 
 
-def _hash64(*parts: object) -> int:
-    """64 bits that are the same in every process and version; Python's hash() of a string is not."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+class _Turns:
+    """Counts how often each task was drawn before a question, as far as it was asked for; a hash a question."""
 
+    def __init__(self) -> None:
+        self._numbers: list[int] = []  # of each question: how many of the same task came before
+        self._totals: defaultdict[int, int] = defaultdict(int)
 
-def _spec(name: str, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Arguments of create_dataset for one task. Raises ConfigError for a wrong name or an unknown option."""
-    require(name != "composite", "tasks", name, "is not supported", "Name its parts in the recipe's table instead.")
-    require(
-        name in DATASETS, "tasks", name, "is no task of reasoning-gym", _did_you_mean(name, task_names()) + LIST_ALL
-    )
-    valid = _options(name)
-    for option, value in options.items():
-        require(
-            option not in ("seed", "size"),
-            f"tasks.{name}.options.{option}",
-            value,
-            "is set by the mixture",
-            "Remove it; the recipe's seed rules the questions, and their number has no limit.",
-        )
-        require(
-            option in valid,
-            f"tasks.{name}.options.{option}",
-            value,
-            "is no option of this task",
-            f"{_did_you_mean(option, valid)}Valid options: {', '.join(valid)}.",
-        )
-    hash_seed = os.environ.get("PYTHONHASHSEED", "random")
-    require(
-        name not in HASH_ORDER_TASKS or hash_seed != "random",
-        f"tasks.{name}: PYTHONHASHSEED",
-        hash_seed,
-        "this task's questions follow Python's hash seed, so processes would disagree",
-        "Set PYTHONHASHSEED=0 in the environment of every rank.",
-    )
-    size = TABLE_SIZE if name in TABLE_TASKS else VIRTUAL_SIZE
-    return {"name": name, "seed": _hash64("dataset", seed) % 2**31, "size": size} | options
-
-
-def _options(name: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
-
-
-def _build(spec: dict[str, Any], options: dict[str, Any]):
-    """The reasoning-gym dataset of one task. Raises ConfigError for options that it refuses."""
-    try:
-        return create_dataset(**spec)
-    except Exception as error:  # the tasks check their options with assert, which may as well end in a TypeError
-        raise ConfigError(
-            f"tasks.{spec['name']}.options = {options!r}: the task refuses it ({_in_words(error)}). "
-            f"Valid options: {', '.join(_options(spec['name']))}."
-        ) from error
-
-
-def _in_words(error: Exception) -> str:
-    """What was raised; a ScorerError tells that itself."""
-    return str(error) if isinstance(error, ScorerError) else f"{type(error).__name__}: {error}"
-
-
-def _did_you_mean(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=3)
-    return f"Did you mean {' or '.join(close)}? " if close else ""
+    def before(self, index: int, place_of: Callable[[int], int]) -> int:
+        for at in range(len(self._numbers), index + 1):
+            drawn = place_of(at)
+            self._numbers.append(self._totals[drawn])
+            self._totals[drawn] += 1
+        return self._numbers[index]

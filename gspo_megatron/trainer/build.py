@@ -17,10 +17,10 @@ from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TrainConfig
+from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
-from gspo_megatron.data.tokenizer import load_tokenizer, train_tokenizer
+from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
@@ -29,15 +29,18 @@ from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks import walls
+from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.isolation import ScoringProcess
-from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
+from gspo_megatron.tasks.rewards import RewardRunner
 from gspo_megatron.trainer import folders, resume
+from gspo_megatron.trainer.data_record import note_data
 from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
 from gspo_megatron.utils.small_files import unwritten
 
-TOKENIZER_EXAMPLES_PER_TASK = 400
 LOOK_AHEAD_SECONDS = 2.0  # all prompts of the example's 100 steps take four ranks less than one
 FINISHED = "{} is finished. Give --resume never to train anew, or more --steps to go on."
 
@@ -62,13 +65,11 @@ def build_run(config: ResolvedConfig) -> Run:
     if resumed and checkpoint:
         with together():
             notes += resume.restore_record(folder, checkpoint, resumed) if runtime.is_main else []
-    scorers = ScoringProcess(config.faults)
-    if topology.is_first_of_replica:
-        scorers.start()  # it comes up while the model is built
-    mixture = TaskMixture(config.tasks, config.seed, scorers)
-    tokenizer = build_tokenizer(config, mixture)
+    mixture = _mixture(config, topology.is_first_of_replica)
+    tokenizer = _tokenizer(config, mixture, folder if resumed else None)
     limit = config.data.max_prompt_length
     prompts = PromptSource(mixture, tokenizer, "train", limit)
+    notes += prompts.hold_to_limit(config.tasks, _row_lengths(prompts, runtime))
     if config.algorithm.name != "dpo":
         _look_ahead(prompts, config, resumed.prompts if resumed else 0, runtime)
     shape = ModelShape.of(config.model, len(tokenizer))
@@ -76,6 +77,7 @@ def build_run(config: ResolvedConfig) -> Run:
     policy = build_policy(config, shape, topology, runtime)
     with together():
         reporter = _open_folder(folder, config, tokenizer, runtime.is_main)
+        notes += note_data(folder, mixture) if runtime.is_main else []
     run = Run(
         config=config,
         runtime=runtime,
@@ -95,6 +97,7 @@ def build_run(config: ResolvedConfig) -> Run:
     )
     if runtime.is_main:
         run.reporter.header(_describe(run, shape))
+        notes += [note for task in mixture.tasks.values() if isinstance(task, DatasetTask) for note in task.notes()]
     for note in notes:
         run.reporter.note(note)
     return run
@@ -117,6 +120,7 @@ def build_policy(
 def close_run(run: Run) -> None:
     """Close files, give the folder back and leave the process groups."""
     run.reporter.close()
+    run.mixture.close()
     lifecycle.before_leaving(None)
     if run.hold is not None:
         run.hold.close()
@@ -146,6 +150,25 @@ def _plan(config: TrainConfig, runtime: Runtime) -> tuple[Plan, Hold | None]:
     if chosen[0].is_finished:
         raise AlreadyFinished("\n".join([*chosen[0].notes, FINISHED.format(chosen[0].folder)]))
     return chosen[0], hold
+
+
+def _mixture(config: TrainConfig, scores: bool) -> TaskMixture:
+    """Return the recipe's tasks. On a rank that scores, their processes come up while the model is built."""
+    process = ScoringProcess(config.faults)
+    rewards = {name: RewardRunner(name, task, config.faults) for name, task in config.tasks.items() if task.data}
+    if scores:
+        for one in [process] * (len(rewards) < len(config.tasks)) + [*rewards.values()]:
+            one.start()
+    return TaskMixture(config.tasks, config.seed, process, rewards)
+
+
+def _row_lengths(prompts: PromptSource, runtime: Runtime) -> dict[tuple[str, int], int]:
+    """Return the length of every prompt of data; the ranks share the work. A collective."""
+    with together():
+        mine = prompts.row_lengths(runtime.rank, runtime.world_size)
+    everyone: list = [None] * runtime.world_size
+    dist.all_gather_object(everyone, mine)
+    return {key: length for part in everyone for key, length in part.items()}
 
 
 def _look_ahead(prompts: PromptSource, config: TrainConfig, position: int, runtime: Runtime) -> None:
@@ -192,14 +215,12 @@ def _intact(plan: Plan) -> tuple[Path | None, resume.Progress | None, list[str]]
     return None, None, notes
 
 
-def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the folder to start from; else train one on warm-start questions and answers, in every
-    rank alike: that is cheaper than to wait for one."""
-    if config.model.load_hf is not None:
-        return load_tokenizer(config.model.load_hf)
-    count = TOKENIZER_EXAMPLES_PER_TASK * len(mixture.names)
-    items = [mixture.item("warm_start", index) for index in range(count)]
-    return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)
+def _tokenizer(config: TrainConfig, mixture: TaskMixture, resumed: Path | None) -> PreTrainedTokenizerBase:
+    """Return the run's tokenizer. One that was trained on data is kept: the file may be another one by now."""
+    has_data = any(task.data is not None for task in config.tasks.values())
+    if has_data and resumed is not None and config.model.load_hf is None:
+        return load_tokenizer(resumed / "tokenizer")
+    return build_tokenizer(config, mixture)
 
 
 def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
@@ -219,12 +240,15 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
         "responses end at": run.stops.described(run.tokenizer),
-        "scorers": _describe_scorers(run.mixture.names),
+        "scorers": _describe_scorers(run.config.tasks),
         "algorithm": _describe_algorithm(run.config.algorithm),
     }
 
 
-def _describe_scorers(tasks: list[str]) -> str:
+def _describe_scorers(tasks: dict[str, TaskConfig]) -> str:
+    functions = [reward.function for task in tasks.values() for reward in task.reward]
+    if functions:
+        return f"a process of their own: {', '.join(functions)}"
     evaluating = [name for name in tasks if name in EVAL_TASKS]
     if not evaluating:
         return "a process of their own; no response is evaluated"

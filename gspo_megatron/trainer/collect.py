@@ -38,7 +38,7 @@ def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], 
 def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share: int) -> dict[str, float]:
     """Count over all replicas. reward/mean is of the groups that are trained on; reward/sampled of all that were
     sampled."""
-    rewards = [reward for group in kept + flat for reward in group.rewards]
+    rewards = [score.reward for group in kept + flat for score in group.scores if score.reward is not None]
     sums = torch.tensor(
         [len(kept), len(flat), max(share - len(kept), 0), max(len(kept) - share, 0), share, sum(rewards), len(rewards)],
         dtype=torch.float64,
@@ -50,7 +50,7 @@ def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share
         "sampling/without_signal": without / (signal + without),
         "sampling/filled": filled / shares,
         "sampling/unused": unused,
-        "reward/sampled": reward / number,
+        "reward/sampled": reward / max(number, 1.0),
     }
 
 
@@ -60,7 +60,8 @@ def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
     with clock.part("rollout"):
         groups = generate(run.engine, prompts, config.group_size, run.sampling_params(), seed, run.tokenizer)
     with clock.part("reward"):
-        score(groups, run.mixture, run.topology, run.runtime.device)
+        told = run.reporter.scored(sum(len(group.completions) for group in groups))
+        score(groups, run.mixture, run.topology, run.runtime.device, told)
     return join_context(groups, run.topology)
 
 

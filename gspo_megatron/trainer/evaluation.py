@@ -8,24 +8,25 @@ from gspo_megatron.metrics.reduce import gather_rows
 from gspo_megatron.rollout.generation import generate
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.scoring import score
-from gspo_megatron.tasks.mixture import is_correct
 from gspo_megatron.trainer.run import Run
 
 SEED = 20_250_718  # the same random numbers at every evaluation of every run
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Measure accuracy on the held-out prompts. A collective over all ranks.
+    """Measure accuracy and reward on the held-out prompts. A collective over all ranks.
 
     eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
-    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right.
+    rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right. eval/reward is the mean
+    reward of the sampled ones.
     """
     sampled = run.sampling_params()
-    correct, task, length = _responses(run, sampled, run.config.data.eval_samples)
-    likeliest, _, _ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
+    correct, task, length, reward, is_kept = _responses(run, sampled, run.config.data.eval_samples)
+    likeliest, *_ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
     metrics: dict[str, torch.Tensor | int] = {
         "eval/accuracy": correct.mean(),
         "eval/accuracy_greedy": likeliest.mean(),
+        "eval/reward": (reward * is_kept).sum() / is_kept.sum().clamp(min=1),
         "eval/response_length": length.mean(),
         "eval/num": len(run.held_out),
     }
@@ -36,7 +37,8 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Tensor, ...]:
-    """Return (correct 0 or 1, task number, length), each [prompts * samples] fp64, over all replicas."""
+    """Return (correct 0 or 1, task number, length, reward, whether there is one), each [prompts * samples] fp64, over
+    all replicas."""
     topology, device = run.topology, run.runtime.device
     # Every replica must get as many prompts; the fillers are not counted.
     filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
@@ -44,9 +46,15 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
     score(groups, run.mixture, topology, device)
     tasks = run.mixture.names
     rows = [
-        (is_correct(reward), tasks.index(group.prompt.item.task), len(completion.token_ids))
+        (
+            run.mixture.is_correct(group.prompt.item, score.reward),
+            tasks.index(group.prompt.item.task),
+            len(completion.token_ids),
+            score.reward or 0.0,
+            score.reward is not None,
+        )
         for group in groups
-        for reward, completion in zip(group.rewards, group.completions, strict=True)
+        for score, completion in zip(group.scores, group.completions, strict=True)
     ]
     everyone = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
     return everyone[: len(run.held_out) * samples].unbind(1)

@@ -23,6 +23,7 @@ from gspo_megatron.errors import CheckpointError, ConfigError
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
 from gspo_megatron.recipe.load import read_saved
+from gspo_megatron.trainer.data_record import DATA_FILE
 from gspo_megatron.trainer.resume import CONFIG_FILE, Progress, finished_step, newest_first, survey
 
 # A run may go on with other values of these: they say where, how long, how often and what is refused, not what is
@@ -42,7 +43,7 @@ FREE = (
     "save_hf",
 )
 # What a start leaves that ended before its first step.
-OF_A_START = {LOCK, CONFIG_FILE, "tokenizer", "tensorboard", METRICS_FILE, SAMPLES_FILE, "checkpoints"}
+OF_A_START = {LOCK, CONFIG_FILE, DATA_FILE, "tokenizer", "tensorboard", METRICS_FILE, SAMPLES_FILE, "checkpoints"}
 NEW_RUN = "Give --resume never for a new run."
 
 
@@ -212,13 +213,20 @@ def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
     bare = TrainConfig(tasks=tasks)
     here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, bare))
     # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
-    there = {name: value for name, value in defaults.items() if not name.endswith(".options")} | there
+    tables = {name[:place] for name in there for place, letter in enumerate(name) if letter == "."}
+    there = {name: value for name, value in defaults.items() if name not in tables} | there
+    free = set(FREE) - ({"data.max_prompt_length"} if _drops_by_length(config) else set())
     for name in [*here, *(other for other in there if other not in here)]:
-        if name.split(".")[0] in FREE or name in FREE:
+        if name.split(".")[0] in free or name in free:
             continue
         if here.get(name) != there.get(name):
             return f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
     return None
+
+
+def _drops_by_length(config: TrainConfig) -> bool:
+    """Whether the limit on prompts says which rows are trained on."""
+    return any(task.overlong == "drop" for task in config.tasks.values())
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

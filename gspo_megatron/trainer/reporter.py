@@ -1,5 +1,6 @@
 """A run tells people by the console, and programs by metrics.jsonl and TensorBoard. It does so from rank 0 alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gspo_megatron.metrics.console import Console
@@ -52,6 +53,10 @@ class Reporter:
     def tell(self, step: int, sentences: list[str]) -> None:
         for sentence in sentences:
             self.warn(f"step {step}: {sentence}")
+
+    def scored(self, total: int) -> Callable[[int], None]:
+        """Return what tells people, now and then, how many of the responses have a reward by now."""
+        return self.console.counter("rewards", total) if self.console else lambda done: None
 
     def close(self) -> None:
         if self.console and self.tracker:

@@ -65,7 +65,7 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
 
     groups, sampling = collect(run, seed, clock)
     run.finish_written()  # the longest part of a step is over: a kill from here on finds the last step's checkpoint
-    sequences = train_sequences(groups)
+    sequences = train_sequences(groups, config.algorithm.mask_truncated_completions)
     parts = minibatch_indices(groups, config.algorithm.num_minibatches, (config.seed, step))
     minibatches = [Minibatch(part, run.microbatches([sequences[i] for i in part])) for part in parts]
 
@@ -114,7 +114,8 @@ def run_step(run: Run, estimator: AdvantageEstimator, step: int) -> dict:
                 "task": group.prompt.item.task,
                 "prompt": group.prompt.item.question,
                 "response": group.texts[0],
-                "reward": group.rewards[0],
+                "reward": group.scores[0].reward,
+                "parts": group.scores[0].parts,
             }
         )
     return row

@@ -30,6 +30,10 @@ def warm_start(run: Run) -> None:
     run.policy.start_optimizer(warm_start=True)
     examples = _examples(run)
     first = max(run.restore("warm_start"), 1)
+    score = run.resumed.score if run.resumed is not None else None
+    if score is not None and score >= config.stop_accuracy:
+        run.reporter.note(f"warm start had ended: held-out accuracy reached {config.stop_accuracy:g}")
+        return
     run.reporter.phase("warm_start", config.steps, first - 1)
     for step in range(first, config.steps + 1):
         progress.step("warm_start", step)
@@ -59,6 +63,8 @@ def _examples(run: Run) -> list[TrainSequence]:
     positions = run.policy.models[0].max_sequence_length
     for index in range(run.config.warm_start.num_examples):
         item = run.mixture.item("warm_start", index)
+        if item.epoch:
+            continue  # a row of data is there once
         example = run.prompts.encode_example(item, run.stops.token_ids)
         check_length(example, item.task, run.config, positions)
         examples.append(example)

@@ -8,7 +8,8 @@ from gspo_megatron.config import TaskConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import CheckpointError, ConfigError, RolloutError
-from gspo_megatron.tasks.mixture import TaskMixture, split_of
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.splits import split_of
 
 
 @pytest.fixture(scope="module")

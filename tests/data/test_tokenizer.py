@@ -115,8 +115,9 @@ def test_chat_template(tokenizer):
     assert render([question], add_generation_prompt=True) == "<|user|>1 + 1\n<|assistant|>"
     assert render([question, answer]) == "<|user|>1 + 1\n<|assistant|>2<|endoftext|>"
     assert tokenizer.encode("<|user|><|assistant|><|endoftext|>") == [2, 3, 1]
-    with pytest.raises(Exception, match="roles user and assistant only"):
-        render([{"role": "system", "content": "be brief"}])
+    with pytest.raises(Exception, match="roles system, user and assistant only"):
+        render([{"role": "tool", "content": "7"}])
+    assert render([{"role": "system", "content": "be brief"}, question]) == "be brief<|user|>1 + 1\n"
 
 
 def test_training_is_deterministic_and_ignores_order_and_repetition(texts, tokenizer):

@@ -25,6 +25,15 @@ class Clock:
         return self.now
 
 
+def test_a_long_count_is_told_every_ten_seconds():
+    stream, clock = io.StringIO(), Clock()
+    told = Console(stream, clock).counter("rewards", 500)
+    for seconds, done in ((4.0, 10), (9.9, 20), (10.0, 30), (19.0, 40), (20.5, 50)):
+        clock.now = 100.0 + seconds
+        told(done)
+    assert stream.getvalue() == "rewards: 30 of 500\nrewards: 50 of 500\n"
+
+
 def rl_lines(rows: list[dict], total: int = 10, done: int = 0, seconds: float = 0.0) -> list[str]:
     """Printed for the rows after the phase began, without its legend."""
     stream, clock = io.StringIO(), Clock()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gspo_megatron.config import OptimizerConfig, TaskConfig, TrainConfig
@@ -270,6 +270,7 @@ def test_a_saved_run_reads_back_equal(tmp_path):
         max_leaves=5,
     ),
 )
+@example(lr=1.0, name="0809", option=["1:30", "010", {"a": "-0_7"}])
 def test_any_value_survives_a_file(tmp_path_factory, lr, name, option):
     path = tmp_path_factory.mktemp("saved") / "config.yaml"
     config = dataclasses.replace(

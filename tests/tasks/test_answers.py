@@ -11,7 +11,8 @@ from gspo_megatron.recipe import check
 from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
 from gspo_megatron.tasks.answers import PATIENCE, AnswerExtractor
-from gspo_megatron.tasks.mixture import TaskMixture, is_correct
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.reasoning_gym import is_correct
 
 THOUGHT = "First I look at both numbers, and then I add them. " * 20
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -152,7 +153,7 @@ class Fixed:
 )
 def test_a_reward_may_be_any_finite_number(monkeypatch, seven, raw, reward, right):
     mixture = TaskMixture({"chain_sum": TaskConfig(options=SUMS)}, 1)
-    monkeypatch.setitem(mixture._datasets, "chain_sum", Fixed(mixture._datasets["chain_sum"], raw))
+    monkeypatch.setattr(mixture.tasks["chain_sum"], "_dataset", Fixed(mixture.tasks["chain_sum"]._dataset, raw))
     assert mixture.score(seven, "something") == reward
     assert is_correct(mixture.score(seven, "something")) is right
 
@@ -160,7 +161,7 @@ def test_a_reward_may_be_any_finite_number(monkeypatch, seven, raw, reward, righ
 @pytest.mark.parametrize("raw", [1e31, -1e300])
 def test_a_reward_that_would_overflow_later_is_refused(monkeypatch, seven, raw):
     mixture = TaskMixture({"chain_sum": TaskConfig(options=SUMS)}, 1)
-    monkeypatch.setitem(mixture._datasets, "chain_sum", Fixed(mixture._datasets["chain_sum"], raw))
+    monkeypatch.setattr(mixture.tasks["chain_sum"], "_dataset", Fixed(mixture.tasks["chain_sum"]._dataset, raw))
     with pytest.raises(RolloutError, match=r"within 1e\+30"):
         mixture.score(seven, "something")
 

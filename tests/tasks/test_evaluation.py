@@ -19,7 +19,8 @@ from gspo_megatron.errors import ConfigError
 from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.evaluation import Evaluator
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
-from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
 from gspo_megatron.tasks.values import from_data, to_data
 from tools.validation.launching import ROOT
 
@@ -316,7 +317,7 @@ def test_verdicts_are_the_tasks_own(scorers, task, text, reward):
     item = mixture.item("train", 1)
     gold, symbol = item.answer, str(item.entry["metadata"].get("variable", "x"))
     response = text.replace("x", symbol).replace("GOLD", gold)
-    library = mixture._datasets[task].score_answer(response, item.entry)
+    library = mixture.tasks[task]._dataset.score_answer(response, item.entry)
     assert mixture.score(item, response) == library == reward
 
 

@@ -15,7 +15,8 @@ from gspo_megatron.config import FaultsConfig, TaskConfig
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks import isolation
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
-from gspo_megatron.tasks.mixture import EVAL_TASKS, TaskMixture
+from gspo_megatron.tasks.mixture import TaskMixture
+from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
 from tools.validation.launching import ROOT, gone
 
 SPELL = {"name": "spell_backward", "seed": 1, "size": 10}

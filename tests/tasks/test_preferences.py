@@ -16,8 +16,10 @@ from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe import check, lint
 from gspo_megatron.recipe.layout import resolve_layout
 from gspo_megatron.recipe.load import REPOSITORY, load_recipe
-from gspo_megatron.tasks.mixture import TaskMixture, is_correct, split_of
+from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
+from gspo_megatron.tasks.reasoning_gym import is_correct
+from gspo_megatron.tasks.splits import split_of
 
 GOOD = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 SETTING = "algorithm.preference.path"

@@ -17,7 +17,17 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
-from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, TaskItem, TrainSequence
+from gspo_megatron.batch import (
+    Completion,
+    Minibatch,
+    PackedBatch,
+    Prompt,
+    Response,
+    RolloutGroup,
+    Score,
+    TaskItem,
+    TrainSequence,
+)
 from gspo_megatron.config import AlgorithmConfig, FaultsConfig, Layout
 from gspo_megatron.config.algorithm import ALGORITHMS, GROUP_NORMALISED
 from gspo_megatron.data.packing import pack
@@ -208,15 +218,15 @@ CHANGES_WITHOUT_OLD = (without_advantage, without_tokens)  # of what every stage
 
 
 class Scorer:
-    """Stands in for TaskMixture.score: fails at the response "worse"."""
+    """Stands in for TaskMixture.score_all: fails at the response "worse"."""
 
     def __init__(self, failure: object):
         self.failure = failure
 
-    def score(self, item: TaskItem, text: str) -> float:
-        if text == "worse" and isinstance(self.failure, Exception):
+    def score_all(self, responses: list[Response], told: Callable[[int], None]) -> list[Score]:
+        if isinstance(self.failure, Exception) and any(response.text == "worse" for response in responses):
             raise self.failure
-        return self.failure if text == "worse" else 1.0
+        return [Score(self.failure if response.text == "worse" else 1.0) for response in responses]
 
 
 SCORERS = {
@@ -325,8 +335,8 @@ def test_updates_before_and_after_do_learn(both):
 @pytest.mark.parametrize("case", SCORERS)
 def test_a_scorer_that_fails_on_one_rank_fails_on_all(both, case):
     assert both[0]["score"][case] == both[1]["score"][case]
-    assert both[0]["score"][case].startswith("RolloutError: response 0 to prompt 8 (x), 'worse': ")
-    assert SCORERS[case][1] in both[0]["score"][case]
+    named = "response 0 to prompt 8 (x), 'worse': " if case in ("nan", "inf") else ""
+    assert both[0]["score"][case].startswith(f"RolloutError: {named}{SCORERS[case][1]}")
 
 
 def test_start_up_warnings(both):

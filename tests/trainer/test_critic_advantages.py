@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
 from gspo_megatron.backend.parallel import runtime
 from gspo_megatron.backend.parallel import topology as topologies
-from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, TaskItem
+from gspo_megatron.batch import Completion, Minibatch, PackedBatch, Prompt, RolloutGroup, Score, TaskItem
 from gspo_megatron.config import AlgorithmConfig, CriticConfig, KlConfig, Layout, RolloutConfig, TrainConfig
 from gspo_megatron.data.sequences import minibatch_indices, train_sequences
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
@@ -42,7 +42,7 @@ def groups(dp_rank: int, dp_size: int) -> list[RolloutGroup]:
     for uid in range(dp_rank, 2, dp_size):
         prompt = Prompt(uid, TaskItem("t", "q", "a", {}), [5 + uid, 6, 7 + uid])
         answers = [Completion([20 + 7 * uid + i for i in range(n)], [-1.0] * n, False) for n in LENGTHS[uid]]
-        found.append(RolloutGroup(prompt, answers, REWARDS[uid], ["", ""]))
+        found.append(RolloutGroup(prompt, answers, [Score(reward) for reward in REWARDS[uid]], ["", ""]))
     return found
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gspo_megatron.batch import Completion, Prompt, RolloutGroup, TaskItem
+from gspo_megatron.batch import Completion, Prompt, RolloutGroup, Score, TaskItem
 from gspo_megatron.config import AlgorithmConfig, Layout, RolloutConfig, TrainConfig
+from gspo_megatron.data.sequences import train_sequences
 from gspo_megatron.metrics.rollout import group_metrics
 from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
 from gspo_megatron.trainer.rl import step_seed
@@ -16,10 +17,10 @@ LENGTHS = [10, 12, 17, 18]
 CPU = torch.device("cpu")
 
 
-def group(uid: int, rewards: list[float]) -> RolloutGroup:
+def group(uid: int, rewards: list[float | None]) -> RolloutGroup:
     prompt = Prompt(uid, TaskItem("t", "q", "a", {}), [5, 6, 7])
     answers = [Completion([9] * length, [-1.0] * length, False) for length in LENGTHS]
-    return RolloutGroup(prompt, answers, rewards, [""] * 4)
+    return RolloutGroup(prompt, answers, [Score(reward) for reward in rewards], [""] * 4)
 
 
 def advantages(groups: list[RolloutGroup], **options) -> list[float]:
@@ -51,6 +52,27 @@ def test_without_dynamic_sampling_penalties_tell_the_responses_apart():
     std = math.sqrt(11 / 192) + 1e-6
     found = advantages([group(0, [0.0] * 4)], resampling_rounds=0)
     assert found == pytest.approx([n / 16 / std for n in (3, 3, -1, -5)], abs=1e-12)
+
+
+def test_a_response_without_a_reward_is_neither_compared_nor_trained():
+    """Without the third response, [1, 0, 0]: mean 1/3; deviations (2, -1, -1) / 3; sample variance (4 + 1 + 1) / 9 / 2
+    = 1/3. Its own advantage is 0 and its mask is 0 throughout, so it is in no denominator."""
+    std = math.sqrt(1 / 3) + 1e-6
+    groups = [group(0, [1.0, 0.0, None, 0.0]), group(1, [None] * 4)]
+    found = advantages(groups, resampling_rounds=0, overlong_penalty=0.0)
+    assert found == pytest.approx([2 / 3 / std, -1 / 3 / std, 0.0, -1 / 3 / std, *[0.0] * 4], abs=1e-12)
+    masks = [sequence.loss_mask for sequence in train_sequences(groups)]
+    assert masks == [None, None, [0] * 17, None, *([0] * length for length in LENGTHS)]
+    assert [one.has_signal for one in groups] == [True, False]
+
+
+def test_a_shuffle_leaves_responses_without_a_reward_where_they_are():
+    found = [
+        advantages([group(uid, [1.0, 0.0, None, 0.0])], shuffle_advantages=True, resampling_rounds=0)
+        for uid in range(20)
+    ]
+    assert all(values[2] == 0.0 and sum(value > 0.5 for value in values) == 1 for values in found)
+    assert len({tuple(values) for values in found}) > 1
 
 
 def test_the_largest_seed_can_shuffle():

@@ -5,7 +5,7 @@
 Each row is a short training of the example recipe on two ranks of this machine under torchrun, in which one thing
 breaks (tests/faults). "As if undisturbed" means that the last checkpoint's tensors are the same to the bit as those of
 a training in which nothing broke, and that metrics.jsonl has each step once with the same numbers. Two rows need root,
-who may mount a small disk. All rows take about 15 minutes.
+who may mount a small disk. All rows take about 25 minutes.
 
 Exit status: 0 all rows are as expected, 1 a row is not, 2 bad input.
 """

@@ -106,9 +106,10 @@ class Critic:
                 own.local.copy_(other.local)
 
     def start_optimizer(self) -> None:
-        """Make a fresh Adam, as the recipe's optimizer but for the learning rate and its warm-up."""
+        """Make a fresh Adam, as the recipe's optimizer but for the learning rate, constant after its own warm-up."""
         critic, network = self.config.algorithm.critic, self.network
-        own = dataclasses.replace(self.config.optimizer, lr=critic.lr, warmup_steps=critic.warmup_steps)
+        constant = dataclasses.replace(self.config.optimizer, lr_decay_style="constant", min_lr=0.0)
+        own = dataclasses.replace(constant, lr=critic.lr, warmup_steps=critic.warmup_steps)
         network.optimizer = optimizers.build(own, network.chunks, self.topology, self.config.parallel)
         steps = self.config.steps * self.config.algorithm.num_minibatches
         network.schedule = optimizers.rl_schedule(network.optimizer, own, steps)

@@ -35,8 +35,10 @@ def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Lay
 
 
 def rl_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Make a schedule that warms up linearly over warmup_steps and is then constant."""
-    return _schedule(optimizer, config.lr, config.lr, config.warmup_steps, steps, config.weight_decay, "constant")
+    """Make a schedule that warms up linearly over warmup_steps and then follows lr_decay_style over `steps` in all."""
+    style = config.lr_decay_style
+    end = config.lr if style == "constant" else config.min_lr
+    return _schedule(optimizer, config.lr, end, config.warmup_steps, steps, config.weight_decay, style)
 
 
 def warm_start_schedule(optimizer: MegatronOptimizer, config: WarmStartConfig) -> OptimizerParamScheduler:
@@ -51,7 +53,7 @@ def _schedule(
     warmup_steps: int,
     steps: int,
     weight_decay: float,
-    style: Literal["constant", "cosine"],
+    style: Literal["constant", "linear", "cosine"],
 ) -> OptimizerParamScheduler:
     steps = max(steps, warmup_steps + 1)
     for group in optimizer.param_groups:

@@ -50,8 +50,7 @@ class GroupAdvantages:
         rewards = shaped_rewards(groups, self.config)
         if algorithm.kl.place == "reward" and algorithm.kl.coef:
             rewards = rewards - algorithm.kl.coef * kl_by_response(self.policy, minibatches, algorithm.kl.estimator)
-        ids = torch.tensor([group.prompt.uid for group in groups for _ in group.completions])
-        values = group_advantages(rewards, ids, algorithm.normalize_advantage_by_std)
+        values = group_advantages(rewards, _compared(groups), algorithm.normalize_advantage_by_std)
         if algorithm.resampling_rounds:
             values = values.masked_fill(_without_signal(groups), 0.0)
         if algorithm.shuffle_advantages:
@@ -73,6 +72,16 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
     limit = config.rollout.max_response_length
     buffer = max(limit // 5, 1) if algorithm.overlong_buffer is None else algorithm.overlong_buffer
     return rewards + overlong_penalty(lengths, limit, buffer, algorithm.overlong_penalty)
+
+
+def _compared(groups: list[RolloutGroup]) -> torch.Tensor:
+    """Return [P * G] int64: equal numbers are compared. A response without a reward is alone, so its advantage is 0."""
+    ids, alone = [], -1
+    for group in groups:
+        for is_kept in group.is_kept:
+            ids.append(group.prompt.uid if is_kept else alone)
+            alone -= not is_kept
+    return torch.tensor(ids)
 
 
 def _without_signal(groups: list[RolloutGroup]) -> torch.Tensor:
@@ -109,5 +118,8 @@ def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> to
     shuffled = []
     for group, part in zip(groups, parts, strict=True):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + group.prompt.uid) % 2**63)
-        shuffled.append(part[torch.randperm(part.numel(), generator=generator)])
+        kept = torch.tensor(group.is_kept).nonzero().squeeze(1)
+        part = part.clone()
+        part[kept] = part[kept[torch.randperm(kept.numel(), generator=generator)]]
+        shuffled.append(part)
     return torch.cat(shuffled)

@@ -21,18 +21,19 @@ from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.runtime import Runtime
-from gspo_megatron.batch import PackedBatch, TrainSequence
+from gspo_megatron.batch import PackedBatch, Score, TrainSequence
 from gspo_megatron.config import AlgorithmConfig, Layout, ResolvedConfig, RoutingConfig, TrainConfig
 from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.sequences import train_sequences
 from gspo_megatron.data.stops import find_stops
+from gspo_megatron.data.tokenizer import build_tokenizer
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.rollout.generation import generate
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks.mixture import TaskMixture
-from gspo_megatron.trainer.build import build_policy, build_tokenizer
+from gspo_megatron.trainer.build import build_policy
 from gspo_megatron.trainer.diagnostics.rows import NoiseFloor, Row, tensor_counterpart
 from gspo_megatron.trainer.run import sampling_params
 
@@ -84,7 +85,9 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     shape = ModelShape.of(config.model, len(tokenizer))
     bench = _Bench(config, runtime, shape, checkpoint, [])
     policy = _policy(bench, topology)
-    prompts = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length).next(num_prompts)
+    source = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length)
+    source.hold_to_limit(config.tasks, source.row_lengths())
+    prompts = source.next(num_prompts)
     params = sampling_params(config.rollout, find_stops(config, tokenizer, shape.vocab_size), tokenizer)
     group_size, engine = config.rollout.group_size, MegatronEngine(policy)
     groups = generate(engine, prompts, group_size, params, SEED, tokenizer)
@@ -116,7 +119,7 @@ def _policy(bench: _Bench, topology: topologies.Topology, dtype: torch.dtype | N
 def _of_all_replicas(groups: list, policy: Policy) -> list[TrainSequence]:
     """Gather what all replicas sampled. It is small: token ids and log-probs of some hundred responses."""
     for group in groups:
-        group.rewards = [0.0] * len(group.completions)
+        group.scores = [Score(0.0)] * len(group.completions)
     everyone: list = [None] * policy.topology.replicas
     dist.all_gather_object(everyone, train_sequences(groups), group=policy.topology.dp_cp_group)
     return [sequence for mine in everyone for sequence in mine]
