@@ -44,7 +44,8 @@ def between(prefix: str, config: object, low: float, below: float, *names: str) 
 
 
 def check_numbers(value: Any, name: str = "") -> None:
-    """Refuse numbers that are infinite or not a number in a recipe or a part of it, and fields beyond LARGEST.
+    """Refuse numbers that are infinite or not a number in a recipe or a part of it, fields beyond LARGEST, and texts
+    that are none.
 
     Args:
         name: the value's own, with dots.
@@ -58,6 +59,9 @@ def check_numbers(value: Any, name: str = "") -> None:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             check_numbers(inner, f"{name}[{index}]")
+    elif isinstance(value, str):
+        is_text = not any("\ud800" <= letter <= "\udfff" for letter in value)
+        require(is_text, name, value, "is no Unicode text, and no file or tokenizer can hold it", "Write it in UTF-8.")
     elif isinstance(value, float):
         require(math.isfinite(value), name, value, "must be a finite number", "Give a number.")
 

@@ -8,11 +8,14 @@ the tokenizer's end-of-text token.
 Left out: tools, and responses of several turns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from os.path import commonprefix
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from gspo_megatron.batch import Message
 from gspo_megatron.config.constraints import require
@@ -21,7 +24,7 @@ from gspo_megatron.errors import RolloutError
 
 LONGEST = 1 << 24  # characters of a rendered conversation
 Question = str | Sequence[Message]
-PROBE = "gspoprobe"  # an answer that no template changes
+PROBE, ANSWER = "gspoprobe", "gspoanswer"  # a question and an answer that no template changes
 
 
 def question_tokens(
@@ -58,6 +61,8 @@ def example_tokens(
     prompt = _render(tokenizer, messages, **options, add_generation_prompt=True)
     whole = _render(tokenizer, [*messages, _assistant(answer)], **options)
     _check_prefix(prompt, whole, where)
+    if answer.strip() not in whole[len(prompt) :]:
+        _check_answers(tokenizer, where)
     prompt_ids, whole_ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         response = whole_ids[len(prompt_ids) :]
@@ -73,10 +78,10 @@ def example_tokens(
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that the template writes behind an answer, or None where it writes none."""
     try:
-        whole = _render(tokenizer, [_user(PROBE), _assistant(PROBE)])
+        whole = _render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
     except RolloutError:
         return None
-    behind = _encode(tokenizer, whole.rpartition(PROBE)[2].lstrip())
+    behind = _encode(tokenizer, whole.rpartition(ANSWER)[2].lstrip()) if ANSWER in whole else []
     return behind[0] if behind and _is_special(tokenizer, behind[0]) else None
 
 
@@ -119,6 +124,19 @@ def _check_prefix(prompt: str, whole: str, where: str) -> None:
     )
 
 
+def _check_answers(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a template that writes answers otherwise than they are, or not at all. (One that leaves out a part of
+    some, as the thought before an answer, is none.)"""
+    whole = _render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
+    require(
+        ANSWER in whole.partition(PROBE)[2],
+        "tokenizer.chat_template",
+        whole[-60:],
+        f"does not write the answer {ANSWER!r} as it is ({where}), so another one would be learned",
+        "Use a template that writes what the assistant says, or set warm_start.steps = 0.",
+    )
+
+
 def _check_inner_stop(
     tokenizer: PreTrainedTokenizerBase, response: list[int], end: int, answer: str, where: str
 ) -> None:
@@ -153,7 +171,7 @@ def _assistant(text: str) -> Message:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     """Apply the template. Raises RolloutError for what it refuses, and where it has no end."""
     try:
-        with limited():
+        with limited(), _on_one_day():
             text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template is a program that came with the model
         reason = f"ends it with {type(error).__name__}: {error!s:.300}"
@@ -165,6 +183,26 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **optio
     raise RolloutError(
         f"tokenizer.chat_template: a conversation of {roles} {reason}. Use the instruction-tuned model's."
     )
+
+
+class _OneDay(datetime):
+    """Some templates write today's date. Prompts that change at midnight could not be repeated, and a resumed run would
+    go on with others; this is the date that Llama 3's templates take where there is no clock."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "_OneDay":
+        return cls(2024, 7, 26, tzinfo=tz)
+
+
+@contextmanager
+def _on_one_day() -> Iterator[None]:
+    """It is that day for templates. (transformers gives them its own strftime_now, and takes no other.)"""
+    kept = chat_template_utils.datetime
+    chat_template_utils.datetime = _OneDay
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = kept
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -12,8 +12,6 @@ verify.py compares logits, upcycle.py makes experts of a dense model.
 import functools
 import gc
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +39,7 @@ from gspo_megatron.models import table
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.families import architecture
 from gspo_megatron.recipe.hf_config import read_json
+from gspo_megatron.utils import halves
 from gspo_megatron.utils.file_writing import reported
 
 Progress = Callable[[int, int], None]
@@ -280,13 +279,12 @@ def _written_aside(target: Path) -> Iterator[Path]:
     try:
         with together(), reported(target):
             if is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
+                halves.begin(unfinished)
         with reported(target):  # what Megatron writes beside the tensors
             yield unfinished
         with together(), reported(target):
             if is_main:
-                os.rename(unfinished, target)
+                halves.publish(unfinished, target)
     finally:
         if is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            halves.discard(unfinished)

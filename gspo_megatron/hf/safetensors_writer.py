@@ -7,8 +7,6 @@ each tensor, or a part of its rows, to its place. Few tensors are held in memory
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from gspo_megatron.errors import ConversionError
 from gspo_megatron.hf.safetensors import INDEX, NAMES, SINGLE
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.models.table import some
+from gspo_megatron.utils import halves
 from gspo_megatron.utils.file_writing import FileWriter, reported
 
 
@@ -82,8 +81,7 @@ class SafetensorsWriter:
 
     def _lay_out(self, shards: list[list[TensorSpec]]) -> None:
         if self._is_first:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-            self.unfinished.mkdir(parents=True)
+            halves.begin(self.unfinished)
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._start(file, shard)
@@ -157,7 +155,7 @@ class SafetensorsWriter:
     def make_visible(self) -> None:
         """Give the folder its name, once every process has completed. Raises ConversionError where that fails."""
         with reported(self.folder):
-            os.rename(self.unfinished, self.folder)
+            halves.publish(self.unfinished, self.folder)
 
     def finish(self) -> None:
         """Complete and publish, for one process."""
@@ -168,7 +166,7 @@ class SafetensorsWriter:
         """Close and, if this process made the folder, remove what there is."""
         self._files.abandon()
         if self._is_first:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            halves.discard(self.unfinished)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

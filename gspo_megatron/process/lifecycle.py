@@ -159,7 +159,7 @@ def leave(status: int, message: str | None = None) -> None:
 def say(message: str) -> None:
     """Print a line on stderr that no buffer holds back and no other rank's line cuts in two."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n".encode())
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))  # a file's name need not be UTF-8
 
 
 def _flush() -> None:

@@ -71,7 +71,7 @@ def build_run(config: ResolvedConfig) -> Run:
     prompts = PromptSource(mixture, tokenizer, "train", limit)
     notes += prompts.hold_to_limit(config.tasks, _row_lengths(prompts, runtime))
     if config.algorithm.name != "dpo":
-        _look_ahead(prompts, config, resumed.prompts if resumed else 0, runtime)
+        _look_ahead(prompts, config, resumed, runtime)
     shape = ModelShape.of(config.model, len(tokenizer))
     stops = find_stops(config, tokenizer, shape.vocab_size)
     policy = build_policy(config, shape, topology, runtime)
@@ -171,11 +171,17 @@ def _row_lengths(prompts: PromptSource, runtime: Runtime) -> dict[tuple[str, int
     return {key: length for part in everyone for key, length in part.items()}
 
 
-def _look_ahead(prompts: PromptSource, config: TrainConfig, position: int, runtime: Runtime) -> None:
+def _look_ahead(prompts: PromptSource, config: TrainConfig, resumed: resume.Progress | None, runtime: Runtime) -> None:
     """Find a prompt that is too long before the model is built; the ranks share the work. A collective."""
-    end = position + config.steps * config.rollout.num_prompts
     with together():
-        prompts.look_ahead(range(position + runtime.rank, end, runtime.world_size), LOOK_AHEAD_SECONDS)
+        prompts.look_ahead(to_come(config, resumed)[runtime.rank :: runtime.world_size], LOOK_AHEAD_SECONDS)
+
+
+def to_come(config: TrainConfig, resumed: resume.Progress | None) -> range:
+    """Return the prompts of the steps that are left."""
+    first = resumed.prompts if resumed else 0
+    left = config.steps - (resumed.step if resumed and resumed.phase == "rl" else 0)
+    return range(first, first + max(left, 0) * config.rollout.num_prompts)
 
 
 def _open_folder(folder: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, is_main: bool) -> Reporter:

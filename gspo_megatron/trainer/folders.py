@@ -146,7 +146,10 @@ def is_empty(folder: Path) -> bool:
     it."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    if {path.name for path in folder.iterdir()} - OF_A_START or any((folder / "checkpoints").glob("*[0-9]")):
+    names = {path.name for path in folder.iterdir()}
+    is_ours = not names or bool(names & {LOCK, CONFIG_FILE})  # which a start makes first
+    whole = [path for path in (folder / "checkpoints").glob("*") if path.suffix != ".unfinished"]
+    if not is_ours or names - OF_A_START or whole:
         return False
     metrics = folder / METRICS_FILE
     return not metrics.exists() or metrics.stat().st_size == 0

@@ -88,11 +88,12 @@ def newest_first(found: Mapping[Path, Progress]) -> tuple[Path, ...]:
 
 
 def prune(run_dir: Path, keep_last: int, keep_every: int, keep_best: bool) -> list[Path]:
-    """Remove checkpoints that the recipe does not keep, and what an end amid a removal or a save has left.
+    """Remove checkpoints that the recipe does not keep.
 
-    Returns those removed. One that cannot be removed stays, and is tried again at the next call.
+    Returns those removed. One that cannot be removed stays, and is tried again at the next call. A folder of another
+    name than a run gives (a copy that somebody keeps) is left alone, and counts as none.
     """
-    found, _ = survey(run_dir)
+    found = {path: at for path, at in survey(run_dir)[0].items() if IS_CHECKPOINT.fullmatch(path.name)}
     newest = newest_first(found)
     kept = set(newest[:keep_last])
     if keep_every:

@@ -29,6 +29,12 @@ GLM = (
 )
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}" + NEXT + "assistant: {% endif %}"
 DEAF = "{% for m in messages if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endfor %}" + NEXT + "{% endif %}"
+DROPPED = (  # writes where an answer ends, and not the answer
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% else %}<|end|>{% endif %}"
+    "{% endfor %}"
+)
+LOUD = PLAIN.replace("{{ m['content'] }}", "{{ m['content'] | upper if m['role'] == 'assistant' else m['content'] }}")
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 STRICT = "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('users only') }}{% endif %}{% endfor %}"
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>",

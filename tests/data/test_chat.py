@@ -4,7 +4,20 @@ import pytest
 
 from gspo_megatron.data.chat import example_tokens, question_tokens, turn_end
 from gspo_megatron.errors import ConfigError, RolloutError
-from tests.data.templates import CHATML, DEAF, GLM, GPT_OSS, PLAIN, QWEN3, STRICT, THINKING, tokenizer
+from tests.data.templates import (
+    CHATML,
+    DATED,
+    DEAF,
+    DROPPED,
+    GLM,
+    GPT_OSS,
+    LOUD,
+    PLAIN,
+    QWEN3,
+    STRICT,
+    THINKING,
+    tokenizer,
+)
 
 
 def trained(template: str, answer: str, eos: str, stops: tuple[str, ...]) -> tuple[str, str]:
@@ -71,6 +84,8 @@ def test_the_token_behind_an_answer(template, end):
             r"does not begin with the prompt of a rollout, which goes on with '<think>\n'",
         ),
         (DEAF, "Paris", ConfigError, "writes nothing for an answer (line 1)"),
+        (DROPPED, "Paris", ConfigError, "does not write the answer 'gspoanswer' as it is (line 1)"),
+        (LOUD, "Paris", ConfigError, "does not write the answer 'gspoanswer' as it is (line 1)"),
         (STRICT, "Paris", RolloutError, "a conversation of user, assistant ends it with TemplateError: users only"),
         (CHATML, "Pa<|im_end|>ris", RolloutError, "line 1: the answer has '<|im_end|>' before its end"),
     ],
@@ -86,3 +101,14 @@ def test_an_answer_that_nothing_ends_is_refused():
     made.eos_token = None
     with pytest.raises(ConfigError, match="writes no token behind an answer"):
         example_tokens(made, (5,), "Capital?", "Paris", "line 1")
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day():
+    """Else a run that goes on tomorrow would go on with other prompts."""
+    made = tokenizer(DATED)
+    assert made.decode(question_tokens(made, "Capital?")) == "26 Jul 2024Capital?<|im_end|>"
+
+
+def test_an_answer_that_is_dropped_ends_no_turn():
+    """What stands behind the question is not what ends an answer."""
+    assert turn_end(tokenizer(DROPPED)) is None

@@ -34,6 +34,13 @@ def alone(folder: Path, body: str, rank: int = 0, **env: str):
     return launched([PYTHON, program(folder, body)], folder, RANK=str(rank), **env)
 
 
+def test_a_name_that_is_no_unicode_is_told_all_the_same(tmp_path):
+    """A file's name need not be UTF-8; Python has a half of a surrogate pair for such a byte."""
+    with alone(tmp_path, "with lifecycle.guard():\n    raise ConfigError('m\\udcff = 1: no')\n") as launch:
+        assert launch.wait(60) == 2
+        assert launch.stderr == "error: m\\udcff = 1: no\n"
+
+
 def test_bad_input_is_one_message_and_status_2(tmp_path):
     with alone(tmp_path, "with lifecycle.guard():\n    raise ConfigError('steps = -1: no')\n") as launch:
         assert launch.wait() == 2

@@ -223,10 +223,16 @@ def test_a_start_that_ends_early_leaves_no_folder(config):
     discard_if_empty(plan.folder)  # twice does no harm
 
 
-@pytest.mark.parametrize("kept", ["notes.txt", "plots", "hf", "finished.json", "checkpoints/step_000001"])
+KEPT = ["notes.txt", "plots", "hf", "finished.json", "checkpoints/step_000001", "checkpoints/best", "tokenizer"]
+
+
+@pytest.mark.parametrize("kept", KEPT)
 def test_a_folder_with_anything_in_it_is_kept(config, kept):
+    """Also a checkpoint of another name, and a folder that no start has made, with what a start leaves."""
     folder = config.output_dir / "moe_gspo"
     (folder / kept).mkdir(parents=True)
+    if kept != "tokenizer":
+        (folder / "config.yaml").touch()
     discard_if_empty(folder)
     assert (folder / kept).exists()
     assert not folders.is_empty(folder)

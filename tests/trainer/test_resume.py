@@ -33,6 +33,7 @@ from gspo_megatron.metrics.tracker import read_metrics
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer import sft as warm_starts
+from gspo_megatron.trainer.build import to_come
 from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.resume import Progress, newest_first, prune, restore_record, survey, sweep
 from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
@@ -228,6 +229,25 @@ def made(run_dir: Path, phase: str, step: int, score: float | None = None) -> Pa
     folder.mkdir(parents=True)
     (folder / "progress.json").write_text(json.dumps({"counters": {}, "progress": dataclasses.asdict(progress)}))
     return folder
+
+
+def test_a_copy_that_somebody_keeps_is_neither_removed_nor_counted(tmp_path):
+    """Of rl 10 and 20 and a copy of 20, keep_last 1 removes 10 alone."""
+    for step in (10, 20):
+        made(tmp_path, "rl", step, None)
+    shutil.copytree(tmp_path / "checkpoints/step_000020", tmp_path / "checkpoints/mine")
+    removed = prune(tmp_path, keep_last=1, keep_every=0, keep_best=True)
+    assert {path.name for path in removed} == {"step_000010"}
+    assert {path.name for path in survey(tmp_path)[0]} == {"step_000020", "mine"}
+
+
+def test_prompts_to_come_are_those_of_the_steps_that_are_left():
+    """Of 4 steps of 96 prompts, 2 are left after step 2: prompts 192 to 383. A warm start has taken none."""
+    config = TrainConfig(steps=4, rollout=RolloutConfig(num_prompts=96))
+    assert to_come(config, None) == range(0, 384)
+    assert to_come(config, Progress("rl", 2, 192, None)) == range(192, 384)
+    assert to_come(config, Progress("warm_start", 50, 0, None)) == range(0, 384)
+    assert len(to_come(config, Progress("rl", 9, 864, None))) == 0
 
 
 def test_which_checkpoints_are_kept(tmp_path):
