@@ -1,3 +1,23 @@
-"""RL post-training of Mixture-of-Experts language models on Megatron-Core, with GSPO."""
+"""RL post-training of Mixture-of-Experts language models on Megatron-Core, with GSPO.
+
+The names below are public. They are looked up when they are used, so that the import costs nothing.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.2.0"
+_PLACES = {
+    "GspoError": "gspo_megatron.errors",
+    "GspoTrainer": "gspo_megatron.trainer.gspo_trainer",
+    "RolloutGroup": "gspo_megatron.batch",
+    "TrainConfig": "gspo_megatron.config",
+    "load_recipe": "gspo_megatron.recipe.load",
+}
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. It has {', '.join(__all__)}.")
+    return getattr(importlib.import_module(_PLACES[name]), name)

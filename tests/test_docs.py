@@ -63,6 +63,7 @@ RUN = {
 }  # fmt: skip
 MAY_FAIL = ("gspo-megatron check-learning", "gspo-megatron doctor")  # status 1 is their verdict on a tiny training
 LONG = {
+    "torchrun --nproc-per-node 2 examples/your_trainer.py MODEL_FOLDER": "tests/trainer/test_gspo_trainer.py",
     "make install": "an installation",
     "make train": "minutes",
     "make test": "minutes",

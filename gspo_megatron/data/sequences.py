@@ -21,11 +21,13 @@ def train_sequences(groups: list[RolloutGroup], mask_truncated: bool = False) ->
             group_id=group.prompt.uid,
             truncated=completion.truncated,
             rollout_logprobs=completion.logprobs,
-            loss_mask=None if is_kept and not (mask_truncated and completion.truncated) else _none(completion),
+            loss_mask=_none(completion)
+            if not kept or mask_truncated and completion.truncated
+            else completion.loss_mask,
             routes=completion.routes,
         )
         for group in groups
-        for completion, reward, is_kept in zip(group.completions, group.rewards, group.is_kept, strict=True)
+        for completion, reward, kept in zip(group.completions, group.rewards, group.is_kept, strict=True)
     ]
 
 
@@ -40,10 +42,10 @@ def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, i
     does not depend on how many replicas there are.
     """
     parts: list[list[int]] = [[] for _ in range(count)]
-    place = 0
+    start = 0
     for group in groups:
         order = np.random.default_rng((*seed, group.prompt.uid)).permutation(len(group.completions))
-        for index in order:
-            parts[place % count].append(place - place % len(order) + int(index))
-            place += 1
+        for place, index in enumerate(order, start):
+            parts[place % count].append(start + int(index))
+        start += len(order)
     return parts

@@ -7,7 +7,8 @@ Left out: writing by several ranks at once, and a vocabulary that is padded.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from gspo_megatron.hf.load import stored, whole_shape
 from gspo_megatron.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from gspo_megatron.models import table as tables
 from gspo_megatron.models.architecture import Architecture
+from gspo_megatron.models.operators import Piece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_SHARD_SIZE = 5 * 10**9
@@ -86,11 +88,8 @@ def export(
             error = problem
     try:
         raise_together(error)
-        for done, (name, entry) in enumerate(table.items(), 1):
-            slices = entry.operator.split(mine[name].local.detach()) if name in mine else []
-            for index, piece in enumerate(entry.pieces):
-                shape = entry.operator.shapes(held[name].full_shape)[index]
-                full = _gather(slices[index] if slices else None, shape, held[name])
+        for done, name in enumerate(table, 1):
+            for piece, full in _pieces(name, table[name], mine, held):
                 if writer is not None and error is None:
                     # The others are still sending, so an error waits for them.
                     error = _problem(writer.write, piece, full)
@@ -101,6 +100,56 @@ def export(
     finally:
         if writer is not None:
             writer.abandon()
+
+
+@torch.no_grad()
+def tensors(
+    models: Sequence[PackedModel], topology: Topology, arch: Architecture, is_stacked: bool = False
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield each tensor of Hugging Face's form by its name: whole on rank 0, None elsewhere. A collective over all
+    ranks, which every rank goes through to its end.
+
+    Args:
+        is_stacked: as in export().
+
+    Raises:
+        ConversionError: the model has a parameter that the table lacks, or lacks one. On every rank.
+    """
+    table = tables.entries(arch, is_stacked)
+    mine = {tables.local_name(p.name): p for p in stored(models, topology)}
+    held = _who_holds_what(mine)
+    check_complete(table, held, arch)
+    shapes = {spec.name: spec.shape for spec in specs(table, held, arch, None)}
+    left = Counter(piece.tensor for entry in table.values() for piece in entry.pieces)
+    begun: dict[str, torch.Tensor] = {}  # on rank 0
+    for name, entry in table.items():
+        for piece, full in _pieces(name, entry, mine, held):
+            if full is not None:
+                whole = begun.get(piece.tensor)
+                begun[piece.tensor] = _placed(full, piece, whole, shapes[piece.tensor])
+            left[piece.tensor] -= 1
+            if left[piece.tensor] == 0:
+                yield piece.tensor, begun.pop(piece.tensor, None)
+
+
+def _placed(full: torch.Tensor, piece: Piece, whole: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """Hugging Face's tensor with this piece in its place."""
+    full = full.t() if piece.transposed else full
+    if piece.expert is None and piece.count == piece.parts:
+        return full
+    whole = full.new_empty(shape) if whole is None else whole
+    target = whole if piece.expert is None else whole[piece.expert]
+    rows = target.size(0) // piece.parts
+    target[piece.part * rows : (piece.part + piece.count) * rows] = full
+    return whole
+
+
+def _pieces(name: str, entry: tables.Entry, mine: dict, held: dict) -> Iterator[tuple[Piece, torch.Tensor | None]]:
+    """The pieces of one full tensor, one after the other. A collective."""
+    slices = entry.operator.split(mine[name].local.detach()) if name in mine else []
+    for index, piece in enumerate(entry.pieces):
+        shape = entry.operator.shapes(held[name].full_shape)[index]
+        yield piece, _gather(slices[index] if slices else None, shape, held[name])
 
 
 def _problem(action: Callable, *args) -> GspoError | None:

@@ -12,13 +12,18 @@ from gspo_megatron.batch import SequenceTable, UpdateResult
 
 
 def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Gather [n, k] of each rank to [ranks * n, k] in rank order; n must be the same on all."""
+    """Gather [n, k] of each rank in rank order; n may differ."""
     size = dist.get_world_size(group)
     if size == 1:
         return rows
-    gathered = rows.new_empty(size * rows.size(0), rows.size(1))
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
-    return gathered
+    counts = torch.zeros(size, dtype=torch.int64, device=rows.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([rows.size(0)], device=rows.device), group=group)
+    numbers = counts.tolist()
+    filled = rows.new_zeros(max(numbers), rows.size(1))
+    filled[: rows.size(0)] = rows
+    gathered = rows.new_empty(size * filled.size(0), rows.size(1))
+    dist.all_gather_into_tensor(gathered, filled, group=group)
+    return torch.cat([part[:number] for part, number in zip(gathered.split(filled.size(0)), numbers, strict=True)])
 
 
 def global_loss(results: list[UpdateResult], group: dist.ProcessGroup) -> float:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.reduce import gather_rows
 
+COLUMNS = 7  # of a response, before its advantage
+
 
 def group_metrics(
     groups: list[RolloutGroup], values: torch.Tensor, tasks: list[str], group: dist.ProcessGroup, device: torch.device
@@ -32,7 +34,7 @@ def group_metrics(
         for rewarded in groups
         for i, c in enumerate(rewarded.completions)
     ]
-    table = torch.tensor(rows, dtype=torch.float64)
+    table = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), COLUMNS)
     local = torch.cat([table, _zero_groups(groups, values).view(-1, 1), values.view(-1, 1)], dim=1).to(device)
     reward, is_kept, task, length, truncated, prompt, flat, zero, advantage = gather_rows(local, group).unbind(1)
     kept = is_kept > 0
@@ -87,4 +89,4 @@ def _zero_groups(groups: list[RolloutGroup], values: torch.Tensor) -> torch.Tens
     Not the same as equal rewards: penalties may tell such responses apart.
     """
     parts = values.split([len(group.completions) for group in groups])
-    return torch.cat([torch.full_like(part, float(not part.any())) for part in parts])
+    return torch.cat([values[:0], *(torch.full_like(part, float(not part.any())) for part in parts)])

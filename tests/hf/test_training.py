@@ -23,7 +23,8 @@ from gspo_megatron.models import table
 from gspo_megatron.models.operators import Piece
 from gspo_megatron.trainer import build
 from gspo_megatron.trainer.build import build_policy
-from gspo_megatron.trainer.rl import make_estimator, run_step
+from gspo_megatron.trainer.gspo_trainer import GspoTrainer
+from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.train import train
 from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, write_model
@@ -158,7 +159,7 @@ def second_run(rank: int, world_size: int, folder: Path) -> dict:
     run = build.build_run(config)
     start = parameters.gather_full(run.policy.models, run.topology)
     run.policy.start_optimizer()
-    row = run_step(run, make_estimator(run), 1)
+    row = run_step(run, GspoTrainer(run.config, policy=run.policy), 1)
     answer = {"start": start, "loss": row["loss"], "tokens": run.tokenizer.encode("a b c 1 2 3")}
     build.close_run(run)
     return answer

@@ -11,7 +11,7 @@ from gspo_megatron.config import AlgorithmConfig, Layout, RolloutConfig, TrainCo
 from gspo_megatron.data.sequences import train_sequences
 from gspo_megatron.metrics.rollout import group_metrics
 from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
-from gspo_megatron.trainer.rl import step_seed
+from gspo_megatron.trainer.gspo_trainer import step_seed
 
 LENGTHS = [10, 12, 17, 18]
 CPU = torch.device("cpu")

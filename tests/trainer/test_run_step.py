@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.config import (
     AlgorithmConfig,
     DataConfig,
@@ -22,7 +21,7 @@ from gspo_megatron.config import (
     WarmStartConfig,
 )
 from gspo_megatron.trainer import build
-from gspo_megatron.trainer.advantages.estimator import GroupAdvantages
+from gspo_megatron.trainer.gspo_trainer import GspoTrainer
 from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.sft import warm_start
 from tools.validation.ranks import spawn
@@ -63,10 +62,8 @@ def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], fold
         with torch.no_grad():
             for weight, value in zip(weights, start, strict=True):
                 weight.copy_(value)
-        run.policy.start_optimizer()
-        run.reference = FrozenReference(run.policy.models) if run.config.algorithm.kl.coef else None
-        estimator = GroupAdvantages(run.config, run.policy)
-        rows[name] = [run_step(run, estimator, step) for step in (1, 2)]
+        trainer = GspoTrainer(run.config, policy=run.policy)
+        rows[name] = [run_step(run, trainer, step) for step in (1, 2)]
     build.close_run(run)
     return rows
 

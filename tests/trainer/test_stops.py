@@ -16,7 +16,8 @@ from gspo_megatron.data.tokenizer import train_tokenizer
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.trainer import build
 from gspo_megatron.trainer.evaluation import evaluate
-from gspo_megatron.trainer.rl import make_estimator, run_step
+from gspo_megatron.trainer.gspo_trainer import GspoTrainer
+from gspo_megatron.trainer.rl import run_step
 from gspo_megatron.trainer.sanity_checks import truncation_findings
 from gspo_megatron.trainer.sft import check_length
 from tools.validation.ranks import spawn
@@ -57,7 +58,7 @@ def runs(rank: int, world_size: int, folder: Path) -> dict:
         run.reporter.warn = told.append
         run.policy.start_optimizer()
         length = evaluate(run)["eval/response_length"]
-        row = run_step(run, make_estimator(run), 1)
+        row = run_step(run, GspoTrainer(run.config, policy=run.policy), 1)
         found[name] = {"stops": run.stops.token_ids, "eval": length, "told": told} | {
             key: row[f"response/{key}"] for key in ("length", "truncated")
         }

@@ -28,6 +28,7 @@ from gspo_megatron.config import Layout, ResolvedConfig
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
+from gspo_megatron.trainer.gspo_trainer import GspoTrainer
 from tools.validation.launching import ROOT
 from tools.validation.ranks import spawn
 
@@ -36,14 +37,14 @@ COST, SIZE = 0.05, 0.02
 LARGER = {"hidden_size": 512, "num_hidden_layers": 8, "moe_intermediate_size": 384, "num_experts": 16}
 
 
-def steps_of(run: runs.Run, estimator, mode: str, first: int, count: int) -> list[float]:
+def steps_of(run: runs.Run, trainer, mode: str, first: int, count: int) -> list[float]:
     """Seconds of each step with its checkpoint."""
     set_mode(run, mode)
     seconds = []
     for step in range(first, first + count):
         dist.barrier()
         began = time.perf_counter()
-        run.maybe_save("rl", step, rl.run_step(run, estimator, step))
+        run.maybe_save("rl", step, rl.run_step(run, trainer, step))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     wait_until_visible(run)
@@ -67,13 +68,12 @@ def wait_until_visible(run: runs.Run) -> None:
 def costs(rank: int, world_size: int, folder: Path, rounds: int, count: int) -> dict[str, list[float]]:
     config = load(folder, Layout(2, 2, None, 2, 1))
     run = build.build_run(config)
-    run.policy.start_optimizer()
-    estimator = rl.make_estimator(run)
+    trainer = GspoTrainer(run.config, policy=run.policy)
     found: dict[str, list[float]] = {mode: [] for mode in MODES}
-    steps_of(run, estimator, "asynchronous", 1, 1)  # warms up
+    steps_of(run, trainer, "asynchronous", 1, 1)  # warms up
     for number in range(rounds):
         for place, mode in enumerate(MODES):
-            found[mode] += steps_of(run, estimator, mode, 2 + (number * len(MODES) + place) * count, count)
+            found[mode] += steps_of(run, trainer, mode, 2 + (number * len(MODES) + place) * count, count)
     build.close_run(run)
     return found
 
