@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gspo_megatron.config.constraints import check_options, require
 from gspo_megatron.process import lifecycle
-from gspo_megatron.recipe.model_folders import COMPLETE, require_weights
+from gspo_megatron.recipe.hf_config import read_json
+from gspo_megatron.recipe.model_folders import COMPLETE, require_tokenizer, require_weights
 
 PROGRAM = "gspo-megatron convert"
 LIMIT = 1e-5  # of the logits' difference, as a share of the largest: fp32's rounding over tens of layers
@@ -138,7 +139,26 @@ def check(options: Options, direction: Direction | None) -> Direction:
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
     check_options(options)
     require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")
+    if options.verify:
+        _check_verify(options, is_megatron)
     return found
+
+
+def _check_verify(options: Options, is_megatron: bool) -> None:
+    """Raise ConfigError for prompts that could not be compared, before hours go into the conversion."""
+    if is_megatron:
+        require_tokenizer(options.hf_config or options.source / "hf", "--hf-config" if options.hf_config else "SOURCE")
+        return
+    require_tokenizer(options.source, "SOURCE")
+    told = read_json(options.source / "config.json", "SOURCE").get("quantization_config")
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    require(
+        told is None,
+        "--verify",
+        options.verify,
+        f"the weights of SOURCE are quantised ({method}), and transformers does not run those on a CPU",
+        "Leave it out here, and give it where the checkpoint is converted back, which writes bf16.",
+    )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`gspo-megatron slurm` writes a batch script for a recipe, checked against the nodes before it waits in a queue."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.slurm import job as jobs
 from gspo_megatron.slurm.job import Job
 from gspo_megatron.slurm.script import PROGRAM, render
+from gspo_megatron.utils.small_files import replace
 
 
 def main(argv: list[str]) -> int:
@@ -45,8 +47,12 @@ def main(argv: list[str]) -> int:
         "its folder does not exist",
         "Make the folder first.",
     )
-    job.logs.mkdir(parents=True, exist_ok=True)
-    target.write_text(render(job, config, rest))
+    require(
+        not target.exists() or target.is_file(), "--output", str(target), "is no file", "Give the name of a script."
+    )
+    can_submit = not job.submit or shutil.which("sbatch") is not None
+    require(can_submit, "--submit", True, "there is no sbatch here", "Leave it out, and submit where Slurm is.")
+    _write(job.logs, target, render(job, config, rest))
     for sentence in [*jobs.warnings(job, layout), *lint.warnings(config)]:
         print(f"warning: {sentence}", file=sys.stderr)
     print(jobs.summary(job, config, layout, target))
@@ -54,3 +60,15 @@ def main(argv: list[str]) -> int:
         return subprocess.run(["sbatch", str(target.absolute())]).returncode
     print(f"submit it with: sbatch {target}")
     return 0
+
+
+def _write(logs: Path, target: Path, script: str) -> None:
+    """Make the folder of logs, and the script: whole, or nothing. Raises ConfigError where that fails."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        require(False, "--logs", str(logs), f"cannot be made ({error.strerror})", "Give another folder.")
+    try:
+        replace(target, script.encode(errors="surrogateescape"))  # a path may have bytes that are no UTF-8
+    except OSError as error:
+        require(False, "--output", str(target), f"cannot be written ({error.strerror})", "Give another place.")

@@ -18,6 +18,7 @@ from gspo_megatron.recipe.load import find_file
 from gspo_megatron.study import plan
 
 PROGRAM = "gspo-megatron study"
+MOST = 1000  # seeds, and ranks at the same time
 USAGE = f"""\
 usage: {PROGRAM} routing-replay [--seeds 5] [--folder FOLDER] [--help]
        {PROGRAM} algorithms [--seeds 3] [--folder FOLDER] [--help]
@@ -115,12 +116,14 @@ def chosen(kind: Kind, options: Options) -> list[plan.RunSpec]:
     check_options(options)
     require(options.recipe.is_file(), "--recipe", str(options.recipe), "is no file", "Give a YAML recipe.")
     for name in ("seeds", "slots"):
-        require(getattr(options, name) > 0, f"--{name}", getattr(options, name), "must be above 0", "Give 1 or more.")
+        value = getattr(options, name)
+        require(value > 0, f"--{name}", value, "must be above 0", "Give 1 or more.")
+        require(value <= MOST, f"--{name}", value, f"must be at most {MOST:,}", "Give a smaller number.")
     require(options.seeds >= 2, "--seeds", options.seeds, "gives no interval", "Give 2 or more; the report wants 5.")
     require(
         all(lr > 0 for lr in options.lr) and len(options.lr) > 0, "--lr", options.lr, "must be above 0", "Give 4e-4."
     )
-    found = re.fullmatch(r"(\d+)/(\d+)", options.part)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", options.part)
     number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
     require(1 <= number <= parts, "--part", options.part, "is no part of a whole", "Write 1/8 to 8/8.")
     try:

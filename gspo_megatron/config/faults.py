@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gspo_megatron.config.constraints import STRICT, positive, require
+from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class FaultsConfig:
 
     def __post_init__(self) -> None:
         positive("faults", self, "collective_timeout", "max_ratio", "reward_timeout", "reward_memory_gb")
+        # Beyond, the system refuses the limit itself, and that would look like a scorer that fails.
+        at_most("faults", self, reward_timeout=86400, reward_memory_gb=1 << 20)
         for name in ("heartbeat_timeout", "max_skipped_updates"):
             value = getattr(self, name)
             require(value >= 0, f"faults.{name}", value, "must be 0 or more", "Give 0 for none.")

@@ -98,7 +98,7 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, 
     require(
         tokenizer.eos_token_id is not None,
         "tokenizer.chat_template",
-        tokenizer.chat_template[:60],
+        str(tokenizer.chat_template)[:60],  # several are a dict
         "writes no token behind an answer that ends a rollout, and the tokenizer has no eos_token",
         "Set eos_token in tokenizer_config.json.",
     )
@@ -198,11 +198,11 @@ class _OneDay(datetime):
 def _on_one_day() -> Iterator[None]:
     """It is that day for templates. (transformers gives them its own strftime_now, and takes no other.)"""
     kept = chat_template_utils.datetime
-    chat_template_utils.datetime = _OneDay
+    chat_template_utils.datetime = _OneDay  # type: ignore[misc]
     try:
         yield
     finally:
-        chat_template_utils.datetime = kept
+        chat_template_utils.datetime = kept  # type: ignore[misc]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

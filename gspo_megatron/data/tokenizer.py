@@ -218,3 +218,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"tokenizer of {str(folder)!r}: cannot be read ({type(error).__name__}: {error!s:.300}). Put the model's "
             "own files into the folder."
         ) from None
+
+
+def size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows that an embedding must have: ids may have gaps, so that there are fewer entries."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1

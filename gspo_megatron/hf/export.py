@@ -35,6 +35,7 @@ COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # one a file, for tools or documents
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,8 @@ def write_companions(
     if config.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = 0  # their tensors are not written
     add("config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name in COMPANIONS:
+    named = {str(path.relative_to(folder)) for folder in companions for path in folder.glob(NAMED_TEMPLATES)}
+    for name in (*COMPANIONS, *sorted(named)):
         if found := [folder / name for folder in companions if (folder / name).is_file()]:
             add(name, found[0].read_bytes())
 
@@ -246,5 +248,9 @@ def write_companions(
 def write_side(checkpoint: Path, hf: dict, companions: list[Path], dtype: torch.dtype) -> None:
     """Put config.json and what companions have of tokenizer and generation config into a checkpoint's hf/."""
     side = checkpoint / SIDE
-    side.mkdir()
-    write_companions(lambda name, content: (side / name).write_bytes(content), hf, dtype, companions)
+
+    def add(name: str, content: bytes) -> None:
+        (side / name).parent.mkdir(parents=True, exist_ok=True)
+        (side / name).write_bytes(content)
+
+    write_companions(add, hf, dtype, companions)

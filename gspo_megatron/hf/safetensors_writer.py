@@ -139,6 +139,7 @@ class SafetensorsWriter:
     def add(self, file: str, content: bytes) -> None:
         """Add a small file beside the tensors. Raises ConversionError where it cannot be written."""
         with reported(self.folder):
+            (self.unfinished / file).parent.mkdir(exist_ok=True)
             (self.unfinished / file).write_bytes(content)
 
     def complete(self) -> None:

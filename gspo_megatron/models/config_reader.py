@@ -11,6 +11,7 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number of 0 or 
 LONGEST = 500  # characters of what is wrong: a list may have a million entries
 # Larger than any model, and small enough that a table of its tensors can be made.
 LAYERS, ALL_EXPERTS, LARGEST = 4096, 1 << 20, 1 << 31
+POSITIONS = 1 << 24  # there is a table of the angles of all; from here on fp32 does not tell one from the next
 
 
 class ConfigReader:
@@ -41,8 +42,14 @@ class ConfigReader:
         value = self.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             self.fail(f"{self.said(name)} is {value!r}, not a whole number above 0", f"Correct {name} in that file.")
-        largest = LAYERS if name == "num_hidden_layers" else LARGEST
+        largest = {"num_hidden_layers": LAYERS, "max_position_embeddings": POSITIONS}.get(name, LARGEST)
         self.require(value <= largest, f"{self.said(name)} is over {largest}", f"Correct {name} in that file.")
+        return value
+
+    def factor(self, name: str) -> float:
+        """Return a number above 0: Megatron takes 0 for none, where transformers computes with it."""
+        value = float(self.get(name))
+        self.require(value > 0, f"{name} is {value}, and must be above 0", f"Give the model's own {name}.")
         return value
 
     def said(self, name: str) -> str:

@@ -117,7 +117,13 @@ class RopeReader:
 
     def _llama3(self) -> Llama3:
         names = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)
-        return Llama3(*(self._number(name) for name in names))
+        found = Llama3(*(self._number(name) for name in names))
+        self.config.require(
+            found.low_freq_factor <= found.high_freq_factor,
+            f"low_freq_factor {found.low_freq_factor:g} is above high_freq_factor {found.high_freq_factor:g}",
+            "Correct the two.",
+        )
+        return found
 
     def _yarn(self) -> Yarn:
         self.config.require(

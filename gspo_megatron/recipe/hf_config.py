@@ -7,7 +7,7 @@ of a folder beyond their being there (hf/load.py).
 from pathlib import Path
 
 from gspo_megatron.config import ModelConfig, RolloutConfig
-from gspo_megatron.config.constraints import require
+from gspo_megatron.config.constraints import LARGEST, require
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.models.families import architecture
@@ -46,10 +46,10 @@ def generation_stops(model: ModelConfig) -> tuple[int, ...]:
         value = read_json(path, "model.load_hf").get("eos_token_id")
         ids = value if isinstance(value, list) else [value] if value is not None else []
         require(
-            all(isinstance(token, int) and not isinstance(token, bool) for token in ids),
+            all(isinstance(token, int) and not isinstance(token, bool) and token <= LARGEST for token in ids),
             "model.load_hf",
             str(path),
-            f"eos_token_id is {value!r}, not a token id or a list of them",
+            f"eos_token_id is {value!r:.200}, not a token id or a list of them",
             "Correct it in that file.",
         )
         found |= set(ids)

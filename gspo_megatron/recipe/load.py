@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = Path(__file__).resolve().parents[1]  # in a wheel it has the examples
 OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 PROGRAM = "gspo-megatron train [RECIPE.yaml]"
+TOLD = 20  # mistakes of a recipe; who sees more reads none
 
 
 def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) -> TrainConfig:
@@ -132,18 +133,24 @@ def _read(path: Path) -> TrainConfig:
         # and a list.
         return TypeAdapter(TrainConfig).validate_json(json.dumps(_without_gaps(content), default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(_message(item, path) for item in error.errors(include_url=False))) from None
+        raise ConfigError(_messages(error.errors(include_url=False), path)) from None
     except (TypeError, ValueError) as error:  # of json.dumps: a date as a key, a number of 5000 digits
         raise ConfigError(f"recipe = {str(path)!r}: no fields and values ({error!s:.200}). Correct the file.") from None
 
 
-def _message(item: ErrorDetails, path: Path) -> str:
+def _messages(items: list[ErrorDetails], path: Path) -> str:
+    known = field_names(TrainConfig)
+    lines = [_message(item, path, known) for item in items[:TOLD]]
+    return "\n".join(lines + ([f"And {len(items) - TOLD} more in {path}."] if len(items) > TOLD else []))
+
+
+def _message(item: ErrorDetails, path: Path, known: list[str]) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "dataclass_type":
         return f"{name} = {item['input']!r:.200}: must be a table. Write {{}} for its defaults, in {path}."
     if item["type"] != "unexpected_keyword_argument":
         return f"{name} = {item['input']!r:.200}: {_lower_first(item['msg'])}. {_remedy(item, path)}"
-    return f"{name} = {item['input']!r:.200}: unknown field in {path}. {suggestion(name, field_names(TrainConfig))}"
+    return f"{name} = {item['input']!r:.200}: unknown field in {path}. {suggestion(name, known)}"
 
 
 def _remedy(item: ErrorDetails, path: Path) -> str:

@@ -36,6 +36,11 @@ INCOMPLETE = Finding(f"has no {COMPLETE}, so it is no complete checkpoint", "Giv
 def require_model(folder: Path, field: str) -> None:
     """Raise ConfigError unless a folder has config.json, safetensors files and a tokenizer."""
     require_weights(folder, field)
+    require_tokenizer(folder, field)
+
+
+def require_tokenizer(folder: Path, field: str) -> None:
+    """Raise ConfigError unless a folder has a tokenizer."""
     # Without one, transformers makes up a tokenizer that knows no token.
     require(
         any((folder / name).is_file() for name in TOKENIZERS),

@@ -16,6 +16,7 @@ from gspo_megatron.errors import GspoError
 
 LOOSE = "data"
 PACKED = "data.tar.xz"
+LARGEST = 1 << 28  # bytes that a packed file may stand for: forty times the larger of our studies
 
 
 def pack(files: dict[str, bytes]) -> bytes:
@@ -31,13 +32,28 @@ def pack(files: dict[str, bytes]) -> bytes:
 
 def unpack(packed: bytes) -> dict[str, bytes]:
     """Return what pack() was given. All of it is decompressed first, because tarfile would not miss the end of a cut
-    file."""
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed)), mode="r:") as tar:
+    file.
+
+    Raises:
+        lzma.LZMAError, tarfile.TarError: it is damaged, or stands for more than LARGEST bytes.
+    """
+    with tarfile.open(fileobj=io.BytesIO(_decompressed(packed)), mode="r:") as tar:
         return {
             PurePosixPath(entry.name).name: file.read()
             for entry in tar
-            if entry.isfile() and (file := tar.extractfile(entry))
+            # A sparse one may be of any size and take no room.
+            if entry.isfile() and not entry.issparse() and (file := tar.extractfile(entry))
         }
+
+
+def _decompressed(packed: bytes) -> bytes:
+    machine = lzma.LZMADecompressor(memlimit=LARGEST)
+    content = machine.decompress(packed, LARGEST + 1)
+    if len(content) > LARGEST:
+        raise lzma.LZMAError(f"it unpacks to over {LARGEST >> 20} MiB")
+    if not machine.eof:
+        raise lzma.LZMAError("it is cut short")
+    return content
 
 
 def read(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
-from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer
+from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer, size_of
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
@@ -72,7 +72,7 @@ def build_run(config: ResolvedConfig) -> Run:
     notes += prompts.hold_to_limit(config.tasks, _row_lengths(prompts, runtime))
     if config.algorithm.name != "dpo":
         _look_ahead(prompts, config, resumed, runtime)
-    shape = ModelShape.of(config.model, len(tokenizer))
+    shape = ModelShape.of(config.model, size_of(tokenizer))
     stops = find_stops(config, tokenizer, shape.vocab_size)
     policy = build_policy(config, shape, topology, runtime)
     with together():

@@ -26,7 +26,10 @@ def test_only_chooses_by_name():
     [
         ({"part": "9/8"}, "--part = '9/8': is no part of a whole"),
         ({"seeds": 1}, "--seeds = 1: gives no interval"),
+        ({"seeds": 100_000_000}, "--seeds = 100000000: must be at most 1,000"),
         ({"slots": 0}, "--slots = 0"),
+        ({"slots": 1001}, "--slots = 1001: must be at most 1,000"),
+        ({"part": "1/" + "9" * 5000}, "is no part of a whole"),
         ({"lr": (0.0,)}, "--lr"),
         ({"only": "("}, "--only = '(': is no regular expression"),
         ({"recipe": plan.RECIPE.with_name("none.yaml")}, "--recipe"),

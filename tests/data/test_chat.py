@@ -96,6 +96,17 @@ def test_what_cannot_be_trained_on_is_said(template, answer, error, words):
     assert words in str(caught.value)
 
 
+def test_of_several_templates_the_default_one_counts():
+    """A tokenizer with named templates has a dict of them. This one writes no end of an answer."""
+    made = tokenizer(PLAIN)
+    plain = example_tokens(made, (made.eos_token_id,), "Capital?", "Paris", "pairs")
+    made.chat_template = {"default": PLAIN, "tool_use": CHATML}
+    assert example_tokens(made, (made.eos_token_id,), "Capital?", "Paris", "pairs") == plain
+    made.chat_template = {"rag": CHATML}
+    with pytest.raises(RolloutError, match="a conversation of user ends it with ValueError"):
+        example_tokens(made, (made.eos_token_id,), "Capital?", "Paris", "pairs")
+
+
 def test_an_answer_that_nothing_ends_is_refused():
     made = tokenizer(PLAIN)
     made.eos_token = None

@@ -45,7 +45,7 @@ def test_one_several_or_no_token_in_a_file(tmp_path, value, expected):
     assert found(PLAIN, ModelConfig(load_hf=tmp_path)) == expected
 
 
-@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, [None], {"a": 1}, 1.5])
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], True, [None], {"a": 1}, 1.5, 2**31, [1, 2**40], 2**70])
 def test_other_values_are_refused_by_file_and_field(tmp_path, value):
     with pytest.raises(ConfigError, match=r"generation_config\.json'?: eos_token_id is .*Correct it"):
         found(PLAIN, folder(tmp_path, value))

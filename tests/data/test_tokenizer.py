@@ -1,14 +1,18 @@
 """What becomes one token, what is spelled, and that text survives."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from gspo_megatron.config import TaskConfig
-from gspo_megatron.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from gspo_megatron.backend.model.shape import ModelShape
+from gspo_megatron.config import ModelConfig, TaskConfig
+from gspo_megatron.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, size_of, train_tokenizer
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.tasks.mixture import TaskMixture
+from tools.validation.round_trip import TINY
 
 TASKS = ("spell_backward", "number_sorting", "chain_sum", "gcd", "word_sorting")
 
@@ -171,3 +175,19 @@ def test_the_longest_segment_wins():
     trained = train_tokenizer([*common, *(f"Now convert the {'1' * n} to ten" for n in range(1, 11))], vocab_size=320)
     assert pieces(trained, "Now convert the base-7")[0] == "Now convert the base-"
     assert pieces(trained, "Now convert the 11")[0] == "Now convert the "
+
+
+def test_an_id_behind_a_gap_needs_a_row_of_the_embedding(tmp_path):
+    """260 entries fit an embedding of 320 rows, and id 5000 does not."""
+    train_tokenizer([], vocab_size=320).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY["llama"] | {"vocab_size": 320}))
+    model = ModelConfig(load_hf=tmp_path)
+    assert ModelShape.of(model, size_of(load_tokenizer(tmp_path))).vocab_size == 320
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["s"] = 5000
+    path.write_text(json.dumps(content))
+    found = load_tokenizer(tmp_path)
+    assert found.encode("s") == [5000] and len(found) == 260 and size_of(found) == 5001
+    with pytest.raises(ConfigError, match="its tokenizer gives ids up to 5000, and its embedding has 320 rows"):
+        ModelShape.of(model, size_of(found))

@@ -245,3 +245,30 @@ def test_options_are_refused_before_anything_is_read(tmp_path):
     assert "is a Hugging Face folder, not a Megatron checkpoint" in message
     assert "TARGET" in refused(source, tmp_path) and "exists already" in refused(source, tmp_path)
     assert "--max-shard-size = 0.0" in refused(source, tmp_path / "t", "--max-shard-size", "0")
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "are quantised (fp8)"),
+        ({"quant_method": "mxfp4"}, "are quantised (mxfp4)"),
+        ({}, "are quantised (None)"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused_before_it_is_converted(tmp_path, told, said):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"quantization_config": told}))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (source / name).touch()
+    with pytest.raises(ConfigError) as caught:
+        command.main([str(source), str(target), "--verify", "one"])
+    assert str(caught.value).startswith("--verify = ('one',): the weights of SOURCE") and said in str(caught.value)
+    assert "where the checkpoint is converted back" in str(caught.value)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        command.main([str(source), str(target), "--verify", "one"])
+    (source / "metadata.json").touch()  # a Megatron checkpoint, whose folder hf has no tokenizer
+    with pytest.raises(ConfigError, match="SOURCE = '.*source/hf': has no tokenizer"):
+        command.main([str(source), str(target), "--verify", "one"])
+    assert not target.exists()

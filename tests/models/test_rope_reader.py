@@ -99,6 +99,7 @@ def test_a_scaling_beside_plain_parameters_is_taken():
         (YARN | {"factor": 0}, None, "factor is 0, not a number above 0"),
         (YARN | {"factor": "4"}, None, "factor is '4', not a number above 0"),
         ({"rope_theta": None}, None, "rope_theta is None, not a number above 0"),
+        (LLAMA3 | {"low_freq_factor": 8.0}, None, "low_freq_factor 8 is above high_freq_factor 4"),
         (["yarn"], None, "rope_parameters is ['yarn'], not a JSON object"),
     ],
 )

@@ -158,6 +158,17 @@ def test_an_unknown_family_names_those_that_are_known():
         ("qwen3", {"layer_types": ["sliding_attention"] * 4}, "full_attention alone is supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported. Use one of: silu, swish."),
         ("llama", {"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config = "),
+        ("llama", {"is_causal": False}, "is_causal = False is not supported"),
+        ("qwen3_moe", {"is_causal": None}, "is_causal = None is not supported"),  # transformers: not true
+        ("mixtral", {"is_causal": 0}, "is_causal = 0 is not supported"),
+        ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights = 'other.safetensors' is not"),
+        ("olmoe", {"sliding_window": 32}, "sliding_window = 32 is not supported"),
+        ("llama", {"max_position_embeddings": 2**24 + 1}, "max_position_embeddings is over 16777216"),
+        ("deepseek_v3", {"max_position_embeddings": 2 * 10**9}, "max_position_embeddings is over 16777216"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit is 0.0, and must be above 0"),
+        ("glm4_moe", {"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0, and must be above 0"),
+        ("deepseek_v2", {"routed_scaling_factor": 0}, "routed_scaling_factor is 0.0, and must be above 0"),
+        ("deepseek_v3", {"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0, and must be above 0"),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
         ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
         ("gpt_oss", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1 and weights are renormalised"),
@@ -191,6 +202,14 @@ def test_a_config_that_would_become_another_model_is_refused(name, changes, part
     with pytest.raises(ConfigError) as caught:
         architecture(TINY[name] | changes, "model.hf_config = 'x'")
     assert str(caught.value).startswith("model.hf_config = 'x': ") and part in str(caught.value)
+
+
+def test_fields_that_say_what_is_so_anyway_are_read():
+    """And the positions of the longest model that is published, Llama 4 Scout's 10 million."""
+    plain = architecture(TINY["llama"])
+    assert architecture(TINY["llama"] | {"is_causal": True, "transformers_weights": None}) == plain
+    assert architecture(TINY["olmoe"] | {"sliding_window": None}) == architecture(TINY["olmoe"])
+    assert architecture(TINY["llama"] | {"max_position_embeddings": 10485760}).max_position_embeddings == 10485760
 
 
 def test_swish_is_silu():

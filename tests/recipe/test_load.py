@@ -113,6 +113,8 @@ def test_overrides_reach_into_tasks(tmp_path):
         ("optimzer: {lr: 1}\n", ["optimzer", "unknown field", "Did you mean optimizer?"]),
         ("optimizer: {adam_beta2: 1}\n", ["optimizer.adam_beta2 = 1", "below 1"]),
         ("warm_start: {lr: 1e-6}\n", ["warm_start.min_lr = 1e-05", "warm_start.lr = 1e-06"]),
+        ("faults: {reward_timeout: 1e15}\n", ["faults.reward_timeout = 1000000000000000.0", "must be at most 86,400"]),
+        ("faults: {reward_memory_gb: 1e12}\n", ["faults.reward_memory_gb = 1000000000000.0", "at most 1,048,576"]),
         ("eval_interval: 0\n", ["eval_interval = 0: must be greater than 0"]),
     ],
 )
@@ -125,6 +127,13 @@ def test_a_mistake_names_field_value_and_remedy(tmp_path, text, parts):
 def test_all_mistakes_are_told_at_once(tmp_path):
     message = refusal(tmp_path, "optimizer: {lrr: 1}\nsteps: x\n")
     assert "optimizer.lrr" in message and "steps = 'x'" in message
+
+
+def test_of_very_many_mistakes_some_are_told(tmp_path):
+    """Names that may be meant are looked for in these alone: all of 20,000 took a minute."""
+    lines = refusal(tmp_path, "".join(f"k{number}: 1\n" for number in range(2000))).splitlines()
+    assert lines[0].startswith("k0 = 1: unknown field") and lines[19].startswith("k19 = 1: unknown field")
+    assert len(lines) == 21 and lines[20].startswith("And 1980 more in ")
 
 
 def numbers_of(config: object, prefix: str = "") -> list[tuple[str, type]]:

@@ -1,5 +1,7 @@
 """gspo-megatron slurm: the script, and what is refused before it waits in a queue. tests/slurm runs the script."""
 
+import errno
+import os
 import subprocess
 from pathlib import Path
 
@@ -136,6 +138,39 @@ def test_refused(tmp_path, monkeypatch, options, message):
         slurm.main([RECIPE, *options])
     print(caught.value)
     assert not list(tmp_path.glob("*.sbatch"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--output", "folder", "--overwrite"], "--output = 'folder': is no file"),
+        (["--output", "/dev/null", "--overwrite"], "--output = '/dev/null': is no file"),
+        (["--logs", "file"], "--logs = 'file': cannot be made (File exists)"),
+        (["--logs", "file/below"], "--logs = 'file/below': cannot be made (Not a directory)"),
+        (["--submit"], "--submit = True: there is no sbatch here"),
+    ],
+)
+def test_what_cannot_be_written_or_submitted_is_one_message(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError) as caught:
+        slurm.main([RECIPE, "--nodes", "2", *options])
+    assert message in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"folder", "file", "logs"}
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_half_of_a_script(tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = written(tmp_path, monkeypatch)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"--output = 'moe_gspo.sbatch': cannot be written \(No space left"):
+        slurm.main([RECIPE, "--nodes", "4", "--overwrite"])
+    assert (tmp_path / "moe_gspo.sbatch").read_text() == before and not list(tmp_path.glob("*.new"))
 
 
 def test_tensor_parallelism_across_nodes_is_warned_about(tmp_path, monkeypatch, capsys):

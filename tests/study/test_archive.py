@@ -3,6 +3,7 @@
 import lzma
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_a_damaged_file_is_named(tmp_path, damaged):
     (tmp_path / archive.PACKED).write_bytes(DAMAGED[damaged])
     with pytest.raises(GspoError, match=r"data\.tar\.xz: is damaged .* Restore it"):
         archive.read(tmp_path)
+
+
+def test_a_small_file_that_stands_for_gigabytes_is_refused_within_its_limit(tmp_path):
+    """40 kB of a quarter of a gigabyte of zeros and one more; and 1 kB of tar that says it has 8 GiB."""
+    zeros = lzma.LZMACompressor(preset=0)
+    content = b"".join(zeros.compress(bytes(1 << 24)) for _ in range(archive.LARGEST >> 24)) + zeros.compress(b"0")
+    (tmp_path / archive.PACKED).write_bytes(content + zeros.flush())
+    assert (tmp_path / archive.PACKED).stat().st_size < 50_000
+    with pytest.raises(GspoError, match=r"data\.tar\.xz: is damaged \(it unpacks to over 256 MiB\)\. Restore it"):
+        archive.read(tmp_path)
+    sparse = tarfile.TarInfo("data/a.jsonl")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"77777777777\0"  # its real size: 8 GiB
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    assert archive.unpack(lzma.compress(bytes(header) + bytes(1024))) == {}
 
 
 @pytest.mark.parametrize(

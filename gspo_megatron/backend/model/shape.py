@@ -36,6 +36,9 @@ class ModelShape:
     def of(cls, model: ModelConfig, tokenizer_size: int) -> "ModelShape":
         """Describe the model of a recipe.
 
+        Args:
+            tokenizer_size: the largest id of its tokenizer and one more (data/tokenizer.py: size_of).
+
         Raises:
             ConfigError: the tokenizer of the folder to start from has ids that its embedding lacks.
         """
@@ -46,7 +49,7 @@ class ModelShape:
             tokenizer_size <= shape.vocab_size,
             "model.load_hf",
             str(model.load_hf),
-            f"its tokenizer has {tokenizer_size} entries, its embedding {shape.vocab_size}",
+            f"its tokenizer gives ids up to {tokenizer_size - 1}, and its embedding has {shape.vocab_size} rows",
             "Give the model's own tokenizer.",
         )
         return shape

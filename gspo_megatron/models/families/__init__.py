@@ -52,5 +52,21 @@ def architecture(hf: dict, origin: str = "config.json") -> Architecture:
             f"{origin}: model_type {family!r} is not supported. Give a model of one of: {', '.join(FAMILIES)}."
         )
     config = ConfigReader(hf, family, origin)
-    config.refuse("per_layer_config")
+    _refuse_of_all_families(config)
     return FAMILIES[family].read(config)
+
+
+def _refuse_of_all_families(config: ConfigReader) -> None:
+    """Refuse what transformers honours in any family, though no family's class has the field."""
+    config.refuse("per_layer_config")
+    causal, weights = config.hf.get("is_causal", True), config.hf.get("transformers_weights")
+    config.require(
+        bool(causal),
+        f"is_causal = {causal!r} is not supported: tokens see those behind them too, as in an embedding model",
+        "Use a model that generates text.",
+    )
+    config.require(
+        weights is None,
+        f"transformers_weights = {weights!r} is not supported, which names another file of weights",
+        "Call the file model.safetensors, and remove the field.",
+    )

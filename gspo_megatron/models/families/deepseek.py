@@ -60,7 +60,7 @@ def _common(config: ConfigReader) -> dict:
         "moe_intermediate_size": moe,
         "shared_intermediate_size": moe * config.size("n_shared_experts"),
         "moe_layers": config.first_dense(),
-        "router_scaling": float(config.get("routed_scaling_factor")),
+        "router_scaling": config.factor("routed_scaling_factor"),
     }
 
 

@@ -74,7 +74,7 @@ def read(config: ConfigReader) -> Architecture:
         moe_layers=config.first_dense(),
         qk_norm="head" if config.get("use_qk_norm") else "none",
         qkv_bias=config.get("attention_bias"),
-        router_scaling=float(config.get("routed_scaling_factor")),
+        router_scaling=config.factor("routed_scaling_factor"),
         **sigmoid_router(config),
     )
 

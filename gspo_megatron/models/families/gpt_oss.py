@@ -52,7 +52,7 @@ def read(config: ConfigReader) -> Architecture:
         sinks=True,
         sliding_window=config.size("sliding_window"),
         windowed_layers=tuple(int(kind == "sliding_attention") for kind in types[:layers]),
-        clamped_glu=float(config.get("swiglu_limit")),
+        clamped_glu=config.factor("swiglu_limit"),
     )
 
 

@@ -7,7 +7,7 @@ from gspo_megatron.models.families.common import ATTENTION, EXPERTS, MODEL, ROUT
 
 
 def read(config: ConfigReader) -> Architecture:
-    config.refuse("attention_bias")
+    config.refuse("attention_bias", "sliding_window")  # a window is in use with some of transformers' attentions
     clip = config.get("clip_qkv")
     config.require(clip is None, f"clip_qkv = {clip!r} is not supported", "Use a model without it.")
     return Architecture(

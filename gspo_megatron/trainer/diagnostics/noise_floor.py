@@ -27,7 +27,7 @@ from gspo_megatron.data.packing import padded_lengths
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.sequences import train_sequences
 from gspo_megatron.data.stops import find_stops
-from gspo_megatron.data.tokenizer import build_tokenizer
+from gspo_megatron.data.tokenizer import build_tokenizer, size_of
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 from gspo_megatron.rollout.generation import generate
@@ -82,7 +82,7 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     topology = topologies.initialize_model_parallel(layout, config.seed)
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
-    shape = ModelShape.of(config.model, len(tokenizer))
+    shape = ModelShape.of(config.model, size_of(tokenizer))
     bench = _Bench(config, runtime, shape, checkpoint, [])
     policy = _policy(bench, topology)
     source = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length)
