@@ -14,6 +14,7 @@ from gspo_megatron.config.preference import PreferenceConfig
 from gspo_megatron.config.rollout import RolloutConfig
 from gspo_megatron.config.routing import RoutingConfig
 from gspo_megatron.config.task import AnswerConfig, RewardConfig, TaskConfig
+from gspo_megatron.config.tracking import TrackingConfig
 from gspo_megatron.config.train import ResolvedConfig, TrainConfig
 from gspo_megatron.config.warm_start import WarmStartConfig
 
@@ -38,6 +39,7 @@ __all__ = [
     "RolloutConfig",
     "RoutingConfig",
     "TaskConfig",
+    "TrackingConfig",
     "TrainConfig",
     "WarmStartConfig",
 ]

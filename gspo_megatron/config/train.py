@@ -22,6 +22,7 @@ from gspo_megatron.config.parallel import Layout, ParallelConfig
 from gspo_megatron.config.rollout import RolloutConfig
 from gspo_megatron.config.routing import RoutingConfig
 from gspo_megatron.config.task import TASK_NAME, TaskConfig
+from gspo_megatron.config.tracking import TrackingConfig
 from gspo_megatron.config.warm_start import WarmStartConfig
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         check_run_name("name", self.name)

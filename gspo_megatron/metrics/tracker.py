@@ -2,17 +2,17 @@
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
 a list of them (by layer, by minibatch)}. A row is on the disk before the checkpoint that counts it is begun, and a row
-that cannot be written ends the run. TensorBoard is a view of the same rows, without the lists, and samples.jsonl holds
-a few prompts and responses for the eye: a run goes on without them.
+that cannot be written ends the run. TensorBoard and the trackers of other libraries (sink.py) are views of the same
+rows, without the lists, and samples.jsonl holds a few prompts and responses for the eye: a run goes on without them.
 
-Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files, hosted trackers.
+Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation of files.
 """
 
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,13 @@ from gspo_megatron.errors import GspoError
 from gspo_megatron.utils.small_files import append, unwritten
 
 if TYPE_CHECKING:
-    from gspo_megatron.metrics.events import EventFile
+    from gspo_megatron.metrics.sink import Opener, Row, Sink
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 REMEDY = "Make room or make it writable, then start the same command: it goes on from the newest checkpoint."
 PHASES = ("warm_start", "rl", "dpo")
+PATIENCE = 90.0  # seconds for what trackers have not sent at the end of a run
 
 
 class MetricsError(GspoError):
@@ -36,22 +37,31 @@ class MetricsError(GspoError):
 class Tracker:
     """Appends a run's rows as they come. Rank 0 only; a resumed run continues the same files.
 
-    `warn` receives one line of text for each thing a user should know; it defaults to Python's warnings.
+    Args:
+        warn: receives one line of text for each thing a user should know; it defaults to Python's warnings.
+        sinks: where the numbers are shown beside TensorBoard, by name.
+
+    Raises:
+        MetricsError: the files cannot be written.
     """
 
-    def __init__(self, run_dir: Path, warn: Callable[[str], None] = warnings.warn) -> None:
-        """Open the files. Raises MetricsError where they cannot be written."""
+    def __init__(
+        self,
+        run_dir: Path,
+        warn: Callable[[str], None] = warnings.warn,
+        sinks: "Mapping[str, Opener] | None" = None,
+    ) -> None:
         self._warn = warn
         self._is_told: set[str] = set()  # of these views the user knows that they are not complete
         self._run_dir = run_dir
-        self._events: EventFile | None = None
+        self._sinks: dict[str, Sink] = {}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._metrics = self._open(run_dir / METRICS_FILE)
             self._samples = self._open(run_dir / SAMPLES_FILE)
         except OSError as error:
             raise MetricsError(unwritten(error, run_dir, REMEDY)) from None
-        self._open_events(run_dir / "tensorboard")
+        self._open_sinks({"tensorboard": self._events, **(sinks or {})})
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one step's row and see it to the disk, so that no end of the process or the machine loses it.
@@ -81,46 +91,46 @@ class Tracker:
         except OSError as error:
             self._go_without(SAMPLES_FILE, error)
 
-    def close(self) -> None:
-        """Close the files; further calls of log() fail."""
-        if self._events is not None:
-            self._events.close()
+    def close(self, patience: float = PATIENCE) -> None:
+        """Close the files; further calls of log() fail. Each tracker has so many seconds for what it has not sent."""
+        for name, sink in self._sinks.items():
+            try:
+                sink.close(patience)
+            except Exception as error:
+                self._go_without(name, error)
         self._metrics.close()
         self._samples.close()
 
-    def _open_events(self, folder: Path) -> None:
-        """Begin a file of events. Where a start has removed the old ones, those of the record are made again."""
+    def _events(self, earlier: "list[Row]") -> "Sink":
         # Here and not at the top: it costs a second, and read_metrics serves tools that never write an event.
         from gspo_megatron.metrics.events import EventFile
 
-        rows = [] if folder.exists() else read_metrics(self._run_dir)
-        try:
-            self._events = EventFile(folder)
-        except OSError as error:
-            self._go_without("tensorboard", error)
-        for row in rows:
-            self._show(row)
+        return EventFile(self._run_dir / "tensorboard", earlier)
+
+    def _open_sinks(self, openers: "Mapping[str, Opener]") -> None:
+        """Open each with the rows that the record has, which go to those that have nothing of this run."""
+        earlier = [_shown(row) for row in read_metrics(self._run_dir)]
+        for name, opener in openers.items():
+            try:
+                self._sinks[name] = opener(earlier)
+            except Exception as error:
+                self._go_without(name, error)
 
     def _show(self, row: dict[str, Any]) -> None:
-        """Hand a row's scalars to TensorBoard; those of the warm start have names of their own."""
-        prefix = "warm_start/" if row["phase"] == "warm_start" else ""
-        scalars = {
-            prefix + key: value
-            for key, value in row.items()
-            if key not in ("phase", "step") and value is not None and not isinstance(value, list)
-        }
-        if self._events is None:
-            return
-        try:
-            self._events.add(row["step"], scalars)
-        except OSError as error:
-            self._go_without("tensorboard", error)
+        for name, sink in self._sinks.items():
+            try:
+                sink.log(*_shown(row))
+            except Exception as error:  # of any library: none of them is worth a training
+                self._go_without(name, error)
 
-    def _go_without(self, view: str, error: OSError) -> None:
+    def _go_without(self, view: str, error: Exception) -> None:
         """Say once that a view of the run is not complete."""
-        if view not in self._is_told:
-            self._is_told.add(view)
-            self._warn(f"{self._run_dir / view}: cannot be written ({error.strerror}); the run goes on without")
+        if view in self._is_told:
+            return
+        self._is_told.add(view)
+        place = view if view.startswith("tracking.") else self._run_dir / view
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_words(error)
+        self._warn(f"{place}: cannot be written ({reason}); the run goes on without")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -158,6 +168,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     elif tail:
         warnings.warn(f"{path}, line {len(lines) + 1}: unfinished last line left out", stacklevel=2)
     return rows
+
+
+def _shown(row: dict[str, Any]) -> "Row":
+    """Return a row's step and scalars; those of the warm start have names of their own, and so their own steps."""
+    prefix = "warm_start/" if row["phase"] == "warm_start" else ""
+    return row["step"], {
+        prefix + key: value
+        for key, value in row.items()
+        if key not in ("phase", "step") and value is not None and not isinstance(value, list)
+    }
+
+
+def _first_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -52,6 +52,7 @@ def check(
     _check_stops(config, shape)
     _check_penalty(config)
     _check_routing(config, shape)
+    _check_trackers(config)
     from gspo_megatron.tasks.mixture import TaskMixture
 
     mixture = TaskMixture(config.tasks, config.seed)
@@ -189,6 +190,16 @@ def _check_penalty(config: TrainConfig) -> None:
         f"must be at most rollout.max_response_length {limit}, below which it is counted",
         "A fifth of that limit is common.",
     )
+
+
+def _check_trackers(config: TrainConfig) -> None:
+    """Libraries of trackers must be there. (A folder ./wandb, as W&B makes them, is found too, but has no origin.)"""
+    for name in ("wandb", "mlflow"):
+        if getattr(config.tracking, name):
+            found = importlib.util.find_spec(name)
+            is_there = found is not None and found.origin is not None
+            remedy = f"Run: pip install 'gspo-megatron[{name}]'"
+            require(is_there, f"tracking.{name}", True, f"the package {name} is not installed", remedy)
 
 
 def _check_routing(config: TrainConfig, shape: Architecture) -> None:

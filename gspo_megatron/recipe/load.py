@@ -14,6 +14,7 @@ import json
 import re
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import tyro
 import yaml
@@ -91,8 +92,20 @@ def save_recipe(config: TrainConfig, path: Path) -> None:
 
     Raises OSError, and leaves the file as it was.
     """
-    plain = TypeAdapter(TrainConfig).dump_python(config, mode="json")
-    replace(path, yaml.dump(plain, Dumper=_Dumper, sort_keys=False).encode())
+    replace(path, yaml.dump(plain_values(config), Dumper=_Dumper, sort_keys=False).encode())
+
+
+def plain_values(config: TrainConfig) -> dict[str, Any]:
+    """Return every value of a recipe as tables, lists, texts, numbers and None."""
+    return TypeAdapter(TrainConfig).dump_python(config, mode="json")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one, with dotted names; an empty table is a value."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
 
 
 def read_saved(path: Path) -> dict:

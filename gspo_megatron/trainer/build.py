@@ -17,7 +17,7 @@ from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrainConfig
+from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrackingConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer, size_of
@@ -195,7 +195,7 @@ def _open_folder(folder: Path, config: TrainConfig, tokenizer: PreTrainedTokeniz
         if is_main:
             save_recipe(config, folder / resume.CONFIG_FILE)
             tokenizer.save_pretrained(folder / "tokenizer")
-        return Reporter(folder, is_main)
+        return Reporter(folder, is_main, config)
     except OSError as error:
         remedy = "Make room or make it writable, or give another output_dir."
         raise CheckpointError(unwritten(error, folder, remedy)) from None
@@ -245,6 +245,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "model": f"{arch.family}, {arch.num_hidden_layers} layers, {experts}, vocabulary {shape.vocab_size}, {one}, "
         f"{run.config.model.params_dtype}",
         "tasks": ", ".join(run.mixture.names),
+        "trackers": _describe_trackers(run.config.tracking),
         "responses end at": run.stops.described(run.tokenizer),
         "scorers": _describe_scorers(run.config.tasks),
         "algorithm": _describe_algorithm(run.config.algorithm),
@@ -259,6 +260,11 @@ def _describe_scorers(tasks: dict[str, TaskConfig]) -> str:
     if not evaluating:
         return "a process of their own; no response is evaluated"
     return f"a process of their own; responses to {', '.join(evaluating)} are evaluated, each behind {walls.describe()}"
+
+
+def _describe_trackers(config: TrackingConfig) -> str:
+    others = [f"W&B project {config.project}"] * config.wandb + [f"MLflow experiment {config.project}"] * config.mlflow
+    return ", ".join(["TensorBoard", *others])
 
 
 def _describe_algorithm(config: ResolvedAlgorithm) -> str:

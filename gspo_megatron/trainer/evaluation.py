@@ -4,25 +4,29 @@ import dataclasses
 
 import torch
 
+from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.reduce import gather_rows
 from gspo_megatron.rollout.generation import generate
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.scoring import score
 from gspo_megatron.trainer.run import Run
+from gspo_megatron.trainer.samples import log_evaluation
 
 SEED = 20_250_718  # the same random numbers at every evaluation of every run
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Measure accuracy and reward on the held-out prompts. A collective over all ranks.
+def evaluate(run: Run, phase: str, step: int) -> dict[str, float]:
+    """Measure accuracy and reward on the held-out prompts after a step. A collective over all ranks.
 
     eval/accuracy is pass@1: the share of right answers among data.eval_samples responses a prompt, sampled as in the
     rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right. eval/reward is the mean
-    reward of the sampled ones.
+    reward of the sampled ones, a few of which go to samples.jsonl.
     """
     sampled = run.sampling_params()
-    correct, task, length, reward, is_kept = _responses(run, sampled, run.config.data.eval_samples)
-    likeliest, *_ = _responses(run, dataclasses.replace(sampled, greedy=True), 1)
+    groups = _responses(run, sampled, run.config.data.eval_samples)
+    log_evaluation(run, phase, step, groups)
+    correct, task, length, reward, is_kept = _results(run, groups)
+    likeliest, *_ = _results(run, _responses(run, dataclasses.replace(sampled, greedy=True), 1))
     metrics: dict[str, torch.Tensor | int] = {
         "eval/accuracy": correct.mean(),
         "eval/accuracy_greedy": likeliest.mean(),
@@ -36,15 +40,20 @@ def evaluate(run: Run) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items()}
 
 
-def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Tensor, ...]:
-    """Return (correct 0 or 1, task number, length, reward, whether there is one), each [prompts * samples] fp64, over
-    all replicas."""
-    topology, device = run.topology, run.runtime.device
+def _responses(run: Run, params: SamplingParams, samples: int) -> list[RolloutGroup]:
+    """Return this replica's responses with their scores."""
+    topology = run.topology
     # Every replica must get as many prompts; the fillers are not counted.
     filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
     groups = generate(run.engine, filled, samples, params, SEED, run.tokenizer)
-    score(groups, run.mixture, topology, device)
-    tasks = run.mixture.names
+    score(groups, run.mixture, topology, run.runtime.device)
+    return groups
+
+
+def _results(run: Run, groups: list[RolloutGroup]) -> tuple[torch.Tensor, ...]:
+    """Return (correct 0 or 1, task number, length, reward, whether there is one), each [prompts * samples] fp64, over
+    all replicas."""
+    tasks, samples = run.mixture.names, len(groups[0].completions)
     rows = [
         (
             run.mixture.is_correct(group.prompt.item, score.reward),
@@ -56,5 +65,5 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> tuple[torch.Te
         for group in groups
         for score, completion in zip(group.scores, group.completions, strict=True)
     ]
-    everyone = gather_rows(torch.tensor(rows, dtype=torch.float64, device=device), topology.dp_cp_group)
+    everyone = gather_rows(torch.tensor(rows, dtype=torch.float64, device=run.runtime.device), run.topology.dp_cp_group)
     return everyone[: len(run.held_out) * samples].unbind(1)

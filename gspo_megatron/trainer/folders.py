@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from gspo_megatron.config import TaskConfig, TrainConfig
 from gspo_megatron.errors import CheckpointError, ConfigError
+from gspo_megatron.metrics.sink import LEFT
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
-from gspo_megatron.recipe.load import read_saved
+from gspo_megatron.recipe.load import flat, plain_values, read_saved
 from gspo_megatron.trainer.data_record import DATA_FILE
 from gspo_megatron.trainer.resume import CONFIG_FILE, Progress, finished_step, newest_first, survey
 
@@ -40,10 +39,11 @@ FREE = (
     "parallel",
     "checkpoint",
     "faults",
+    "tracking",
     "save_hf",
 )
 # What a start leaves that ended before its first step.
-OF_A_START = {LOCK, CONFIG_FILE, DATA_FILE, "tokenizer", "tensorboard", METRICS_FILE, SAMPLES_FILE, "checkpoints"}
+OF_A_START = {LOCK, CONFIG_FILE, DATA_FILE, "tokenizer", METRICS_FILE, SAMPLES_FILE, "checkpoints"} | LEFT
 NEW_RUN = "Give --resume never for a new run."
 
 
@@ -188,7 +188,7 @@ def look(folder: Path, config: TrainConfig) -> Found | None:
     there = None
     for place in (folder, *newest_first(checkpoints)):  # a checkpoint has a copy of the recipe
         try:
-            there = _flat(read_saved(place / CONFIG_FILE))
+            there = flat(read_saved(place / CONFIG_FILE))
             break
         except ConfigError as error:
             problems.append(str(error))
@@ -214,7 +214,7 @@ def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
     plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
     tasks = {name.split(".")[1]: TaskConfig() for name in there if name.startswith("tasks.")}
     bare = TrainConfig(tasks=tasks)
-    here, defaults = (_flat(TypeAdapter(TrainConfig).dump_python(one, mode="json")) for one in (plain, bare))
+    here, defaults = (flat(plain_values(one)) for one in (plain, bare))
     # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
     tables = {name[:place] for name in there for place, letter in enumerate(name) if letter == "."}
     there = {name: value for name, value in defaults.items() if name not in tables} | there
@@ -230,10 +230,3 @@ def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
 def _drops_by_length(config: TrainConfig) -> bool:
     """Whether the limit on prompts says which rows are trained on."""
     return any(task.overlong == "drop" for task in config.tasks.values())
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat

@@ -1,26 +1,28 @@
-"""A run tells people by the console, and programs by metrics.jsonl and TensorBoard. It does so from rank 0 alone."""
+"""A run tells people by the console and trackers, and programs by metrics.jsonl. It does so from rank 0 alone."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.metrics.console import Console
-from gspo_megatron.metrics.tracker import MetricsError, Tracker
+from gspo_megatron.metrics.sink import tracker_sinks
+from gspo_megatron.metrics.tracker import PATIENCE, MetricsError, Tracker
 
 
 class Reporter:
-    """A reporter has the console, metrics.jsonl and TensorBoard on rank 0; it does nothing on the others.
+    """A reporter has the console, metrics.jsonl and the recipe's trackers on rank 0; it does nothing on the others.
 
     Raises:
         MetricsError: on rank 0, where the run's files cannot be opened.
     """
 
-    def __init__(self, run_dir: Path, is_main: bool):
+    def __init__(self, run_dir: Path, is_main: bool, config: TrainConfig):
         self.error: MetricsError | None = None  # the record could not be written; every rank must hear of it
         self.console: Console | None = None
         self.tracker: Tracker | None = None
         if is_main:
             self.console = Console()
-            self.tracker = Tracker(run_dir, warn=self.console.warn)
+            self.tracker = Tracker(run_dir, self.console.warn, tracker_sinks(run_dir, config))
 
     def header(self, lines: dict[str, str]) -> None:
         if self.console:
@@ -58,7 +60,8 @@ class Reporter:
         """Return what tells people, now and then, how many of the responses have a reward by now."""
         return self.console.counter("rewards", total) if self.console else lambda done: None
 
-    def close(self) -> None:
+    def close(self, patience: float = PATIENCE) -> None:
+        """Close files and trackers, which have so many seconds each for what they have not sent."""
         if self.console and self.tracker:
             self.console.close()
-            self.tracker.close()
+            self.tracker.close(patience)

@@ -210,10 +210,11 @@ def _cut_samples(run_dir: Path, progress: Progress) -> list[str]:
     path = run_dir / SAMPLES_FILE
     if not path.is_file():
         return []
-    past = progress.step if progress.phase != "warm_start" else 0
     lines, bad = _objects(path.read_bytes())
     rows = [row for row in lines if type(row.get("step")) is int]
-    _write_rows(path, [row for row in rows if row["step"] <= past])
+    # Rows of version 0.1.0 have no phase: they are all of RL.
+    kept = [row for row in rows if (row.get("phase") != "warm_start", row["step"]) <= progress.order]
+    _write_rows(path, kept)
     bad += len(lines) - len(rows)
     return [f"{path}: damaged lines left out: {bad}"] if bad else []
 

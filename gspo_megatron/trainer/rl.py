@@ -11,14 +11,12 @@ from gspo_megatron.metrics.reduce import update_metrics
 from gspo_megatron.metrics.rollout import group_metrics
 from gspo_megatron.metrics.routing import step_routing
 from gspo_megatron.process import progress
-from gspo_megatron.trainer import sanity_checks
+from gspo_megatron.trainer import samples, sanity_checks
 from gspo_megatron.trainer.collect import collect
 from gspo_megatron.trainer.diagnostics.ratio_parts import ratio_parts
 from gspo_megatron.trainer.evaluation import evaluate
 from gspo_megatron.trainer.gspo_trainer import GspoTrainer, step_seed
 from gspo_megatron.trainer.run import Run
-
-SAMPLES_A_STEP = 2  # written to samples.jsonl for people to read
 
 
 def reinforce(run: Run) -> None:
@@ -32,7 +30,7 @@ def reinforce(run: Run) -> None:
         progress.step("rl", step)
         row = run_step(run, trainer, step) if step else {"phase": "rl", "step": 0}
         if step % config.eval_interval == 0 or step == config.steps:
-            row |= held_out_accuracy(run)
+            row |= held_out_accuracy(run, step)
         run.reporter.row(row)
         run.maybe_save("rl", step, row, critic)
 
@@ -75,22 +73,12 @@ def run_step(run: Run, trainer: GspoTrainer, step: int) -> dict:
             f"step {step}: {row['update/skipped']:.0f} of {len(results)} updates changed nothing: "
             "their gradient was exactly 0 (no advantage, or all clipped or masked)"
         )
-    for group in groups[:SAMPLES_A_STEP]:
-        run.reporter.sample(
-            {
-                "step": step,
-                "task": group.prompt.item.task,
-                "prompt": group.prompt.item.question,
-                "response": group.texts[0],
-                "reward": group.scores[0].reward,
-                "parts": group.scores[0].parts,
-            }
-        )
+    samples.log_step(run, step, groups, learned.advantages, learned.minibatches, results)
     return row
 
 
-def held_out_accuracy(run: Run) -> dict[str, float]:
+def held_out_accuracy(run: Run, step: int) -> dict[str, float]:
     """Return eval/* metrics with the seconds they took."""
     clock = StepClock(run.runtime.device)
     with progress.part("evaluation"):
-        return evaluate(run) | {"time/eval": clock.read()["time/step"]}
+        return evaluate(run, "rl", step) | {"time/eval": clock.read()["time/step"]}

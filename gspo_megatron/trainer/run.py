@@ -35,6 +35,8 @@ from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.collapse import CollapseWatch
 from gspo_megatron.trainer.reporter import Reporter
 
+SECONDS_OF_A_STOP = 2.0  # for each tracker: who told the run to stop ends it soon, and its exit status must be told
+
 
 @dataclass
 class Run:
@@ -114,7 +116,7 @@ class Run:
             if is_last or must_stop or not config.asynchronous:
                 self._finish()
         if must_stop:
-            self.reporter.close()
+            self.reporter.close(SECONDS_OF_A_STOP)
             raise StopRequested(f"stopped as asked, after {phase} step {step}. The same command goes on from {folder}")
 
     def _begin_checkpoint(self, phase: str, step: int, row: dict, critic: Critic | None) -> Path:

@@ -49,7 +49,7 @@ def warm_start(run: Run) -> None:
         if step % config.eval_interval == 0 or step == config.steps:
             clock = StepClock(run.runtime.device)
             with progress.part("evaluation"):
-                row |= evaluate(run)
+                row |= evaluate(run, "warm_start", step)
             row["time/eval"] = clock.read()["time/step"]
         run.reporter.row(row)
         run.maybe_save("warm_start", step, row)

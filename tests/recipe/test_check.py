@@ -1,6 +1,8 @@
 """Layouts by world size, and everything that is refused before a process group exists."""
 
 import dataclasses
+import importlib.machinery
+import importlib.util
 import json
 import subprocess
 import sys
@@ -455,3 +457,33 @@ def test_stop_tokens_are_refused_before_the_ranks_start(tmp_path, generation, ar
         (tmp_path / name).touch()
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert words in refusal(1, "--model.load-hf", str(tmp_path), *argv)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_refused(name, tmp_path, monkeypatch):
+    """Before a rank starts. A folder of that name in the working directory (W&B makes ./wandb) is no package."""
+    given = f"--tracking.{name}"
+    config = configured(given)
+    check.check(config, resolve_layout(config, 1, has_cuda=False), 1)
+    real = importlib.util.find_spec
+    folder = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    for found in (None, folder):
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda asked, found=found: found if asked == name else real(asked)
+        )
+        assert refusal(1, given) == (
+            f"tracking.{name} = True: the package {name} is not installed. Run: pip install 'gspo-megatron[{name}]'"
+        )
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--tracking.project", ""], "tracking.project = '': must be 1 to 128 characters"),
+        (["--tracking.project", "team/ours"], "tracking.project = 'team/ours': must be 1 to 128 characters, none of /"),
+        (["--tracking.mlflow-uri", "http://a\n"], "tracking.mlflow_uri = 'http://a\\n': must be a URI"),
+        (["--tracking.log-samples", "-1"], "tracking.log_samples = -1: must be 0 or more. Give 0 for none."),
+    ],
+)
+def test_values_of_tracking_that_mean_nothing_are_refused(argv, part):
+    assert part in refusal(1, *argv)

@@ -67,7 +67,7 @@ def learn(rank: int, world_size: int, folder: str) -> dict:
     warm_start(run)
     weights = [p for model in run.policy.models for p in model.parameters()]
     start = [w.detach().clone() for w in weights]
-    results = {"start": evaluate(run)["eval/accuracy"]}
+    results = {"start": evaluate(run, "rl", 0)["eval/accuracy"]}
     for name in NAMES:
         with torch.no_grad():
             for weight, value in zip(weights, start, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import CheckpointConfig, DataConfig, Layout, TrainConfig
+from gspo_megatron.config import CheckpointConfig, DataConfig, Layout, TrackingConfig, TrainConfig
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.process.folder_lock import held, holder
 from gspo_megatron.recipe.load import save_recipe
@@ -78,6 +78,11 @@ def test_progress_is_not_left_behind_for_a_later_folder(config):
     run_folder(config, "moe_gspo-2")
     (config.output_dir / "moe_gspo-3").mkdir()
     assert planned(config).folder == run
+
+
+def test_trackers_may_be_asked_for_later(config):
+    run = run_folder(config, "moe_gspo", 3)
+    assert planned(dataclasses.replace(config, tracking=TrackingConfig(wandb=True, log_samples=9))).folder == run
 
 
 @pytest.mark.parametrize("steps", [(3, 1), (1, 3)])
@@ -203,11 +208,12 @@ def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(config):
 
 
 def test_a_folder_that_a_start_left_empty_is_used(config):
-    """Killed by kill -9 before its first step: recipe, tokenizer, half a checkpoint, files without a line."""
+    """Killed by kill -9 before its first step: recipe, tokenizer, half a checkpoint, files without a line, trackers."""
     folder = config.output_dir / "moe_gspo"
-    for inside in ("tokenizer", "tensorboard", "checkpoints/warm_start_000001.unfinished"):
+    for inside in ("tokenizer", "tensorboard", "wandb/run", "mlflow", "checkpoints/warm_start_000001.unfinished"):
         (folder / inside).mkdir(parents=True)
-    (folder / "metrics.jsonl").touch()
+    for name in ("metrics.jsonl", "wandb.json", "mlflow.json"):
+        (folder / name).touch()
     save_recipe(dataclasses.replace(config, seed=2), folder / "config.yaml")
     assert planned(config) == Plan(folder)
     assert planned(dataclasses.replace(config, resume="never")) == Plan(folder)

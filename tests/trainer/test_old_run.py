@@ -18,7 +18,7 @@ from tools.validation.launching import ROOT
 from tools.validation.ranks import spawn
 
 OLD = ROOT / "tests/data/run_0_1_0"
-NEW_METRICS = {"reward/equal_groups"}
+NEW_METRICS = {"reward/equal_groups", "eval/reward"}
 ONE_RANK = ("--steps", "3", "--device", "cpu", "--parallel.pipeline-model-parallel-size", "1")
 
 

@@ -294,6 +294,19 @@ def test_the_record_is_cut_back(tmp_path, carries):
         assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").open()] == kept
 
 
+@pytest.mark.parametrize(
+    ("progress", "kept"),
+    [(Progress("warm_start", 3, 0, None), 2), (Progress("rl", 0, 8, None), 4), (Progress("rl", 1, 8, None), 5)],
+)
+def test_samples_of_evaluations_are_cut_by_phase_and_step(tmp_path, progress, kept):
+    order = [("warm_start", 2), ("warm_start", 3), ("warm_start", 40), ("rl", 0), ("rl", 1), ("rl", 2)]
+    (tmp_path / "metrics.jsonl").write_text(lines(ROWS))
+    (tmp_path / "samples.jsonl").write_text(lines(order))
+    assert restore_record(tmp_path, tmp_path / "checkpoints" / progress.folder, progress) is not None
+    left = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
+    assert [(row["phase"], row["step"]) for row in left] == order[:kept]
+
+
 WHOLE = lines(ROWS[:4])
 HARMED = {  # what became of metrics.jsonl, whose whole contents are WHOLE, and whether a word is said
     "cut in its last line": (WHOLE[:-9], "was damaged"),

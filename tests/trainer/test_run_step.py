@@ -4,6 +4,7 @@ Left out: learning (test_algorithms_learn.py) and the command line (test_launch.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,13 @@ CHOICES = {
 
 
 def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], folder: str) -> dict:
-    """{choice: the metric rows of two RL steps}, all from the weights that one short warm start leaves."""
+    """{choice: the metric rows of two RL steps}, all from the weights that one short warm start leaves, and {"samples":
+    {choice: its rows of samples.jsonl}} of rank 0."""
     run = build.build_run(dataclasses.replace(CONFIG, output_dir=Path(folder)).resolved(layout))
     warm_start(run)  # so that some responses end before the limit and some are right
     weights = [p for model in run.policy.models for p in model.parameters()]
     start = [w.detach().clone() for w in weights]
-    rows = {}
+    rows: dict = {"samples": {}}
     for name in names:
         run.config = run.policy.config = dataclasses.replace(run.config, algorithm=CHOICES[name].resolved())
         run.prompts.position = 0
@@ -64,6 +66,8 @@ def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], fold
                 weight.copy_(value)
         trainer = GspoTrainer(run.config, policy=run.policy)
         rows[name] = [run_step(run, trainer, step) for step in (1, 2)]
+        written = [json.loads(line) for line in (run.folder / "samples.jsonl").open()]
+        rows["samples"][name] = [row for row in written if row["phase"] == "rl"][-4:]
     build.close_run(run)
     return rows
 
@@ -141,3 +145,21 @@ def test_two_ranks_repeat_the_steps_of_one(alone, layout, tmp_path):
             for key, value in learning(alone[name][step]).items():
                 if not key.startswith("mismatch/"):  # of the size of rounding itself
                     assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (name, step, key)
+        for ours, other in zip(both[0]["samples"][name], alone["samples"][name], strict=True):
+            for key in ("advantage", "ratio"):
+                assert ours.pop(key) == pytest.approx(other[key], rel=2e-3, abs=2e-5)
+            assert ours == {key: other[key] for key in ours} and len(ours) == len(other) - 2
+
+
+def test_samples_are_of_the_step_they_name(alone):
+    """Two a step, of the first two prompts; what they say lies within what the step's row says of all."""
+    for name in CHOICES:
+        rows = alone["samples"][name]
+        assert [(row["step"], row["split"]) for row in rows] == [(1, "train")] * 2 + [(2, "train")] * 2
+        assert len({row["question"] for row in rows}) == 4
+        for row in rows:
+            step = alone[name][row["step"] - 1]
+            assert step["ratio/min"] <= row["ratio"] <= step["ratio/max"]
+            assert step["advantage/min"] <= row["advantage"] <= step["advantage/max"]
+            assert row["prompt"] != row["question"] and row["question"] in row["prompt"] and row["answer"]
+            assert row["tokens"] == 6 or row["finish_reason"] == "stop"

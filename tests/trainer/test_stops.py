@@ -57,7 +57,7 @@ def runs(rank: int, world_size: int, folder: Path) -> dict:
         told: list[str] = []
         run.reporter.warn = told.append
         run.policy.start_optimizer()
-        length = evaluate(run)["eval/response_length"]
+        length = evaluate(run, "rl", 0)["eval/response_length"]
         row = run_step(run, GspoTrainer(run.config, policy=run.policy), 1)
         found[name] = {"stops": run.stops.token_ids, "eval": length, "told": told} | {
             key: row[f"response/{key}"] for key in ("length", "truncated")
