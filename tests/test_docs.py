@@ -50,6 +50,9 @@ RUN = {
     "python examples/your_data/make_questions.py": "",
     "gspo-megatron data examples/recipes/your_data.yaml --tokens": "",
     "gspo-megatron train examples/recipes/your_data.yaml": TRAIN,
+    "gspo-megatron train examples/recipes/your_data.yaml --rollout.save 1 --name first": TRAIN,
+    "gspo-megatron train examples/recipes/your_data.yaml --rollout.engine files --rollout.path runs/first/rollouts "
+    "--name again": TRAIN,
     "gspo-megatron data my_recipe.yaml": "",
     "gspo-megatron plot runs/NAME": "",
     "gspo-megatron check-learning runs/NAME": "",

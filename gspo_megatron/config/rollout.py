@@ -1,13 +1,15 @@
 """The recipe's `rollout` section says how responses are sampled."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from gspo_megatron.config.constraints import STRICT, at_most, positive, require
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Sampling on the training model itself, with a key/value cache."""
+    """Sampling on the training model itself, with a key/value cache, or groups from files."""
 
     __pydantic_config__ = STRICT
     num_prompts: int = 32
@@ -29,6 +31,14 @@ class RolloutConfig:
     """Sample among the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that hold this share of the probability; 1: all."""
+    save: int = 0
+    """Steps between two that write their groups to rollouts/step_NNNNNN.jsonl in the run folder; 0: none does."""
+    engine: Literal["megatron", "files"] = "megatron"
+    """megatron: the training model samples. files: groups are read from path, which another engine or run wrote;
+    evaluations still sample."""
+    path: Path | None = None
+    """A file of groups, or a folder whose *.jsonl and *.parquet files are read in the order of their names, for the
+    engine files (docs/your_data.md has the form)."""
 
     def __post_init__(self) -> None:
         positive("rollout", self, "num_prompts", "group_size", "max_response_length", "temperature", "top_p")
@@ -46,4 +56,5 @@ class RolloutConfig:
         require(
             self.top_p <= 1, "rollout.top_p", self.top_p, "must be at most 1", "Give 1.0 to sample from all tokens."
         )
+        require(self.save >= 0, "rollout.save", self.save, "must be 0 or more", "Give 0 to write none.")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "must be 0 or more", "Give 0 to sample from all tokens.")

@@ -75,6 +75,7 @@ class TrainConfig:
             "model.load_hf": self.model.load_hf,
             "algorithm.preference.path": preference.path,
             "algorithm.preference.eval_path": preference.eval_path,
+            "rollout.path": self.rollout.path,
         }.items():
             check_path(name, path)
         check_numbers(self)

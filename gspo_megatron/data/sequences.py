@@ -21,9 +21,7 @@ def train_sequences(groups: list[RolloutGroup], mask_truncated: bool = False) ->
             group_id=group.prompt.uid,
             truncated=completion.truncated,
             rollout_logprobs=completion.logprobs,
-            loss_mask=_none(completion)
-            if not kept or mask_truncated and completion.truncated
-            else completion.loss_mask,
+            loss_mask=_mask(completion, kept and not (mask_truncated and completion.truncated)),
             routes=completion.routes,
         )
         for group in groups
@@ -31,8 +29,8 @@ def train_sequences(groups: list[RolloutGroup], mask_truncated: bool = False) ->
     ]
 
 
-def _none(completion: Completion) -> list[int]:
-    return [0] * len(completion.token_ids)
+def _mask(completion: Completion, is_trained: bool) -> list[int] | None:
+    return completion.loss_mask if is_trained else [0] * len(completion.token_ids)
 
 
 def minibatch_indices(groups: list[RolloutGroup], count: int, seed: tuple[int, int]) -> list[list[int]]:

@@ -18,6 +18,8 @@ Left out: merges as in ordinary BPE. The file is a byte-level BPE model with an 
 split off before it, so any Hugging Face reader gives the same ids. Not for natural text: use a pretrained one there.
 """
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -203,6 +205,12 @@ def _longest_first(phrases: Iterable[str]) -> list[str]:
 def _escape(text: str) -> str:
     """Literal in Python's and in Oniguruma's regular expressions (re.escape also escapes what Oniguruma reads anew)."""
     return re.sub(r"([\\.^$*+?{}\[\]|()])", r"\\\1", text)
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what tells a vocabulary from others: its tokens and their ids, whatever wrote the tokenizer's files."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -14,6 +14,7 @@ from gspo_megatron.config.constraints import require
 from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.recipe.hf_config import check_stop_ids, generation_stops
 from gspo_megatron.recipe.layout import check_latent, check_layout
+from gspo_megatron.recipe.rollout_files import check_rollouts
 from gspo_megatron.tasks.preferences import load_pairs
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def check(
     _check_penalty(config)
     _check_routing(config, shape)
     _check_trackers(config)
+    check_rollouts(config)
     from gspo_megatron.tasks.mixture import TaskMixture
 
     mixture = TaskMixture(config.tasks, config.seed)

@@ -63,7 +63,9 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
     preference = dataclasses.replace(preference, path=pairs, eval_path=held_out)
     algorithm = dataclasses.replace(config.algorithm, preference=preference)
     tasks = {name: _found(task, path) for name, task in config.tasks.items()}
-    return dataclasses.replace(config, model=model, algorithm=algorithm.resolved(), tasks=tasks)
+    rollouts = config.rollout.path and find_path(config.rollout.path, path)
+    rollout = dataclasses.replace(config.rollout, path=rollouts)
+    return dataclasses.replace(config, model=model, algorithm=algorithm.resolved(), tasks=tasks, rollout=rollout)
 
 
 def _found(task: TaskConfig, recipe: Path | None) -> TaskConfig:
@@ -204,14 +206,22 @@ def find_file(path: Path, recipe: Path | None = None, inside: str = "") -> Path:
     Args:
         inside: the file that is meant where `path` is a folder.
     """
-    folders = [Path.cwd(), *([recipe.resolve().parent] if recipe else []), REPOSITORY, PACKAGE]
-    for folder in folders:
-        found = folder / path.expanduser()
+    for found in _places(path, recipe):
         if found.is_dir():
             found = found / inside
         if found.is_file():
             return found.resolve()
     return path  # as the user wrote it, for the error message of hf_config.py
+
+
+def find_path(path: Path, recipe: Path | None = None) -> Path:
+    """A file or folder of the recipe as an absolute path, looked up where find_file looks."""
+    return next((found.resolve() for found in _places(path, recipe) if found.exists()), path)
+
+
+def _places(path: Path, recipe: Path | None) -> list[Path]:
+    folders = [Path.cwd(), *([recipe.resolve().parent] if recipe else []), REPOSITORY, PACKAGE]
+    return [folder / path.expanduser() for folder in folders]
 
 
 class _Loader(plain_yaml.Loader):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.batch import Completion, Prompt, RolloutGroup
+from gspo_megatron.batch import Prompt, RolloutGroup
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
 
@@ -33,15 +33,18 @@ def generate(
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
     completions = engine.generate(prompts[mine], group_size, params, uniform)
     return [
-        RolloutGroup(prompt, answers, texts=[_text(tokenizer, completion, params) for completion in answers])
+        RolloutGroup(
+            prompt, answers, texts=[text_of(completion.token_ids, tokenizer, params) for completion in answers]
+        )
         for prompt, answers in zip(prompts[mine], completions, strict=True)
     ]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, completion: Completion, params: SamplingParams) -> str:
+def text_of(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> str:
+    """Return a response as rewards see it: without special tokens, or up to the text that ended it."""
     if params.stop_strings:
-        return params.stop_strings.text(completion.token_ids)
-    return cast(str, tokenizer.decode(completion.token_ids, skip_special_tokens=True))  # a list only for a batch
+        return params.stop_strings.text(token_ids)
+    return cast(str, tokenizer.decode(token_ids, skip_special_tokens=True))  # a list only for a batch
 
 
 def join_context(groups: list[RolloutGroup], topology: Topology) -> list[RolloutGroup]:

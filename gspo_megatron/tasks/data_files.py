@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,29 +60,59 @@ class Table:
     digest: str  # of the bytes of the file, or of the folder's files
 
 
-def read_table(path: Path, setting: str, bad_rows: BadRows) -> Table:
+def read_table(path: Path, setting: str, bad_rows: BadRows, form: str = FORM, longest: int = LINE) -> Table:
     """Return every row of a data set, in its order.
 
     Args:
         setting: the recipe's name for the path, for messages.
         bad_rows: whether a line that is no JSON object is an error or is left out.
+        form: what a line should be, for messages.
+        longest: bytes of a line.
 
     Raises:
         ConfigError: with the file, the line where there is one, and what is wrong.
     """
     bad: list[str] = []
-    try:
+    with _readable(path, setting):
         digest = _digest(_files(path, setting))
         if path.is_dir():
-            rows = _saved_rows(path, setting)
+            rows = list(_saved_rows(path, setting))
         elif path.suffix.lower() == ".parquet":
-            rows = _parquet_rows(path, setting)
+            rows = list(_parquet_rows(path, setting))
         else:
-            rows, bad = _json_rows(path, setting, bad_rows)
+            rows, bad = _json_rows(path, setting, bad_rows, form, longest)
+    check_left(len(rows), bad, path, setting, form)
+    return Table(rows, bad, digest)
+
+
+def count_rows(path: Path, setting: str) -> int:
+    """Return how many rows a JSONL or Parquet file has, without a look at what they hold.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    with _readable(path, setting):
+        if path.suffix.lower() != ".parquet":
+            return sum(1 for line in _lines(path, LINE) if _text(line))
+        parquet = _package("pyarrow.parquet", path, setting)
+        with _undamaged(path, setting):
+            return int(parquet.ParquetFile(path).metadata.num_rows)
+
+
+def first_row(path: Path, setting: str, form: str, longest: int) -> Row:
+    """Return the first row of a JSONL or Parquet file that has one. Arguments and errors are those of read_table."""
+    with _readable(path, setting):
+        if path.suffix.lower() == ".parquet":
+            return next(_parquet_rows(path, setting))
+        return _json_rows(path, setting, "error", form, longest, most=1)[0][0]
+
+
+@contextmanager
+def _readable(path: Path, setting: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         require(False, setting, str(path), (error.strerror or str(error)).lower(), f"{KINDS} Nothing is downloaded.")
-    check_left(len(rows), bad, path, setting, FORM)
-    return Table(rows, bad, digest)
 
 
 def check_left(count: int, bad: list[str], path: Path, setting: str, remedy: str) -> None:
@@ -122,17 +153,20 @@ def _digest(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _json_rows(path: Path, setting: str, bad_rows: BadRows) -> tuple[list[Row], list[str]]:
+def _json_rows(
+    path: Path, setting: str, bad_rows: BadRows, form: str, longest: int, most: int | None = None
+) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     bad: list[str] = []
-    for number, line in enumerate(_lines(path), 1):
-        text = line.removeprefix(b"\xef\xbb\xbf").strip()
-        if text:
+    for number, line in enumerate(_lines(path, longest), 1):
+        if len(rows) == most:
+            break
+        if text := _text(line):
             is_array = not rows and not bad and text.startswith(b"[")
             require(not is_array, setting, str(path), "begins as a JSON array", "Write one object a line.")
             where = f"{path}, line {number}"
             try:
-                rows.append(Row(where, _record(line)))
+                rows.append(Row(where, _record(line, form, longest)))
             except BadRow as error:
                 if bad_rows == "error":
                     error.refuse(setting, where)
@@ -140,22 +174,27 @@ def _json_rows(path: Path, setting: str, bad_rows: BadRows) -> tuple[list[Row], 
     return rows, bad
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path, longest: int) -> Iterator[bytes]:
     """The lines of a file. Of one that is too long no more is held than shows that."""
     with path.open("rb") as file:
-        while line := file.readline(LINE + 1):
+        while line := file.readline(longest + 1):
             yield line
-            while len(line) > LINE and not line.endswith(b"\n"):
-                line = file.readline(LINE + 1)
+            while len(line) > longest and not line.endswith(b"\n"):
+                line = file.readline(longest + 1)
 
 
-def _record(line: bytes) -> dict[str, Any]:
+def _text(line: bytes) -> bytes:
+    """What stands in a line, b"" where it is empty."""
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
+
+
+def _record(line: bytes, form: str, longest: int) -> dict[str, Any]:
     try:
-        record = plain_json.parse(line, LINE)
+        record = plain_json.parse(line, longest)
     except ValueError as error:
-        raise BadRow(f"not valid JSON ({error})", FORM) from None
+        raise BadRow(f"not valid JSON ({error})", form) from None
     if not isinstance(record, dict):
-        raise BadRow(f"holds {shortened(record)}, must be a JSON object", FORM)
+        raise BadRow(f"holds {shortened(record)}, must be a JSON object", form)
     # Python's reader takes these words, which JSON does not have; a text may well hold them.
     if (b"NaN" in line or b"Infinity" in line) and not _is_finite(record):
         raise BadRow("holds NaN or Infinity, which JSON does not have", "Write null.")
@@ -170,12 +209,12 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _parquet_rows(path: Path, setting: str) -> list[Row]:
+def _parquet_rows(path: Path, setting: str) -> Iterator[Row]:
     parquet = _package("pyarrow.parquet", path, setting)
     return _arrow_rows(path, setting, lambda: parquet.ParquetFile(path).iter_batches(1000))
 
 
-def _saved_rows(path: Path, setting: str) -> list[Row]:
+def _saved_rows(path: Path, setting: str) -> Iterator[Row]:
     datasets = _package("datasets", path, setting)
     # In Arrow's own form, whatever form the data set was saved to be read in; pictures stay bytes.
     return _arrow_rows(path, setting, lambda: datasets.load_from_disk(str(path)).with_format("arrow").iter(1000))
@@ -192,16 +231,22 @@ def _package(name: str, path: Path, setting: str) -> ModuleType:
         ) from error
 
 
-def _arrow_rows(path: Path, setting: str, batches: Callable[[], Any]) -> list[Row]:
-    rows: list[Row] = []
-    try:
+def _arrow_rows(path: Path, setting: str, batches: Callable[[], Any]) -> Iterator[Row]:
+    number = 0
+    with _undamaged(path, setting):
         for batch in batches():
             for columns in batch.to_pylist():
-                rows.append(Row(f"{path}, row {len(rows) + 1}", _plain(columns)))
+                number += 1
+                yield Row(f"{path}, row {number}", _plain(columns))
+
+
+@contextmanager
+def _undamaged(path: Path, setting: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of damaged files; other packages raise many types
         reason = f"cannot be read ({type(error).__name__}: {shortened(str(error))})"
         require(False, setting, str(path), reason, "It may be damaged: write it again.")
-    return rows
 
 
 def _plain(value: Any) -> Any:

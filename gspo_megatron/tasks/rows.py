@@ -24,13 +24,20 @@ def item_of(columns: dict[str, Any], name: str, config: TaskConfig) -> TaskItem:
     Raises:
         BadRow: it has no prompt, or not the answer that the recipe says it has.
     """
-    question, messages = _prompt(columns, config.prompt_key, name)
+    question, messages = prompt_of(_column(columns, config.prompt_key, f"tasks.{name}.prompt_key"), config.prompt_key)
     answer = _answer(columns, config.answer, name)
     return TaskItem(name, question, answer or "", columns, has_answer=answer is not None, messages=messages)
 
 
-def _prompt(columns: dict[str, Any], key: str, name: str) -> tuple[str, tuple[Message, ...]]:
-    value = _column(columns, key, f"tasks.{name}.prompt_key")
+def prompt_of(value: Any, key: str) -> tuple[str, tuple[Message, ...]]:
+    """Return what is asked as a text, and as messages where `value` is a list of them.
+
+    Args:
+        key: the column's name, for messages.
+
+    Raises:
+        BadRow: it is neither a text nor a list of messages, or asks nothing.
+    """
     if isinstance(value, str):
         return _text(value, key), ()
     if not isinstance(value, list) or not value:

@@ -37,6 +37,7 @@ from gspo_megatron.tasks.rewards import RewardRunner
 from gspo_megatron.trainer import folders, resume
 from gspo_megatron.trainer.data_record import note_data
 from gspo_megatron.trainer.folders import Plan
+from gspo_megatron.trainer.offline import open_rollouts
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
 from gspo_megatron.utils.small_files import unwritten
@@ -70,10 +71,11 @@ def build_run(config: ResolvedConfig) -> Run:
     limit = config.data.max_prompt_length
     prompts = PromptSource(mixture, tokenizer, "train", limit)
     notes += prompts.hold_to_limit(config.tasks, _row_lengths(prompts, runtime))
-    if config.algorithm.name != "dpo":
+    if config.algorithm.name != "dpo" and config.rollout.engine != "files":
         _look_ahead(prompts, config, resumed, runtime)
     shape = ModelShape.of(config.model, size_of(tokenizer))
     stops = find_stops(config, tokenizer, shape.vocab_size)
+    rollouts = open_rollouts(config, tokenizer, shape, resumed.prompts if resumed else 0, runtime)
     policy = build_policy(config, shape, topology, runtime)
     with together():
         reporter = _open_folder(folder, config, tokenizer, runtime.is_main)
@@ -94,6 +96,7 @@ def build_run(config: ResolvedConfig) -> Run:
         hold=hold,
         checkpoint=checkpoint,
         resumed=resumed,
+        rollouts=rollouts,
     )
     if runtime.is_main:
         run.reporter.header(_describe(run, shape))

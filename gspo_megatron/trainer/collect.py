@@ -14,12 +14,15 @@ from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.rollout.generation import generate, join_context
 from gspo_megatron.rollout.scoring import score
+from gspo_megatron.trainer.offline import read_groups
 from gspo_megatron.trainer.run import Run
 
 
 def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
     """Return this replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
     limit = run.config.algorithm.resampling_rounds
+    if run.rollouts is not None:
+        return read_groups(run, run.rollouts, clock), {}
     groups = _round(run, seed, clock)
     if limit == 0:
         return groups, {}

@@ -41,6 +41,7 @@ FREE = (
     "faults",
     "tracking",
     "save_hf",
+    "rollout.save",
 )
 # What a start leaves that ended before its first step.
 OF_A_START = {LOCK, CONFIG_FILE, DATA_FILE, "tokenizer", METRICS_FILE, SAMPLES_FILE, "checkpoints"} | LEFT

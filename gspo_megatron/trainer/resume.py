@@ -18,6 +18,7 @@ from typing import Any
 
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
+from gspo_megatron.rollout.record_files import ROLLOUTS, step_file
 from gspo_megatron.utils import plain_json
 from gspo_megatron.utils.small_files import replace, unwritten
 
@@ -118,7 +119,8 @@ def _remove(path: Path) -> bool:
 
 def sweep(run_dir: Path) -> list[Path]:
     """Remove the halves of checkpoints and files that a kill has left; the folder must be held. Returns them."""
-    halves = [path for end in HALVES for path in (*run_dir.glob(end), *(run_dir / "checkpoints").glob(end))]
+    places = (run_dir, run_dir / "checkpoints", run_dir / ROLLOUTS)
+    halves = [path for place in places for end in HALVES for path in place.glob(end)]
     for path in halves:
         clear(path)
     return halves
@@ -164,7 +166,8 @@ def carry(run_dir: Path, checkpoint: Path) -> None:
 
 
 def restore_record(run_dir: Path, checkpoint: Path, progress: Progress) -> list[str]:
-    """Put metrics.jsonl and samples.jsonl back to what they were at a checkpoint; returns what to tell the user.
+    """Put metrics.jsonl, samples.jsonl and rollouts/ back to what they were at a checkpoint; returns what to tell the
+    user.
 
     TensorBoard's events are removed: the tracker makes them again from the record.
 
@@ -173,6 +176,7 @@ def restore_record(run_dir: Path, checkpoint: Path, progress: Progress) -> list[
     """
     try:
         notes = [*_restore_metrics(run_dir, checkpoint, progress), *_cut_samples(run_dir, progress)]
+        _cut_rollouts(run_dir, progress)
     except OSError as error:
         remedy = "Make room or make it writable, then start the same command."
         raise CheckpointError(unwritten(error, run_dir, remedy)) from None
@@ -217,6 +221,18 @@ def _cut_samples(run_dir: Path, progress: Progress) -> list[str]:
     _write_rows(path, kept)
     bad += len(lines) - len(rows)
     return [f"{path}: damaged lines left out: {bad}"] if bad else []
+
+
+def _cut_rollouts(run_dir: Path, progress: Progress) -> None:
+    """Remove the files of steps that are to be taken again, perhaps on another layout or without rollout.save."""
+    last = step_file(run_dir, _rl_steps(progress))
+    for path in last.parent.glob("step_*.jsonl"):
+        if path.name > last.name:
+            path.unlink()
+
+
+def _rl_steps(progress: Progress) -> int:
+    return progress.step if progress.phase != "warm_start" else 0
 
 
 def _objects(content: bytes) -> tuple[list[dict[str, Any]], int]:

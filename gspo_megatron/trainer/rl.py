@@ -16,6 +16,7 @@ from gspo_megatron.trainer.collect import collect
 from gspo_megatron.trainer.diagnostics.ratio_parts import ratio_parts
 from gspo_megatron.trainer.evaluation import evaluate
 from gspo_megatron.trainer.gspo_trainer import GspoTrainer, step_seed
+from gspo_megatron.trainer.offline import save_groups
 from gspo_megatron.trainer.run import Run
 
 
@@ -42,6 +43,7 @@ def run_step(run: Run, trainer: GspoTrainer, step: int) -> dict:
     seed = step_seed(config, step)
 
     groups, sampling = collect(run, seed, clock)
+    save_groups(run, step, groups)
     run.finish_written()  # the longest part of a step is over: a kill from here on finds the last step's checkpoint
     learned = trainer.learn(groups, step, seed, clock=clock)
     results = learned.results

@@ -28,6 +28,7 @@ from gspo_megatron.hf import export
 from gspo_megatron.process import lifecycle, progress
 from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.record_files import RecordFiles
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
 from gspo_megatron.tasks.mixture import TaskMixture
@@ -58,6 +59,7 @@ class Run:
     checkpoint: Path | None = None  # what this start goes on from
     resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
+    rollouts: RecordFiles | None = None  # where the recipe has them from files
     saver: Saver = field(default_factory=Saver)
 
     @cached_property
