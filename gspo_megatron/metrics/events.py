@@ -23,7 +23,7 @@ class EventFile:
 
     def __init__(self, folder: Path, earlier: list[Row]):
         """`earlier` are the rows of the record, which are made again where a start has removed the old events."""
-        is_new = not folder.exists()
+        is_new = not (folder.is_dir() and any(folder.iterdir()))  # a link is left, to an empty folder
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
         self._file = FileIO(folder / name, "a")

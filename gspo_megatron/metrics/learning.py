@@ -40,7 +40,7 @@ class LearningReport:
     warm_minutes: float
     rl_minutes: float
     steps_done: int
-    steps_planned: int | None  # of the recipe; None without config.yaml
+    steps_planned: float | None  # of the recipe; None without config.yaml
 
     @property
     def rise(self) -> float:
@@ -89,7 +89,7 @@ def summarise(run_dir: Path) -> LearningReport:
         warm_minutes=_minutes(record, "warm_start"),
         rl_minutes=_minutes(record, "rl"),
         steps_done=record.rl[-1]["step"],
-        steps_planned=record.setting("steps"),
+        steps_planned=record.number("steps"),
     )
 
 

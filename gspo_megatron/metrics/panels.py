@@ -102,12 +102,8 @@ def ratio(ax: Axes, record: RunRecord) -> None:
         mean, spread = np.array(means) - 1, np.array(spreads)
         band(ax, steps, mean - spread, mean + spread, BLUE, 0.35, "mean ± std. deviation")
         ax.plot(steps, mean, color=BLUE, label="mean", marker=marker(steps))
-    bounds = [("low", -1.0), ("high", 1.0)]
-    edges = [
-        sign * record.setting(f"algorithm.clip_ratio_{name}")
-        for name, sign in bounds
-        if record.setting(f"algorithm.clip_ratio_{name}") is not None
-    ]
+    bounds = [(record.number("algorithm.clip_ratio_low"), -1.0), (record.number("algorithm.clip_ratio_high"), 1.0)]
+    edges = [sign * bound for bound, sign in bounds if bound]
     for number, edge in enumerate(edges):
         ax.axhline(edge, color=RED, linestyle="--", linewidth=1.2, label=None if number else "clip range")
     # The clip range is 1e-4 wide and outliers reach 1e-1: linear around 1, logarithmic beyond.
@@ -145,12 +141,12 @@ def step_time(ax: Axes, record: RunRecord) -> None:
     """Draw where the seconds of a step go, stacked."""
     parts = [(series(record.rl, key), label, colour) for key, label, colour in TIME_PARTS]
     logged = sorted({step for (steps, _), _, _ in parts for step in steps})
-    edges = np.arange(logged[0], logged[-1] + 2) - 0.5
+    edges = np.unique([step + side for step in logged for side in (-0.5, 0.5)])  # what is between two is a gap
     base = np.zeros(len(edges) - 1)
     for (steps, values), label, colour in parts:
         if steps:
             top = base.copy()
-            top[np.array(steps) - logged[0]] += values
+            top[np.searchsorted(edges, np.array(steps) - 0.5)] += values
             ax.stairs(top, edges, baseline=base, fill=True, color=colour, linewidth=0, label=label)
             base = top
     titled(ax, "Time of a step", "RL step", "seconds")

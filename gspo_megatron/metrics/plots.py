@@ -117,7 +117,7 @@ def run_title(record: RunRecord) -> str:
         None if record.setting("seed") is None else f"seed {record.setting('seed')}",
         batch,
     ]
-    told = ", ".join(part for part in parts if part)
+    told = ", ".join(str(part) for part in parts if part)
     return f"{name}: {told}" if told else str(name)
 
 
@@ -139,7 +139,7 @@ def _overview(record: RunRecord, panels: Sequence[str]) -> Figure:
         _draw_panel(ax, record, panel)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    figure.suptitle(run_title(record), x=0.008, ha="left", fontsize=13, color="#333333")
+    figure.suptitle(run_title(record), x=0.008, ha="left", fontsize=13, color="#333333", parse_math=False)
     return figure
 
 

@@ -3,16 +3,19 @@
 Left out: any judgement (learning.py) and any drawing (panels.py).
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gspo_megatron.metrics.tracker import METRICS_FILE, PHASES, MetricsError, read_metrics
+from gspo_megatron.metrics.tracker import BY_HAND, METRICS_FILE, PHASES, MetricsError, read_metrics
 from gspo_megatron.utils import plain_yaml
 
 Row = dict[str, Any]
+# Of what criteria and intervals are computed from. No reward beyond 1e30 gets into a record (docs/faults.md).
+RANGES = {"eval/accuracy": (0.0, 1.0), "eval/num": (1.0, 1e18), "reward/mean": (-1e30, 1e30)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class RunRecord:
             value = value[part]
         return value
 
+    def number(self, dotted: str) -> float | None:
+        """Return a number of config.yaml, None where there is none. Raises MetricsError for anything else."""
+        value = self.setting(dotted)
+        is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+        if value is not None and not is_number:
+            raise MetricsError(f"{self.path / 'config.yaml'}: {dotted} is {value!r:.60}, not a number. Correct it.")
+        return value
+
     def rows(self, phase: str) -> list[Row]:
         """Return the rows of one of tracker.PHASES."""
         return {"warm_start": self.warm_start, "rl": self.rl, "dpo": self.dpo}[phase]
@@ -42,7 +53,8 @@ class RunRecord:
 def load_record(run_dir: Path) -> RunRecord:
     """Read config.yaml and metrics.jsonl. Where a resumed run went over a step again, its later row counts.
 
-    Raises MetricsError on missing, empty or corrupt metrics and on a config.yaml that is not a YAML mapping.
+    Raises MetricsError on missing, empty or corrupt metrics, on one that is out of its range, and on a config.yaml that
+    is not a YAML mapping.
     """
     rows = read_metrics(run_dir)
     if not rows:
@@ -50,6 +62,8 @@ def load_record(run_dir: Path) -> RunRecord:
             f"{run_dir / METRICS_FILE}: has no row. The run has made no step yet; or its record was lost, and is put "
             "back from the newest checkpoint where the run is started again."
         )
+    for row in rows:
+        _check_ranges(row, run_dir / METRICS_FILE)
     by_step = {(row["phase"], row["step"]): row for row in rows}
     ordered = [by_step[key] for key in sorted(by_step, key=lambda key: key[1])]
     by_phase = {phase: [row for row in ordered if row["phase"] == phase] for phase in PHASES}
@@ -60,6 +74,16 @@ def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
     """Return steps and values of one metric; rows where it is absent or null (it was not finite) are left out."""
     kept = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _check_ranges(row: Row, path: Path) -> None:
+    for key, (low, high) in RANGES.items():
+        value = row.get(key)
+        if value is not None and not low <= value <= high:
+            raise MetricsError(
+                f"{path}: {key} is {value!r:.60} at {row['phase']} step {row['step']}, not between {low:g} and "
+                f"{high:g}. {BY_HAND}"
+            )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def routing_map(ax: Axes, record: RunRecord) -> None:
     """Draw the same by layer and step; a dense layer's row is blank."""
     key = "route/by_layer/changed_experts"
     rows = [row for row in record.rl if row.get(key)]
+    rows = [row for row in rows if len(row[key]) == len(rows[-1][key])]  # a damaged one may have other layers
     values = np.array([[np.nan if value is None else 100 * value for value in row[key]] for row in rows]).T
     steps = np.array([row["step"] for row in rows])
     edges = np.append(steps - 0.5, steps[-1] + 0.5)

@@ -1,7 +1,7 @@
 """A run's metric rows are written to metrics.jsonl and TensorBoard, and read back by everything that looks at a run.
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
-a list of them (by layer, by minibatch)}. A row is on the disk before the checkpoint that counts it is begun, and a row
+a list of them (by_layer/, by_minibatch/)}. A row is on the disk before the checkpoint that counts it is begun, and a row
 that cannot be written ends the run. TensorBoard and the trackers of other libraries (sink.py) are views of the same
 rows, without the lists, and samples.jsonl holds a few prompts and responses for the eye: a run goes on without them.
 
@@ -11,6 +11,7 @@ Left out: reducing metrics over ranks (a row arrives final, on rank 0), rotation
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from io import FileIO
@@ -28,6 +29,8 @@ SAMPLES_FILE = "samples.jsonl"
 REMEDY = "Make room or make it writable, then start the same command: it goes on from the newest checkpoint."
 PHASES = ("warm_start", "rl", "dpo")
 PATIENCE = 90.0  # seconds for what trackers have not sent at the end of a run
+BY_HAND = "Repair or remove the line by hand."
+MOST_STEPS = 1 << 31
 
 
 class MetricsError(GspoError):
@@ -225,7 +228,24 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line, parse_constant=_reject)
     except (ValueError, RecursionError) as error:
-        raise MetricsError(f"{where}: not valid JSON ({error}). Repair or remove the line by hand.") from error
-    if not isinstance(row, dict) or row.get("phase") not in PHASES or not isinstance(row.get("step"), int):
+        raise MetricsError(f"{where}: not valid JSON ({error}). {BY_HAND}") from error
+    step = row.get("step") if isinstance(row, dict) else None
+    if type(step) is not int or not 0 <= step < MOST_STEPS or row.get("phase") not in PHASES:
         raise MetricsError(f"{where}: not a metric row, which has a phase of {PHASES} and an integer step.")
+    for key, value in row.items():
+        if key not in ("phase", "step") and not _is_metric(key, value):
+            kind = "a list of numbers" if "/by_" in key else "a number"
+            raise MetricsError(f"{where}: {key} is {value!r:.60}, not {kind}. {BY_HAND}")
     return row
+
+
+def _is_metric(key: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if "/by_" in key:
+        return isinstance(value, list) and all(each is None or _is_number(each) for each in value)
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # JSON has 1e999, and 400 digits

@@ -180,8 +180,14 @@ def restore_record(run_dir: Path, checkpoint: Path, progress: Progress) -> list[
     except OSError as error:
         remedy = "Make room or make it writable, then start the same command."
         raise CheckpointError(unwritten(error, run_dir, remedy)) from None
-    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    _empty(run_dir / "tensorboard")
     return notes
+
+
+def _empty(folder: Path) -> None:
+    """Remove a folder, and what is in the one that it is a link to; the link stays."""
+    for path in folder.iterdir() if folder.is_symlink() and folder.is_dir() else (folder,):
+        clear(path)
 
 
 def _restore_metrics(run_dir: Path, checkpoint: Path, progress: Progress) -> list[str]:

@@ -10,18 +10,19 @@ from pathlib import Path
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put `content` in the place of what the file holds, if there is one.
+    """Put `content` in the place of what the file holds, if there is one. A link stays one: its target is replaced.
 
     Raises OSError that names the file, which is then as it was.
     """
-    aside = path.with_name(path.name + ".new")
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(target.name + ".new")
     try:
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-        to_disk(path.parent)
+        os.replace(aside, target)
+        to_disk(target.parent)
     except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics.axes import smooth
-from gspo_megatron.metrics.learning import wilson_interval
+from gspo_megatron.metrics.learning import summarise, wilson_interval
 from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.plots import LOOK, draw, figures, run_title
 from gspo_megatron.metrics.record import RunRecord
+from gspo_megatron.metrics.tracker import MetricsError
 
 REPOSITORY = Path(__file__).parents[2]
 EVERY_CHART = ["clip_fraction", "overview", "ratio", "response_length", "reward", "routing", "step_time", "warm_start"]
@@ -249,3 +250,37 @@ def test_corrupt_metrics_draw_nothing(write_run) -> None:
     with pytest.raises(GspoError, match="line 1"):
         draw(run)
     assert not (run / "plots").exists()
+
+
+@pytest.mark.parametrize("name", ["a$\\frac$", "\\", "$", 5, ["a"]])
+def test_any_name_is_a_title(write_run, name: object) -> None:
+    """A formula of it would be one that matplotlib cannot read; an algorithm may have a number for a name too."""
+    config = {"name": name, "algorithm": {"name": name, "clip_ratio_low": 0, "clip_ratio_high": 0}}
+    assert len(draw(write_run(run_rows(3), config))) == len(EVERY_CHART)
+
+
+@pytest.mark.parametrize("value", ["abc", [1], float("inf")])
+def test_a_setting_that_is_no_number_is_named(write_run, value: object) -> None:
+    run = write_run(run_rows(3), {"algorithm": {"clip_ratio_low": value}, "steps": value})
+    with pytest.raises(MetricsError, match=r"run/config\.yaml: algorithm\.clip_ratio_low is .*, not a number"):
+        draw(run)
+    with pytest.raises(MetricsError, match=r"run/config\.yaml: steps is .*, not a number"):
+        summarise(run)
+
+
+def test_steps_far_apart_take_no_memory(write_run) -> None:
+    """A stair for each step in between would take 16 GB. Very large numbers are drawn too."""
+    rows = [{"phase": "rl", "step": step, "time/update": 1.0, "ratio/max": 1e308, "ratio/min": -1e308,
+             "response/length": 1e308, "clip/token": 1e308} for step in (1, 2, 3, 2**31 - 1)]  # fmt: skip
+    tops = panel("step_time", record_of(rows)).patches[0].get_data()
+    assert list(tops.values) == [1.0, 1.0, 1.0, 0.0, 1.0] and tops.edges[-1] == 2**31 - 0.5
+    with np.errstate(all="ignore"):
+        assert draw(write_run(rows, {}))
+
+
+def test_a_row_of_other_layers_is_left_out_of_the_map() -> None:
+    key = "route/by_layer/changed_experts"
+    given = ((1, [0.1]), (2, [0.1, 0.2]), (3, [None, 0.4]))
+    rows = [{"phase": "rl", "step": step, key: shares} for step, shares in given]
+    values = panel("routing_map", record_of(rows)).collections[0].get_array()
+    np.testing.assert_array_equal(np.ma.filled(values, np.nan), [[10.0, np.nan], [20.0, 40.0]])

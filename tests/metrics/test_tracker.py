@@ -12,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics import plots
+from gspo_megatron.metrics.learning import summarise
 from gspo_megatron.metrics.record import load_record, series
-from gspo_megatron.metrics.tracker import Tracker, read_metrics
+from gspo_megatron.metrics.tracker import MetricsError, Tracker, read_metrics
 from tests.full_disk import full_at
 
 
@@ -82,6 +83,55 @@ def test_corrupt_line_is_named(tmp_path: Path) -> None:
         path.write_text('{"phase": "rl", "step": 0}\n' + bad + '\n{"phase": "rl", "step": 2}\n')
         with pytest.raises(GspoError, match=r"metrics\.jsonl, line 2: not"):
             read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "said"),
+    [
+        ("reward/mean", '"abc"', "is 'abc', not a number"),
+        ("reward/mean", "[1, 2]", "is [1, 2], not a number"),
+        ("reward/mean", "{}", "is {}, not a number"),
+        ("reward/mean", "1" + "0" * 400, "is 1000000"),
+        ("loss", "1e999", "is inf, not a number"),
+        ("route/by_layer/entropy", "0.5", "is 0.5, not a list of numbers"),
+        ("route/by_layer/entropy", '[0.5, "x"]', "not a list of numbers"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_named(tmp_path: Path, key: str, text: str, said: str) -> None:
+    """By everything that reads the record: the charts, the criteria, and a run that goes on."""
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{{"phase": "rl", "step": 0}}\n{{"phase": "rl", "step": 1, "{key}": {text}}}\n'
+    )
+    for read in (read_metrics, load_record, plots.draw, Tracker):
+        with pytest.raises(MetricsError) as caught:
+            read(tmp_path)
+        assert f"metrics.jsonl, line 2: {key} is " in str(caught.value) and said in str(caught.value)
+        assert "Repair or remove the line by hand." in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["true", "-5", "1e3", str(2**31), str(10**30)])
+def test_a_step_that_cannot_be_is_no_row(tmp_path: Path, step: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"phase": "rl", "step": {step}}}\n')
+    with pytest.raises(MetricsError, match="line 1: not a metric row"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("eval/accuracy", 1.5, "eval/accuracy is 1.5 at rl step 0, not between 0 and 1."),
+        ("eval/accuracy", -0.1, "eval/accuracy is -0.1 at rl step 0, not between 0 and 1."),
+        ("eval/num", -4, "eval/num is -4 at rl step 0, not between 1 and 1e+18."),
+        ("eval/num", 0, "eval/num is 0 at rl step 0"),
+        ("reward/mean", 1e308, "reward/mean is 1e+308 at rl step 0, not between -1e+30 and 1e+30."),
+    ],
+)
+def test_a_metric_out_of_its_range_is_named(write_run, key: str, value: float, said: str) -> None:
+    run = write_run([{"phase": "rl", "step": 0, "eval/accuracy": 0.5, "eval/num": 4} | {key: value}])
+    for read in (summarise, plots.draw):
+        with pytest.raises(MetricsError) as caught:
+            read(run)
+        assert f"{run / 'metrics.jsonl'}: {said}" in str(caught.value)
 
 
 def test_missing_file_is_a_user_error(tmp_path: Path) -> None:

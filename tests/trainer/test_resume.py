@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
@@ -29,7 +30,7 @@ from gspo_megatron.config import (
     WarmStartConfig,
 )
 from gspo_megatron.errors import CheckpointError
-from gspo_megatron.metrics.tracker import read_metrics
+from gspo_megatron.metrics.tracker import Tracker, read_metrics
 from gspo_megatron.trainer import build, rl
 from gspo_megatron.trainer import run as runs
 from gspo_megatron.trainer import sft as warm_starts
@@ -331,6 +332,29 @@ def test_a_damaged_record_is_put_back_from_the_checkpoint(tmp_path, harm):
     said = restore_record(tmp_path, checkpoint, Progress("rl", 1, 8, None))
     assert len(said) == 1 and f"metrics.jsonl {says}: its rows up to rl step 1 are those of {checkpoint}" in said[0]
     assert (tmp_path / "metrics.jsonl").read_text() == WHOLE
+
+
+def test_links_in_a_run_folder_stay_and_what_they_lead_to_is_put_back(tmp_path):
+    """A record and TensorBoard's events on another disk: the repeated step is in each once."""
+    disk, run = tmp_path / "disk", tmp_path / "run"
+    checkpoint = run / "checkpoints/step_000001"
+    for folder in (disk / "events", checkpoint):
+        folder.mkdir(parents=True)
+    kept = '{"phase": "rl", "step": 1, "loss": 0.5}\n'
+    (checkpoint / "metrics.jsonl").write_text(kept)
+    (disk / "record").write_text(kept + '{"phase": "rl", "step": 2, "loss": 0.25}\n')
+    (disk / "events/events.1").write_text("old")
+    (run / "metrics.jsonl").symlink_to(disk / "record")
+    (run / "tensorboard").symlink_to(disk / "events")
+    assert restore_record(run, checkpoint, Progress("rl", 1, 8, None)) == []
+    assert (run / "metrics.jsonl").is_symlink() and (disk / "record").read_text() == kept
+    assert (run / "tensorboard").is_symlink() and list((disk / "events").iterdir()) == []
+    with Tracker(run):
+        pass
+    events = EventAccumulator(str(disk / "events"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5)]
+    assert sorted(path.name for path in disk.iterdir()) == ["events", "record"]
 
 
 def test_a_lost_step_of_an_old_record_is_named(tmp_path):
