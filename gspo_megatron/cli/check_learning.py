@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.metrics.learning import failures, markdown_table, summarise_all
 
 PROGRAM = "gspo-megatron check-learning"
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         MetricsError: a run has no metrics that can be read.
     """
     options = tyro.cli(Options, prog=PROGRAM, args=argv)
-    check_options(options)
+    check_options(options, runs="RUN")
     require(len(options.runs) > 0, "RUN", [], "is missing", "Give at least one run folder.")
     reports = summarise_all(options.runs, options.control)
     failed = [failures(report, options.min_rise, options.max_control_rise) for report in reports]

@@ -16,7 +16,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe.hf_config import read_json
 from gspo_megatron.recipe.model_folders import COMPLETE, require_tokenizer, require_weights
@@ -123,6 +124,7 @@ def verify(folder: Path, checkpoint: Path, options: Options) -> None:
 
 def check(options: Options, direction: Direction | None) -> Direction:
     """Raise ConfigError for options that cannot work; otherwise say which way it goes."""
+    check_options(options, source="SOURCE", target="TARGET")
     source = str(options.source)
     is_megatron = (options.source / COMPLETE).is_file()
     if not is_megatron:
@@ -137,7 +139,6 @@ def check(options: Options, direction: Direction | None) -> Direction:
         "Use the tool for the other way.",
     )
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
-    check_options(options)
     require(options.max_shard_size > 0, "--max-shard-size", options.max_shard_size, "must be above 0", "Give 5.")
     if options.verify:
         _check_verify(options, is_megatron)

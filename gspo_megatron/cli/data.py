@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.recipe.load import load_recipe
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         SystemExit: 0 for --help, 2 for a value of the wrong type.
     """
     options, rest = tyro.cli(Options, prog=PROGRAM, args=argv, return_unknown_args=True)
-    check_options(options)
+    check_options(options, recipe="RECIPE")
     require(0 <= options.rows <= 1000, "--rows", options.rows, "must be 0 to 1000", "Give 2.")
     config = load_recipe([str(options.recipe), *rest], program=PROGRAM)
     from gspo_megatron.data.preview import preview

@@ -15,7 +15,8 @@ from rich.table import Table
 from gspo_megatron.cli.launch import OF_A_DIAGNOSIS, become_ranks, gpu_count, layout_of
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.algorithm import SEQUENCE_RATIO
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.process import lifecycle
 from gspo_megatron.recipe import check
 from gspo_megatron.recipe.load import load_recipe

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from gspo_megatron.config.names import check_length
 from gspo_megatron.metrics.plots import draw
 from gspo_megatron.metrics.tracker import MetricsError
 from gspo_megatron.utils.small_files import unwritten
@@ -19,6 +20,7 @@ def main(argv: list[str]) -> int:
         MetricsError: the run has no metrics that can be read, or its charts cannot be written.
     """
     run = tyro.cli(_run, prog=PROGRAM, args=argv)
+    check_length("RUN", run)
     try:
         paths = draw(run)
     except OSError as error:

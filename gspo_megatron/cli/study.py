@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.recipe.load import find_file
 from gspo_megatron.study import plan
 

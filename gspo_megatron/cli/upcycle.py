@@ -11,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from gspo_megatron.cli.convert import bar
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
+from gspo_megatron.config.options import check_options
 from gspo_megatron.recipe.model_folders import require_weights
 
 PROGRAM = "gspo-megatron upcycle"
@@ -80,9 +81,9 @@ def main(argv: list[str]) -> int:
 
 def check(options: Options) -> None:
     """Raise ConfigError for options that cannot work."""
+    check_options(options, source="SOURCE", target="TARGET")
     require_weights(options.source, "SOURCE")
     require(not options.target.exists(), "TARGET", str(options.target), "exists already", "Give another folder.")
-    check_options(options)
     require(options.seed >= 0, "--seed", options.seed, "must be 0 or more", "Give 1.")
     require(options.experts <= 4096, "--experts", options.experts, "must be at most 4,096", "Give 8.")
     require(options.experts > 1, "--experts", options.experts, "must be above 1", "Give 8.")

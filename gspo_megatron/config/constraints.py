@@ -52,7 +52,7 @@ def check_numbers(value: Any, name: str = "") -> None:
     """
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            _check_field(getattr(value, field.name), _dotted(name, field.name))
+            check_field(getattr(value, field.name), _dotted(name, field.name))
     elif isinstance(value, dict):
         for key, inner in value.items():
             check_numbers(inner, _dotted(name, str(key)))
@@ -66,13 +66,8 @@ def check_numbers(value: Any, name: str = "") -> None:
         require(math.isfinite(value), name, value, "must be a finite number", "Give a number.")
 
 
-def check_options(options: Any) -> None:
-    """Do as check_numbers for the options of a command, whose names are those of its command line."""
-    for field in dataclasses.fields(options):
-        _check_field(getattr(options, field.name), "--" + field.name.replace("_", "-"))
-
-
-def _check_field(value: Any, name: str) -> None:
+def check_field(value: Any, name: str) -> None:
+    """Do so for one field, which may be a table."""
     too_large = isinstance(value, int) and abs(value) > LARGEST
     require(not too_large, name, value, f"must be at most {LARGEST:,}", "Give a smaller number.")
     check_numbers(value, name)

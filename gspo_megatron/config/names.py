@@ -28,7 +28,6 @@ def check_run_name(field: str, name: str, longest: int = LONGEST_NAME) -> None:
 def check_path(field: str, path: Path | None) -> None:
     """Raise ConfigError for a path that no file can have, or that holds control characters."""
     text = "" if path is None else str(path)
-    size = max((len(part.encode(errors="surrogateescape")) for part in text.split("/")), default=0)
     require(
         text.isprintable(),
         field,
@@ -36,6 +35,13 @@ def check_path(field: str, path: Path | None) -> None:
         "has a character that cannot be printed",
         "Write the path without control characters.",
     )
+    check_length(field, Path(text))
+
+
+def check_length(field: str, path: Path) -> None:
+    """Raise ConfigError for a path that is longer than any file's, or has a name in it that is."""
+    text = str(path)
+    size = max((len(part.encode(errors="surrogateescape")) for part in text.split("/")), default=0)
     require(
         size <= LONGEST_PART and len(text.encode(errors="surrogateescape")) <= LONGEST_PATH,
         field,

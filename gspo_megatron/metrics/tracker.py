@@ -1,7 +1,7 @@
 """A run's metric rows are written to metrics.jsonl and TensorBoard, and read back by everything that looks at a run.
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
-a list of them (by_layer/, by_minibatch/)}. A row is on the disk before the checkpoint that counts it is begun, and a row
+a list of them (by_layer/, by_minibatch/)}. A row is on the disk before the checkpoint that counts it is begun, and one
 that cannot be written ends the run. TensorBoard and the trackers of other libraries (sink.py) are views of the same
 rows, without the lists, and samples.jsonl holds a few prompts and responses for the eye: a run goes on without them.
 

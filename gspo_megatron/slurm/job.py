@@ -8,8 +8,9 @@ from pathlib import Path
 import tyro
 
 from gspo_megatron.config import Layout, TrainConfig
-from gspo_megatron.config.constraints import check_options, require
+from gspo_megatron.config.constraints import require
 from gspo_megatron.config.names import LONGEST_NAME, check_path, check_run_name, check_word
+from gspo_megatron.config.options import check_options
 
 TIME = re.compile(r"(?:(?:([0-9]{1,4})-)?([0-9]{1,6}):)?([0-9]{1,8}):([0-9]{2})")  # [days-][hours:]minutes:seconds
 
@@ -75,7 +76,7 @@ class Job:
 
 def check(job: Job, config: TrainConfig) -> None:
     """Raise ConfigError for options that cannot work."""
-    check_options(job)
+    check_options(job, recipe="RECIPE")
     for name in ("nodes", "ranks_per_node", "grace"):
         flag = "--" + name.replace("_", "-")
         require(getattr(job, name) > 0, flag, getattr(job, name), "must be above 0", "Give 1 or more.")

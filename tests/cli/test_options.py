@@ -1,11 +1,13 @@
-"""Numbers that mean nothing are refused by the option's name, before any work, by every command that takes them."""
+"""Numbers and names that mean nothing are refused by the option's name, before any work, by every command that takes
+them."""
 
 import pytest
 
-from gspo_megatron.cli import check_learning, convert, doctor, slurm, study, upcycle
+from gspo_megatron.cli import check_learning, convert, doctor, plot, slurm, study, upcycle
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.recipe.load import REPOSITORY
 
+LONG = "a" * 300  # bytes of a name; Linux takes 255
 EXAMPLE = str(REPOSITORY / "examples/recipes/moe_gspo.yaml")
 
 
@@ -22,9 +24,15 @@ EXAMPLE = str(REPOSITORY / "examples/recipes/moe_gspo.yaml")
         (study, ["algorithms", "--seeds", str(2**63)], f"--seeds = {2**63}: must be at most"),
         (doctor, ["--noise-floor", "--num-prompts", str(2**63)], f"--num-prompts = {2**63}: must be at most"),
         (slurm, [EXAMPLE, "--nodes", str(2**63)], f"--nodes = {2**63}: must be at most"),
+        (convert, ["MODEL", LONG], "TARGET = 'aaa.*: is too long"),
+        (upcycle, [LONG, "TARGET"], "SOURCE = 'aaa.*: is too long"),
+        (plot, [LONG], "RUN = 'aaa.*: is too long"),
+        (check_learning, [LONG], "RUN = 'aaa.*: is too long"),
+        (study, ["algorithms", "--folder", LONG], "--folder = 'aaa.*: is too long"),
+        (doctor, ["--noise-floor", "--checkpoint", LONG], "--checkpoint = 'aaa.*: is too long"),
     ],
 )
-def test_a_number_that_means_nothing(command, argv, told, tmp_path, monkeypatch):
+def test_a_value_that_means_nothing(command, argv, told, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "model"
     model.mkdir()

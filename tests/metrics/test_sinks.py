@@ -19,7 +19,14 @@ from gspo_megatron.metrics.tracker import Tracker, read_metrics
 FIRST = [
     {"phase": "warm_start", "step": 1, "loss": 2.5},
     {"phase": "rl", "step": 0, "eval/accuracy": 0.25},
-    {"phase": "rl", "step": 1, "loss": -0.5, "reward/sum/exact": 0.75, "reward/sum": 0.5, "route/layers": [1.0, 2.0]},
+    {
+        "phase": "rl",
+        "step": 1,
+        "loss": -0.5,
+        "reward/sum/exact": 0.75,
+        "reward/sum": 0.5,
+        "route/by_layer/x": [1.0, 2.0],
+    },
     {"phase": "rl", "step": 2, "loss": -0.25, "grad_norm": None},
 ]
 SECOND = [{"phase": "rl", "step": 2, "loss": -0.125}, {"phase": "rl", "step": 3, "loss": 0.5}]
