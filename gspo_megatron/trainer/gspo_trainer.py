@@ -37,7 +37,8 @@ from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.reduce import update_metrics
 from gspo_megatron.metrics.rollout import group_metrics
-from gspo_megatron.recipe.layout import check_layout, resolve_layout
+from gspo_megatron.recipe.check import uses_transformer_engine
+from gspo_megatron.recipe.layout import check_latent, check_layout, resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import spread
 from gspo_megatron.trainer.advantages.critic import CriticAdvantages
@@ -94,11 +95,11 @@ class GspoTrainer:
             groups: those that this rank hands over, for example all on rank 0 and none elsewhere.
 
         Raises:
-            RolloutError: no rank has a group, all ranks hand over the same ones, a group is without scores, or
-                log-probs are missing that the recipe needs. On every rank.
+            RolloutError: no rank has a group, all ranks hand over the same ones, a group is without scores, has tokens
+                or a length that the model has not, or lacks log-probs that the recipe needs. On every rank.
         """
         step = self.version + 1
-        shared = spread.share(groups, self.config, self.policy.topology, step)
+        shared = spread.share(groups, self.policy, step)
         learned = self.learn(shared.groups, step, step_seed(self.config, step), shared.parts)
         number = sum(len(group.completions) for group in shared.own)
         group, tasks = self.policy.topology.dp_group, sorted(shared.tasks)
@@ -147,6 +148,9 @@ class GspoTrainer:
         Args:
             sequences: (prompt, response) as token ids, those that this rank hands over; the answers of all ranks'
                 sequences are returned, in the order of the ranks.
+
+        Raises:
+            RolloutError: a token or a length that the model has not. On every rank.
         """
         return spread.log_probs(self.policy, self._packed, sequences)
 
@@ -224,6 +228,7 @@ def policy_of(recipe: TrainConfig | Path | str, model: Path | str | None) -> Pol
     config = recipe if isinstance(recipe, TrainConfig) else load_recipe([str(recipe)])
     if model is not None:
         config = replace(config, model=replace(config.model, load_hf=Path(model)))
+    require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "learns from pairs, not from groups", "Give gspo.")
     require(
         config.model.load_hf is not None,
         "model.load_hf",
@@ -233,7 +238,8 @@ def policy_of(recipe: TrainConfig | Path | str, model: Path | str | None) -> Pol
     )
     runtime = runtimes.init_process_group(config.device)
     layout = resolve_layout(config, runtime.world_size, has_cuda=runtime.device.type == "cuda")
-    check_layout(config.model, layout, runtime.world_size)
+    architecture = check_layout(config.model, layout, runtime.world_size)
+    check_latent(architecture, uses_transformer_engine(config, has_gpu=runtime.device.type == "cuda"))
     resolved = config.resolved(layout)
     topology = topologies.initialize_model_parallel(layout, config.seed)
     shape = ModelShape.of(config.model, 0)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import PackedBatch, RolloutGroup, Score, TrainSequence
 from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.data.sequences import minibatch_indices
@@ -34,17 +33,20 @@ class Shared:
         return [*self.own, *self.fillers]
 
 
-def share(groups: Sequence[RolloutGroup], config: ResolvedConfig, topology: Topology, step: int) -> Shared:
+def share(groups: Sequence[RolloutGroup], policy: Policy, step: int) -> Shared:
     """Share out what the ranks hand over. A collective over all ranks.
 
     Raises:
         RolloutError: there is no group, every rank has the same ones, or one cannot be learned from. On every rank.
     """
+    config, topology = policy.config, policy.topology
     everyone = _all(list(groups))
     _check_ranks(everyone)
     every = [_numbered(group, place) for place, group in enumerate(group for part in everyone for group in part)]
     for place, group in enumerate(every):
         _check(group, place, config)
+        for completion in group.completions:
+            _check_tokens([*group.prompt.token_ids, *completion.token_ids], policy, f"groups[{place}]")
     count = config.algorithm.num_minibatches
     minibatches = minibatch_indices(every, count, (config.seed, step))  # by numbers over all replicas
     replica = _replicas(every, topology.dp_size)
@@ -70,6 +72,8 @@ def log_probs(
 ) -> list[list[float]]:
     """Return log-probs of the responses that all ranks hand over. A collective over all ranks."""
     every = [TrainSequence(prompt + answer, len(prompt)) for part in _all(list(sequences)) for prompt, answer in part]
+    for place, sequence in enumerate(every):
+        _check_tokens(sequence.token_ids, policy, f"sequences[{place}]")
     if not every:
         return []
     topology = policy.topology
@@ -137,6 +141,19 @@ def _check(group: RolloutGroup, place: int, config: ResolvedConfig) -> None:
             f"{where}: has no log-probs, and algorithm.old_logprobs {config.algorithm.old_logprobs} with "
             f"algorithm.mismatch.correction {config.algorithm.mismatch.correction} needs the sampling engine's. Hand "
             "them over, or give old_logprobs recomputed and correction none."
+        )
+
+
+def _check_tokens(token_ids: list[int], policy: Policy, where: str) -> None:
+    """Refuse what the model would read as something else: it has no row, or no position, for it."""
+    rows, positions = policy.shape.vocab_size, policy.models[0].max_sequence_length
+    wrong = next((token for token in token_ids if not 0 <= token < rows), None)
+    if wrong is not None:
+        raise RolloutError(f"{where}: token {wrong} is not in the vocabulary of {rows}. Use the model's tokenizer.")
+    if len(token_ids) > positions:
+        raise RolloutError(
+            f"{where}: prompt and response have {len(token_ids)} tokens, and the model has {positions} positions. "
+            "Leave it out, or cut it."
         )
 
 

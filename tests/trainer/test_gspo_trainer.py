@@ -138,7 +138,15 @@ def refused(rank: int, world_size: int, folder: Path) -> list[str]:
     group = RolloutGroup.of([1, 2], [[3], [4]], [0.0, 1.0])
     without = dataclasses.replace(group, scores=[])
     told = []
-    for groups in ([], [group], [group] * (rank == 0), [without] * (rank == 1)):
+    odd, long = (RolloutGroup.of([1, 2], [ids], [0.0], [[-1.0] * len(ids)]) for ids in ([320], [3] * 63))
+    for groups in (
+        [],
+        [group],
+        [group] * (rank == 0),
+        [without] * (rank == 1),
+        [odd] * (rank == 2),
+        [long] * (rank == 3),
+    ):
         with pytest.raises(RolloutError) as caught:
             trainer.step(groups)
         told.append(str(caught.value))
@@ -152,7 +160,8 @@ def refused(rank: int, world_size: int, folder: Path) -> list[str]:
 def test_what_cannot_be_learned_from_is_an_error_on_every_rank(folder):
     everyone = spawn(refused, 4, folder, timeout=200)
     parts = ("no rank handed over a group", "each of which would be trained on 4 times", "has no log-probs",
-             "2 responses and 0 scores")  # fmt: skip
+             "2 responses and 0 scores", "token 320 is not in the vocabulary of 320",
+             "have 65 tokens, and the model has 64 positions")  # fmt: skip
     for told in everyone:
         assert all(part in text for part, text in zip(parts, told, strict=True))
 
