@@ -115,11 +115,17 @@ class RewardProcess:
                 raise self._lost(None)
             self._buffer += part
         whole, _, self._buffer = self._buffer.rpartition(b"\n")
-        try:
-            return [dict(json.loads(line)) for line in whole.split(b"\n")]
-        except (ValueError, TypeError):  # of some other writer in the process
-            self.close()
-            raise Lost("wrote into its process's answers", False) from None
+        lines, found = whole.split(b"\n"), []
+        for number, line in enumerate(lines):
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError):  # of some other writer in the process
+                if not found:
+                    self.close()
+                    raise Lost("wrote into its process's answers", False) from None
+                self._buffer = b"\n".join([*lines[number:], self._buffer])  # what came before counts
+                break
+        return found
 
     def _wait(self, fd: int, event: int, deadline: float, seconds: float) -> None:
         poll = select.poll()

@@ -204,6 +204,9 @@ class OneQuestion:
     def score(self, item: TaskItem, text: str) -> float:
         return float("ab" in text)
 
+    def is_correct(self, item: TaskItem, reward: float) -> bool:
+        return reward >= 1.0
+
     def gold_response(self, item: TaskItem) -> str:
         return item.answer
 
