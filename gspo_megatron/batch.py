@@ -15,6 +15,7 @@ from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
 
 Message = dict[str, str]  # role and content
+FinishReason = Literal["stop", "length"]
 Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns"]  # of a PackedBatch
 
 
@@ -74,6 +75,11 @@ class Completion:
     truncated: bool  # cut at max_response_length: neither a stop token nor a stop string ended it
     routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
     loss_mask: list[int] | None = None  # 0 or 1 a token: what others wrote (a tool) is 0; None: all are trained
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Return why it ended, in the word that inference engines have for it."""
+        return "length" if self.truncated else "stop"
 
 
 @dataclass

@@ -11,7 +11,6 @@ from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer
 from gspo_megatron.recipe.check import check_rewards
-from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.mixture import TaskMixture
 
 ANY_TOKEN = 2**31  # how many the model knows is looked at when it is built
@@ -63,7 +62,7 @@ def preview(config: TrainConfig, rows: int, split: str) -> Preview:
     mixture = TaskMixture(config.tasks, config.seed)
     tokenizer = build_tokenizer(config, mixture)
     source = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length)
-    notes = [note for task in mixture.tasks.values() if isinstance(task, DatasetTask) for note in task.notes()]
+    notes = [note for task in mixture.data.values() for note in task.notes()]
     notes += check_rewards(config, mixture)
     notes += source.hold_to_limit(config.tasks, source.row_lengths())
     lengths = [_lengths(source, name, split) for name in mixture.names for split in ("train", "eval")]

@@ -16,7 +16,6 @@ from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.data.chat import example_tokens, question_tokens
 from gspo_megatron.errors import CheckpointError, RolloutError
-from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.mixture import TaskMixture
 
 
@@ -94,7 +93,7 @@ class PromptSource:
         Args:
             first, every: measure row `first` and each `every` rows after it: ranks share the work.
         """
-        items = {(name, i): row.item for name, task in self._data().items() for i, row in enumerate(task.every())}
+        items = {(name, i): row.item for name, task in self.mixture.data.items() for i, row in enumerate(task.every())}
         mine = list(items)[first::every]
         return {key: self.length(self.mixture.as_asked(items[key])) for key in mine}
 
@@ -108,7 +107,7 @@ class PromptSource:
             ConfigError: a row is too long and the recipe does not say so, or no row is left.
         """
         notes, limit = [], self.max_prompt_length
-        for name, task in self._data().items():
+        for name, task in self.mixture.data.items():
             rows = task.every()
             long = [place for place in range(len(rows)) if lengths[name, place] > limit]
             if not long:
@@ -125,9 +124,6 @@ class PromptSource:
             task.keep([lengths[name, place] <= limit for place in range(len(rows))])
             notes.append(f"tasks.{name}: {len(long)} of {len(rows)} prompts have more than {limit} tokens: left out")
         return notes
-
-    def _data(self) -> dict[str, DatasetTask]:
-        return {name: task for name, task in self.mixture.tasks.items() if isinstance(task, DatasetTask)}
 
     def _encode(self, item: TaskItem) -> list[int]:
         return question_tokens(self.tokenizer, item.conversation, item.template_kwargs)

@@ -27,6 +27,7 @@ from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import Layout, ModelConfig
 from gspo_megatron.errors import ConversionError
@@ -189,9 +190,7 @@ def _share(entries: dict[str, table.Entry], held: dict[str, export.Held]) -> set
 
 def _of_all(found: dict) -> dict:
     """What all ranks found, by name."""
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    return {name: value for name, value in sorted(pair for each in everyone for pair in each.items())}
+    return {name: value for name, value in sorted(pair for each in gather_objects(found) for pair in each.items())}
 
 
 @contextmanager

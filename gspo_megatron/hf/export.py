@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import ConversionError, GspoError
 from gspo_megatron.hf.load import stored, whole_shape
@@ -163,12 +164,11 @@ def _problem(action: Callable, *args) -> GspoError | None:
 
 def _who_holds_what(mine: dict) -> dict[str, Held]:
     """On every rank the same. Where replicas hold the same slice, the lowest rank has it."""
-    everyone: list = [None] * dist.get_world_size()
     own = {
         name: (p.cut_rank if p.cuts > 1 else 0, p.cuts, p.full_shape, p.cut_dim, p.local.dtype)
         for name, p in mine.items()
     }
-    dist.all_gather_object(everyone, own)
+    everyone = gather_objects(own)
     held: dict[str, Held] = {}
     for name in sorted({name for names in everyone for name in names}):
         holders = [(rank, names[name]) for rank, names in enumerate(everyone) if name in names]

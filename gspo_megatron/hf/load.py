@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.parameters import FullParameter
 from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import ConversionError, GspoError
 from gspo_megatron.hf.safetensors import SafetensorsFolder
@@ -60,9 +60,7 @@ def load(
     except GspoError as problem:
         error = problem
     raise_together(error)
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, list(filled))
-    if forgotten := table.keys() - {name for names in everyone for name in names}:
+    if forgotten := table.keys() - {name for names in gather_objects(list(filled)) for name in names}:
         raise ConversionError(f"{folder}: {tables.some(forgotten)} of the table is no parameter of any rank's model.")
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.reduce import gather_rows
 
@@ -70,8 +71,7 @@ def part_metrics(groups: list[RolloutGroup], group: dist.ProcessGroup) -> dict[s
             if score.parts or score.error:
                 _add(sums["reward/errors"], float(score.error is not None))
                 _add(sums["reward/left_out"], float(score.reward is None))
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, dict(sums), group=group)
+    everyone = gather_objects(dict(sums), group)
     names = sorted({name for part in everyone for name in part})
     totals = {name: [sum(part.get(name, (0.0, 0.0))[i] for part in everyone) for i in (0, 1)] for name in names}
     counts = ("reward/errors", "reward/left_out")

@@ -7,9 +7,9 @@ there.
 
 from typing import cast
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import Prompt, RolloutGroup
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
@@ -55,6 +55,4 @@ def join_context(groups: list[RolloutGroup], topology: Topology) -> list[Rollout
     """
     if topology.cp_size == 1:
         return groups
-    everyone: list = [None] * topology.cp_size
-    dist.all_gather_object(everyone, groups, group=topology.cp_group)
-    return [group for part in everyone for group in part]
+    return [group for part in gather_objects(groups, topology.cp_group) for group in part]

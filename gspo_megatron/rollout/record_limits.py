@@ -45,7 +45,7 @@ class Limits:
             longest=longest - longest % multiple,
             why_longest=f"max_position_embeddings of the model is {positions}, max_tokens_per_microbatch {room}",
             tokenizer=tokenizer,
-            wants_logprobs=_wants_logprobs(config),
+            wants_logprobs=wants_logprobs(config),
         )
 
     def check(self, group: GroupRecord) -> None:
@@ -99,7 +99,8 @@ class Limits:
             )
 
 
-def _wants_logprobs(config: ResolvedConfig) -> tuple[str, str] | None:
+def wants_logprobs(config: ResolvedConfig) -> tuple[str, str] | None:
+    """Return the setting that cannot do without the sampling engine's log-probs, and what to give it else."""
     old, correction = config.algorithm.old_logprobs, config.algorithm.mismatch.correction
     if old == "rollout":
         return "algorithm.old_logprobs = rollout", "Give algorithm.old_logprobs recomputed."

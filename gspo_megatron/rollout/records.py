@@ -12,15 +12,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
-from gspo_megatron.batch import Completion, Message, Prompt, RolloutGroup, Score, TaskItem
+from gspo_megatron.batch import Completion, FinishReason, Message, Prompt, RolloutGroup, Score, TaskItem
 from gspo_megatron.recipe.rollout_files import GROUP_FIELDS
 from gspo_megatron.rollout.record_fields import Fields
 from gspo_megatron.tasks.data_files import BadRow
 from gspo_megatron.tasks.rows import prompt_of
 
-FinishReason = Literal["stop", "length"]
 REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -183,7 +182,7 @@ def record_of(group: RolloutGroup, version: int, tokenizer: str, sampling: Sampl
         responses=[
             ResponseRecord(
                 token_ids=one.token_ids,
-                finish_reason="length" if one.truncated else "stop",
+                finish_reason=one.finish_reason,
                 logprobs=one.logprobs,
                 loss_mask=one.loss_mask,
                 reward=score.reward,

@@ -18,8 +18,8 @@ from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.tasks.data_files import BadRow, check_left, read_table
 from gspo_megatron.tasks.rows import item_of
-from gspo_megatron.tasks.splits import hash64, split_of
-from gspo_megatron.tasks.task import SPLITS, Told
+from gspo_megatron.tasks.splits import SPLITS, hash64, split_of
+from gspo_megatron.tasks.task import Told
 
 SHOWN = 3  # bad rows that are told in full
 

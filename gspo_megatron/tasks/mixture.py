@@ -52,6 +52,11 @@ class TaskMixture:
             else:
                 self.tasks[name] = DatasetTask(name, tasks[name], seed, (rewards or {}).get(name))
 
+    @property
+    def data(self) -> dict[str, DatasetTask]:
+        """Return the tasks whose prompts are rows of data, by name."""
+        return {name: task for name, task in self.tasks.items() if isinstance(task, DatasetTask)}
+
     def item(self, split: str, index: int) -> TaskItem:
         """Return question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
 

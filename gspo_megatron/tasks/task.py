@@ -5,7 +5,6 @@ from typing import Protocol
 
 from gspo_megatron.batch import Response, Score, TaskItem
 
-SPLITS = ("train", "warm_start", "eval")
 Told = Callable[[int], None]  # called with the number of responses that have a score by now
 
 

@@ -15,6 +15,7 @@ from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
 from gspo_megatron.backend.parallel.collective_errors import together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrackingConfig, TrainConfig
@@ -29,7 +30,6 @@ from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks import walls
-from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
@@ -100,7 +100,7 @@ def build_run(config: ResolvedConfig) -> Run:
     )
     if runtime.is_main:
         run.reporter.header(_describe(run, shape))
-        notes += [note for task in mixture.tasks.values() if isinstance(task, DatasetTask) for note in task.notes()]
+        notes += [note for task in mixture.data.values() for note in task.notes()]
     for note in notes:
         run.reporter.note(note)
     return run
@@ -169,9 +169,7 @@ def _row_lengths(prompts: PromptSource, runtime: Runtime) -> dict[tuple[str, int
     """Return the length of every prompt of data; the ranks share the work. A collective."""
     with together():
         mine = prompts.row_lengths(runtime.rank, runtime.world_size)
-    everyone: list = [None] * runtime.world_size
-    dist.all_gather_object(everyone, mine)
-    return {key: length for part in everyone for key, length in part.items()}
+    return {key: length for part in gather_objects(mine) for key, length in part.items()}
 
 
 def _look_ahead(prompts: PromptSource, config: TrainConfig, resumed: resume.Progress | None, runtime: Runtime) -> None:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from gspo_megatron.tasks.dataset import DatasetTask
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.utils import plain_json
 from gspo_megatron.utils.small_files import replace
@@ -19,7 +18,7 @@ def note_data(run_dir: Path, mixture: TaskMixture) -> list[str]:
 
     Raises OSError.
     """
-    here = {name: task.fingerprint() for name, task in mixture.tasks.items() if isinstance(task, DatasetTask)}
+    here = {name: task.fingerprint() for name, task in mixture.data.items()}
     if not here:
         return []
     path = run_dir / DATA_FILE

@@ -84,7 +84,7 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
     clock = StepClock(run.runtime.device)
     chosen = epoch_batch(config.seed, step, preference.batch_size, len(pairs))
     mine = share_of(chosen, topology.dp_rank, topology.dp_size)
-    batches = run.microbatches(flat([pairs[i] for i in mine]), unit=2)
+    batches = run.policy.microbatches(flat([pairs[i] for i in mine]), unit=2)
     with clock.part("ref_logprobs"), run.frozen_reference.in_place():
         policy.fill_ref_log_probs(batches)
     with clock.part("update"):
@@ -214,7 +214,7 @@ def pack_held_out(run: Run, pairs: list[EncodedPair]) -> HeldOut:
     topology = run.topology
     unit = topology.dp_size * (topology.pp_size if topology.vp_size > 1 else 1)
     filled = pairs + [pairs[-1]] * (-len(pairs) % unit)
-    batches = run.microbatches(flat(share_of(filled, topology.dp_rank, topology.dp_size)), unit=2)
+    batches = run.policy.microbatches(flat(share_of(filled, topology.dp_rank, topology.dp_size)), unit=2)
     with run.frozen_reference.in_place():
         run.policy.fill_ref_log_probs(batches)
     return HeldOut(batches, len(pairs))

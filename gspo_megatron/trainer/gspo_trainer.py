@@ -20,19 +20,18 @@ import torch
 
 from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.checkpoint import saver, sharded
-from gspo_megatron.backend.engine import microbatches as packing
-from gspo_megatron.backend.engine.critic import Critic
+from gspo_megatron.backend.engine.critic import Critic, networks
 from gspo_megatron.backend.engine.microbatches import global_counts
-from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
-from gspo_megatron.batch import Minibatch, PackedBatch, RolloutGroup, TrainSequence, UpdateResult
+from gspo_megatron.batch import Minibatch, RolloutGroup, TrainSequence, UpdateResult
 from gspo_megatron.config import ResolvedConfig, TrainConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.data.sequences import minibatch_indices, train_sequences
+from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.reduce import update_metrics
@@ -127,7 +126,7 @@ class GspoTrainer:
         sequences = train_sequences(groups, config.algorithm.mask_truncated_completions)
         if parts is None:
             parts = minibatch_indices(groups, config.algorithm.num_minibatches, (config.seed, step))
-        minibatches = [Minibatch(part, self._packed([sequences[i] for i in part])) for part in parts]
+        minibatches = [Minibatch(part, policy.microbatches([sequences[i] for i in part])) for part in parts]
         with _timed(clock, "old_logprobs"):
             self._fill_log_probs(minibatches)
         advantages = self.estimator.fill(groups, minibatches, seed)
@@ -152,7 +151,7 @@ class GspoTrainer:
         Raises:
             RolloutError: a token or a length that the model has not. On every rank.
         """
-        return spread.log_probs(self.policy, self._packed, sequences)
+        return spread.log_probs(self.policy, sequences)
 
     def weights(self, is_stacked: bool = False) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Yield each tensor under its Hugging Face name: whole on rank 0, None elsewhere. A collective, which every
@@ -170,7 +169,9 @@ class GspoTrainer:
         Raises:
             CheckpointError: it cannot be written. On every rank.
         """
-        saver.save(self.networks, Path(folder), {"version": self.version}, self.reference)
+        saver.save(
+            networks(self.policy, self.estimator.critic), Path(folder), {"version": self.version}, self.reference
+        )
 
     def load(self, folder: Path | str) -> None:
         """Go on from a checkpoint of `save`, of any layout. A collective over all ranks.
@@ -180,24 +181,14 @@ class GspoTrainer:
         """
         version = sharded.read_progress(Path(folder)).get("version")
         if not isinstance(version, int):
-            raise sharded.of_another_kind(Path(folder))
-        sharded.load(self.networks, Path(folder), self.reference)
+            raise CheckpointError(f"{folder}: is no checkpoint of a GspoTrainer. Give a folder that its save() wrote.")
+        sharded.load(networks(self.policy, self.estimator.critic), Path(folder), self.reference)
         self.version = version
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """Return what learns, by the prefix of its tensors' names in a checkpoint."""
-        critic = self.estimator.critic
-        return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})
 
     def close(self) -> None:
         """Leave the process groups."""
         topologies.destroy_model_parallel()
         runtimes.destroy_process_group()
-
-    def _packed(self, sequences: list[TrainSequence]) -> list[PackedBatch]:
-        limit, policy = self.config.max_tokens_per_microbatch, self.policy
-        return packing.microbatches(sequences, limit, policy.topology, policy.device)
 
     def _fill_log_probs(self, minibatches: list[Minibatch]) -> None:
         """Fill in old log-probs as the recipe chooses them (algorithm.old_logprobs), and the reference's."""

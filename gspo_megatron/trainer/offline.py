@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel.collective_errors import raise_if_any, together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.config import ResolvedConfig
@@ -43,9 +44,7 @@ def open_rollouts(
         limits = Limits.of(config, shape.architecture, vocabulary_hash(tokenizer))
         files = RecordFiles(path, config.steps * config.rollout.num_prompts, limits)
         mine = files.judge(start, runtime.rank, runtime.world_size)
-    everyone: list = [None] * runtime.world_size
-    dist.all_gather_object(everyone, mine)
-    check_together(group for part in everyone for group in part)
+    check_together(group for part in gather_objects(mine) for group in part)
     return files
 
 

@@ -11,15 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.checkpoint.saver import Saver
 from gspo_megatron.backend.checkpoint.sharded import load
-from gspo_megatron.backend.engine import microbatches
-from gspo_megatron.backend.engine.critic import Critic
-from gspo_megatron.backend.engine.network import Network
+from gspo_megatron.backend.engine.critic import Critic, networks
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.parallel.collective_errors import raise_together
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.batch import PackedBatch, Prompt, TrainSequence
+from gspo_megatron.batch import Prompt
 from gspo_megatron.config import ResolvedConfig, RolloutConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import Stops
@@ -88,7 +86,7 @@ class Run:
         if self.resumed is None or self.resumed.phase != phase:
             return 0
         assert self.checkpoint is not None  # build.py gives both or neither
-        load(self._networks(critic), self.checkpoint, self.reference)
+        load(networks(self.policy, critic), self.checkpoint, self.reference)
         self.prompts.load_state_dict({"position": self.resumed.prompts})
         return self.resumed.step + 1
 
@@ -131,7 +129,7 @@ class Run:
             resume.carry(self.folder, unfinished)
 
         self.saver.begin(
-            self._networks(critic),
+            networks(self.policy, critic),
             folder,
             dataclasses.asdict(progress),
             self.reference,
@@ -163,14 +161,6 @@ class Run:
         largest = torch.tensor([number], device=self.runtime.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest)
-
-    def _networks(self, critic: Critic | None) -> dict[str, Network]:
-        return {"": self.policy.network} | ({"critic.": critic.network} if critic else {})
-
-    def microbatches(self, sequences: list[TrainSequence], unit: int = 1) -> list[PackedBatch]:
-        """Pack this replica's share of one optimizer step. A collective over data parallelism."""
-        limit = self.config.max_tokens_per_microbatch
-        return microbatches.microbatches(sequences, limit, self.topology, self.runtime.device, unit)
 
     def sampling_params(self) -> SamplingParams:
         """Return how rollouts and evaluations sample."""

@@ -69,7 +69,7 @@ def sample(tokenizer: PreTrainedTokenizerBase, group: RolloutGroup, index: int) 
         "advantage": None,
         "ratio": None,
         "clipped": None,
-        "finish_reason": "length" if completion.truncated else "stop",
+        "finish_reason": completion.finish_reason,
         "tokens": len(completion.token_ids),
     }
 

@@ -40,7 +40,7 @@ def warm_start(run: Run) -> None:
         clock = StepClock(run.runtime.device)
         chosen = epoch_batch(run.config.seed, step, config.batch_size, len(examples))
         mine = share_of(chosen, run.topology.dp_rank, run.topology.dp_size)
-        batches = run.microbatches([examples[i] for i in mine])
+        batches = run.policy.microbatches([examples[i] for i in mine])
         counts = global_counts(batches, run.topology)
         result = run.policy.update(batches, supervised_loss, counts)
         row: dict[str, Any] = {"phase": "warm_start", "step": step}

@@ -5,16 +5,19 @@ the fewest tokens. Who is in which minibatch is decided before that, so it is th
 has nothing in a minibatch gets a filler: a response without a reward, which no denominator counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch.distributed as dist
 
 from gspo_megatron.backend.engine.policy import Policy
-from gspo_megatron.batch import PackedBatch, RolloutGroup, Score, TrainSequence
+from gspo_megatron.backend.parallel.objects import gather_objects
+from gspo_megatron.batch import RolloutGroup, Score, TrainSequence
 from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.data.sequences import minibatch_indices
 from gspo_megatron.errors import RolloutError
+from gspo_megatron.rollout.record_limits import wants_logprobs
 
 FILLER = 1 << 60  # uids from here on are fillers'
 
@@ -40,7 +43,7 @@ def share(groups: Sequence[RolloutGroup], policy: Policy, step: int) -> Shared:
         RolloutError: there is no group, every rank has the same ones, or one cannot be learned from. On every rank.
     """
     config, topology = policy.config, policy.topology
-    everyone = _all(list(groups))
+    everyone = gather_objects(list(groups))
     _check_ranks(everyone)
     every = [_numbered(group, place) for place, group in enumerate(group for part in everyone for group in part)]
     for place, group in enumerate(every):
@@ -52,7 +55,7 @@ def share(groups: Sequence[RolloutGroup], policy: Policy, step: int) -> Shared:
     replica = _replicas(every, topology.dp_size)
     mine = [place for place in range(len(every)) if replica[place] == topology.dp_rank]
     sizes = [len(group.completions) for group in every]
-    starts = [sum(sizes[:place]) for place in range(len(every))]
+    starts = list(accumulate(sizes, initial=0))
     numbers = [number for place in mine for number in range(starts[place], starts[place] + sizes[place])]
     here = {number: local for local, number in enumerate(numbers)}
     parts = [[here[number] for number in part if number in here] for part in minibatches]
@@ -65,13 +68,13 @@ def share(groups: Sequence[RolloutGroup], policy: Policy, step: int) -> Shared:
     return Shared([every[place] for place in mine], fillers, parts, {group.prompt.item.task for group in every})
 
 
-def log_probs(
-    policy: Policy,
-    packed: Callable[[list[TrainSequence]], list[PackedBatch]],
-    sequences: Sequence[tuple[list[int], list[int]]],
-) -> list[list[float]]:
+def log_probs(policy: Policy, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
     """Return log-probs of the responses that all ranks hand over. A collective over all ranks."""
-    every = [TrainSequence(prompt + answer, len(prompt)) for part in _all(list(sequences)) for prompt, answer in part]
+    every = [
+        TrainSequence(prompt + answer, len(prompt))
+        for part in gather_objects(list(sequences))
+        for prompt, answer in part
+    ]
     for place, sequence in enumerate(every):
         _check_tokens(sequence.token_ids, policy, f"sequences[{place}]")
     if not every:
@@ -79,7 +82,7 @@ def log_probs(
     topology = policy.topology
     # Every replica needs one; the first stands in where there are fewer.
     numbers = list(range(topology.dp_rank, len(every), topology.dp_size)) or [0]
-    batches = packed([every[number] for number in numbers])
+    batches = policy.microbatches([every[number] for number in numbers])
     found: dict[int, list[float]] = {}
     for batch, values in zip(batches, policy.log_probs(batches), strict=True):
         if values is None:
@@ -91,20 +94,8 @@ def log_probs(
             sequence = every[numbers[source]]
             first = bounds[place] + sequence.prompt_length
             found[numbers[source]] = values[first : first + sequence.response_length].tolist()
-    known = {number: values for part in _all_dicts(found) for number, values in part.items()}
+    known = {number: values for part in gather_objects(found) for number, values in part.items()}
     return [known[number] for number in range(len(every))]
-
-
-def _all(mine: list) -> list[list]:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def _all_dicts(mine: dict) -> list[dict]:
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _check_ranks(everyone: list[list[RolloutGroup]]) -> None:
@@ -135,8 +126,7 @@ def _check(group: RolloutGroup, place: int, config: ResolvedConfig) -> None:
             f"{where}: {len(group.completions)} responses and {len(group.scores)} scores, must be as many, and at "
             "least 1. Score each response; Score(None) leaves one out."
         )
-    needs = config.algorithm.old_logprobs == "rollout" or config.algorithm.mismatch.correction != "none"
-    if needs and any(completion.logprobs is None for completion in group.completions):
+    if wants_logprobs(config) and any(completion.logprobs is None for completion in group.completions):
         raise RolloutError(
             f"{where}: has no log-probs, and algorithm.old_logprobs {config.algorithm.old_logprobs} with "
             f"algorithm.mismatch.correction {config.algorithm.mismatch.correction} needs the sampling engine's. Hand "

@@ -4,7 +4,6 @@ import datetime
 import decimal
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from gspo_megatron.errors import ConfigError
-from gspo_megatron.recipe.load import REPOSITORY
 from gspo_megatron.tasks.data_files import LINE, Table, read_table
+from tests.processes import imported_by
 
 SETTING = "tasks.gsm8k.data"
 ROWS = [
@@ -191,9 +190,5 @@ def test_packages_that_are_not_there(tmp_path, monkeypatch, name, package):
 
 
 def test_reading_imports_nothing_heavy():
-    code = (
-        "import sys; from gspo_megatron.tasks import data_files\n"
-        "sys.exit(str({'torch', 'pyarrow', 'datasets', 'pandas', 'reasoning_gym'} & set(sys.modules) or '') or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    heavy = ("torch", "pyarrow", "datasets", "pandas", "reasoning_gym")
+    assert imported_by("from gspo_megatron.tasks import data_files", *heavy) == set()

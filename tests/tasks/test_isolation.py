@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import psutil
@@ -17,7 +15,7 @@ from gspo_megatron.tasks import isolation
 from gspo_megatron.tasks.isolation import ScorerError, ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
-from tools.validation.launching import ROOT, gone
+from tests.processes import is_gone_with_its_rank
 
 SPELL = {"name": "spell_backward", "seed": 1, "size": 10}
 SPIRAL = {"name": "spiral_matrix", "seed": 1, "size": 10}  # its scorer is eval()
@@ -132,12 +130,7 @@ process.score({SPELL!r}, "nus", {{"answer": "nus", "metadata": {{"word": "sun"}}
 print(process._child.pid, flush=True)
 process.score({SPIRAL!r}, "sum(range(10**13))", {ENTRY!r})
 """
-    rank = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(rank.stdout.readline())
-    time.sleep(0.3)
-    os.kill(rank.pid, signal.SIGKILL)
-    rank.wait()
-    assert gone([child], 5)
+    assert is_gone_with_its_rank(code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

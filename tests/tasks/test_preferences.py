@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +18,7 @@ from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.preferences import PreferencePair, load_pairs, read_pairs
 from gspo_megatron.tasks.reasoning_gym import is_correct
 from gspo_megatron.tasks.splits import split_of
+from tests.processes import imported_by
 
 GOOD = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
 SETTING = "algorithm.preference.path"
@@ -161,12 +160,8 @@ def test_warnings_about_what_dpo_does_not_use(tmp_path):
 
 
 def test_reading_imports_neither_torch_nor_megatron():
-    code = (
-        "import sys; from gspo_megatron.tasks import preferences\n"
-        "sys.exit(str({'torch', 'megatron', 'transformers', 'reasoning_gym'} & set(sys.modules) or '') or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    heavy = ("torch", "megatron", "transformers", "reasoning_gym")
+    assert imported_by("from gspo_megatron.tasks import preferences", *heavy) == set()
 
 
 def make_preferences() -> ModuleType:

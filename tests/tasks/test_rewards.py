@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
 import time
 
@@ -16,7 +14,8 @@ from gspo_megatron.config import FaultsConfig, RewardConfig, TaskConfig
 from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks import reward_calls, reward_worker
 from gspo_megatron.tasks.rewards import RewardRunner
-from tools.validation.launching import ROOT, gone
+from tests.processes import imported_by, is_gone_with_its_rank
+from tools.validation.launching import gone
 
 MINE = '''
 import asyncio, mmap, multiprocessing, os, socket, subprocess, sys, time
@@ -449,13 +448,7 @@ def test_the_process_does_not_outlive_its_rank(mine):
     print(process._child.pid, flush=True)
     time.sleep(1000)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    rank = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(rank.stdout.readline())
-    time.sleep(0.3)
-    os.kill(rank.pid, signal.SIGKILL)
-    rank.wait()
-    assert gone([child], 5)
+    assert is_gone_with_its_rank(textwrap.dedent(code))
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
@@ -469,6 +462,4 @@ def test_a_schedulers_signal_costs_no_reward(run, number):
 
 
 def test_the_process_imports_neither_torch_nor_megatron():
-    code = f"import sys, {reward_worker.PROGRAM} as _; print({{'torch', 'megatron', 'numpy'}} & set(sys.modules))"
-    command = [sys.executable, "-c", code]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+    assert imported_by(f"import {reward_worker.PROGRAM}", "torch", "megatron", "numpy") == set()

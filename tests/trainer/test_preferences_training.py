@@ -96,7 +96,7 @@ def packed(run: runs.Run) -> dict:
         for p in range(16)
     ]
     mine = share_of(pairs, run.topology.dp_rank, run.topology.dp_size)
-    batches = run.microbatches(dpo.flat(mine), unit=2)
+    batches = run.policy.microbatches(dpo.flat(mine), unit=2)
     starts = [batch.cu_seqlens[: batch.num_sequences].tolist() for batch in batches]
     named = [[tuple(b.tokens[i + 1 : i + 3].tolist()) for i in s] for b, s in zip(batches, starts, strict=True)]
     return {"dp_rank": run.topology.dp_rank, "named": named}

@@ -34,6 +34,7 @@ from gspo_megatron.backend.checkpoint.optimizer_state import ParameterState
 from gspo_megatron.backend.engine.network import Network
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.parallel.collective_errors import raise_together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.process import progress
 
@@ -156,9 +157,7 @@ class Saver:
             raise_together(_cannot_write(job.folder, job.error) if job.error else None)
         for finalize in job.request.finalize_fns:
             _finalized(job.folder, finalize)
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, job.digests)
-        known = {name: digest for part in everyone for name, digest in part.items()}
+        known = {name: digest for part in gather_objects(job.digests) for name, digest in part.items()}
         with _removed_if_it_fails(files.unfinished(job.folder)):
             _on_main(lambda: files.make_visible(job.folder, known))
         return job.folder
@@ -263,9 +262,7 @@ def _cannot_write(folder: Path, error: Exception) -> CheckpointError:
 
 def _any(flag: bool) -> bool:
     """Ask whether the flag is up on any rank. A collective."""
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, flag)
-    return any(everyone)
+    return any(gather_objects(flag))
 
 
 def _device(networks: Mapping[str, Network]) -> torch.device:

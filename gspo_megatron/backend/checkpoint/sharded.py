@@ -84,11 +84,6 @@ def read_progress(folder: Path, part: str = "progress") -> dict:
     return found
 
 
-def of_another_kind(folder: Path) -> CheckpointError:
-    """Return the error of a checkpoint that something else wrote."""
-    return CheckpointError(f"{folder}: is no checkpoint of a GspoTrainer. Give a folder that its save() wrote.")
-
-
 def _incomplete(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: no complete checkpoint. Give a folder named step_NNNNNN of a run.")
 

@@ -29,6 +29,7 @@ from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.model.builder import PackedModel
 from gspo_megatron.backend.model.parameters import FullParameter
 from gspo_megatron.backend.parallel.collective_errors import together
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.utils.file_writing import reported
@@ -163,8 +164,7 @@ class _StreamedSave(strategies.TorchDistSaveShardedStrategy):
         plans, metadata = planner.create_global_plan([planner.create_local_plan()])
         with together(), reported(Path(checkpoint_dir)):
             results = self._write(plans[0].items, planner, Path(checkpoint_dir))
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, results)
+        everyone = gather_objects(results)
         with together(), reported(Path(checkpoint_dir)):
             if dist.get_rank() == 0:
                 writer = FileSystemWriter(checkpoint_dir, thread_count=1)

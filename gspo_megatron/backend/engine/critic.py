@@ -175,6 +175,11 @@ class Critic:
         return ValueStatistics(1.0, *self.network.from_last_stage(message, size).tolist())
 
 
+def networks(policy: Policy, critic: Critic | None) -> dict[str, Network]:
+    """Return what learns, by the prefix of its tensors' names in a checkpoint."""
+    return {"": policy.network} | ({"critic.": critic.network} if critic else {})
+
+
 def _sums(
     loss: torch.Tensor, clipped: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:

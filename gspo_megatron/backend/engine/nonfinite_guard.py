@@ -6,8 +6,8 @@ Every rank comes to the same decision without asking, because each knows the gra
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.batch import PackedBatch
 from gspo_megatron.data.validate import first_not_finite
@@ -50,9 +50,7 @@ def describe_nonfinite(
         where = first_not_finite(batches[number], values)
         if where and mine is None:
             mine = f"rank {runtime.rank}, microbatch {number} of {len(batches)}: {where}"
-    found: list[str | None] = [None] * runtime.world_size
-    dist.all_gather_object(found, mine)
-    return next(filter(None, found), None) or (
+    return next(filter(None, gather_objects(mine)), None) or (
         f"the gradient's norm is {grad_norm} at learning rate {rate:g}, though every log-prob and advantage is "
         "finite. The weights are as before this step. Lower optimizer.lr (warm_start.lr in the warm start), or "
         "look at loss and ratio/* in the run's metrics.jsonl."

@@ -10,6 +10,7 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from gspo_megatron.algorithms.interface import GlobalCounts, Loss, LossOutputs
+from gspo_megatron.backend.engine import microbatches as packing
 from gspo_megatron.backend.engine import optimizer as optimizers
 from gspo_megatron.backend.engine.logprob_head import LogProbHead
 from gspo_megatron.backend.engine.network import BeforeForward, Microbatch, Network, nothing
@@ -22,7 +23,7 @@ from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel.pipeline_broadcast import PendingStats, publish_results
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.batch import PackedBatch, UpdateResult
+from gspo_megatron.batch import PackedBatch, TrainSequence, UpdateResult
 from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
 
@@ -69,6 +70,15 @@ class Policy:
         else:
             steps = config.steps * config.algorithm.num_minibatches
             network.schedule = optimizers.rl_schedule(network.optimizer, config.optimizer, steps)
+
+    def microbatches(self, sequences: Sequence[TrainSequence], unit: int = 1) -> list[PackedBatch]:
+        """Pack this replica's share of one optimizer step within the recipe's limit. A collective over data
+        parallelism.
+
+        Args:
+            unit: so many neighbours stay in one microbatch (2 for pairs).
+        """
+        return packing.microbatches(sequences, self.config.max_tokens_per_microbatch, self.topology, self.device, unit)
 
     def fill_old_log_probs(self, batches: Sequence[PackedBatch]) -> None:
         """Set old_logprobs [T] fp32 of every batch, by this engine's own forward. Only the last stage has them.

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from gspo_megatron.backend.layers import parameter_marks
 from gspo_megatron.backend.layers.norms import AllHeadsRMSNorm
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 
 # Cut dimension by Megatron's module name, the same in the local and the Transformer Engine spec.
@@ -218,8 +218,7 @@ def gather_full(
     for chunk in chunks:
         for p in named(chunk, topology):
             mine[p.name] = (p.cut_rank, p.cut_dim, p.cuts, p.shares, value(p.local).detach().cpu().clone())
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine)
     full = {}
     for name in sorted({n for pieces in everyone for n in pieces}):
         found = {pieces[name][0]: pieces[name] for pieces in everyone if name in pieces}

@@ -6,14 +6,13 @@ from contextlib import contextmanager, suppress
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.errors import GspoError, LostRankError
 
 
 def raise_together(error: GspoError | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise the error of the lowest rank that has one, on every rank of `group` (None: all). A collective."""
-    found: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, error, group=group)
-    first = next((other for other in found if other is not None), None)
+    first = next((other for other in gather_objects(error, group) if other is not None), None)
     if first is not None:
         raise first
 

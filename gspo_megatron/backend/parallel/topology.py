@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import TIMEOUT
 from gspo_megatron.config import Layout
 
@@ -177,8 +178,6 @@ def _group_like(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Another communicator over the same ranks: on NCCL, traffic against the pipeline's direction must not queue
     behind it. Every rank must call new_group for every group, in one order."""
     mine = dist.get_process_group_ranks(group)
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    order = sorted({tuple(ranks) for ranks in everyone})
+    order = sorted({tuple(ranks) for ranks in gather_objects(mine)})
     created = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in order}
     return created[tuple(mine)]

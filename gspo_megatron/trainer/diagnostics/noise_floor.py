@@ -20,6 +20,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model.shape import ModelShape
 from gspo_megatron.backend.parallel import runtime as runtimes
 from gspo_megatron.backend.parallel import topology as topologies
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.batch import PackedBatch, Score, TrainSequence
 from gspo_megatron.config import AlgorithmConfig, Layout, ResolvedConfig, RoutingConfig, TrainConfig
@@ -120,8 +121,7 @@ def _of_all_replicas(groups: list, policy: Policy) -> list[TrainSequence]:
     """Gather what all replicas sampled. It is small: token ids and log-probs of some hundred responses."""
     for group in groups:
         group.scores = [Score(0.0)] * len(group.completions)
-    everyone: list = [None] * policy.topology.replicas
-    dist.all_gather_object(everyone, train_sequences(groups), group=policy.topology.dp_cp_group)
+    everyone = gather_objects(train_sequences(groups), policy.topology.dp_cp_group)
     return [sequence for mine in everyone for sequence in mine]
 
 

@@ -21,6 +21,7 @@ from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import runtime, topology
+from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.batch import UpdateResult
 from gspo_megatron.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig
 from tools.validation.parity import fixture
@@ -160,8 +161,7 @@ def _errors(policy: Policy, result: UpdateResult, truth: Truth, numbers: list[in
         "grad_norm": abs(result.grad_norm - norm) / norm,
         "counts": int((counts != truth.counts[numbers]).any(1).sum()),
     }
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine)
     # Not max(): of a number and a nan it gives either.
     largest = {name: torch.tensor([float(rank[name]) for rank in everyone]).double().max().item() for name in mine}
     return Errors(
@@ -187,8 +187,7 @@ def gradient_error(policy: Policy, truth: dict[str, torch.Tensor]) -> tuple[floa
             difference = cast(Any, p.local).main_grad.cpu().double() - p.slice_of(truth[p.name])
             piece = (p.name, p.cut_rank if p.cuts > 1 else 0)
             mine[piece] = max(float(difference.square().sum()), mine.get(piece, (0.0, 0))[0]), p.cuts
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine)
     pieces: dict[tuple[str, int], float] = {}
     cuts: dict[str, int] = {}
     for rank in everyone:
