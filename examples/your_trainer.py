@@ -30,16 +30,17 @@ def sampled(generator, tokenizer, prompt: str) -> RolloutGroup:
 
 def main(folder: str, steps: int = 3) -> None:
     trainer = GspoTrainer(RECIPE, model=folder)
-    is_first, generator, tokenizer = dist.get_rank() == 0, None, AutoTokenizer.from_pretrained(folder)
+    is_first, tokenizer = dist.get_rank() == 0, AutoTokenizer.from_pretrained(folder)
     if is_first:
         generator = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        sampling_weights = generator.state_dict()
         torch.manual_seed(1)
     for _ in range(steps):
         groups = [sampled(generator, tokenizer, prompt) for prompt in PROMPTS] if is_first else []
         metrics = trainer.step(groups)
         for name, tensor in trainer.weights(is_stacked=True):  # every rank takes part
-            if generator is not None:
-                generator.state_dict()[name].copy_(tensor)
+            if is_first:
+                sampling_weights[name].copy_(tensor)
         if is_first:
             print(f"version {trainer.version}: reward {metrics['reward/mean']:.3f}, loss {metrics['loss']:.2e}")
     trainer.close()

@@ -190,16 +190,20 @@ def _run_file(path: str) -> types.ModuleType:
 
 
 def _is_async(function: Any) -> bool:
+    function = _whole(function)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def _whole(function: Any) -> Any:
+    """The function of which a functools.partial is one."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return function
 
 
 def _file(function: Any) -> str | None:
     """The file that a function is written in."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
+    function = inspect.unwrap(_whole(function))
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return None if code is None else code.co_filename
 
