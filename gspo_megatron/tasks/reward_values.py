@@ -7,12 +7,14 @@ import contextlib
 import importlib
 import math
 import os
+import sysconfig
 import traceback
 from typing import Any
 
 FURTHER = 64  # numbers beside the score that are kept of one dict
 LONGEST = 500  # characters of a message, and of a key
 NOT_USERS = (os.path.dirname(__file__) + os.sep, importlib.__file__, "<frozen ")  # files in which no user's line is
+INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 # Responses that take too long or end the process, for each that is asked at a time, until the rest is not tried.
 IN_A_ROW, IN_ALL = 3, 16
 
@@ -72,7 +74,10 @@ def untried(reason: str, count: int) -> str:
 
 
 def one_line(error: BaseException, file: str | None = None) -> str:
-    """Show an exception with the innermost line of `file`, or of all files where none of its lines is in there."""
+    """Show an exception with the innermost line of `file`, or else of all files that no package installed.
+
+    A package may stand between an error and the line that made it: W&B has a sys.exit of its own.
+    """
     try:
         text = " ".join(str(error).split())
     except Exception:  # an exception of the user's
@@ -80,7 +85,8 @@ def one_line(error: BaseException, file: str | None = None) -> str:
     frames = traceback.walk_tb(error.__traceback__)
     places: list[tuple[str, int | None]] = [(frame.f_code.co_filename, line) for frame, line in frames]
     places = [place for place in places if not place[0].startswith(NOT_USERS)]
-    places = [place for place in places if place[0] == file] or places
+    own = [place for place in places if not place[0].startswith(INSTALLED)]
+    places = [place for place in places if place[0] == file] or own or places
     if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ""):  # the file itself, not what it reads
         text, places = error.msg, [(str(error.filename), error.lineno)]
     at = f" ({os.path.basename(places[-1][0])}, line {places[-1][1]})" if places else ""

@@ -99,6 +99,7 @@ def test_a_file_is_loaded_once_and_finds_its_neighbours(tmp_path, monkeypatch):
         ("import no_such_thing", "f", r"ModuleNotFoundError: No module named 'no_such_thing' \(r\d+.py, line 1\)"),
         ("\ndef f(:\n  pass", "f", r"SyntaxError: .* \(r\d+.py, line 2\)"),
         ("import sys\nsys.exit(2)", "f", r"it cannot be imported: SystemExit: 2 \(r\d+.py, line 2\). Correct it."),
+        ("import json\njson.loads('')", "f", r"JSONDecodeError: .* \(r\d+.py, line 2\). Correct it."),
         ("def exact_number(completions): pass", "exact_numbr", "has no exact_numbr. Did you mean exact_number?"),
         ("x = 1", "f", "has no f. It has no function."),
         ("f = 1", "f", "f is a value of type int, not a function"),
