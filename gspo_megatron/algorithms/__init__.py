@@ -28,11 +28,11 @@ LOSSES = {
 }
 
 
-def policy_loss(config: AlgorithmConfig, max_response_length: int = 1) -> Loss:
+def policy_loss(config: AlgorithmConfig, max_response_length: int | None = None) -> Loss:
     """Return the recipe's loss with its options filled in.
 
     Args:
-        max_response_length: the constant of aggregation constant_length (Dr. GRPO's L).
+        max_response_length: the constant of aggregation constant_length (Dr. GRPO's L), which cannot do without.
     """
     config = config.resolved()
     dual = math.inf if config.clip_ratio_dual is None else config.clip_ratio_dual

@@ -15,6 +15,7 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 def dapo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """Compute -J of this microbatch; advantages [S]. `options.aggregation` is token_mean."""
+    inputs.check()
     return token_surrogate(inputs, options)
 
 

@@ -11,7 +11,8 @@ Left out: label smoothing, and a length-normalised h.
 import torch
 import torch.nn.functional as F
 
-from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs, given
+from gspo_megatron.algorithms.checks import entry, given
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.surrogate import LARGEST
 from gspo_megatron.batch import SequenceTable
 from gspo_megatron.ops.sequence_ratio import sequence_partials
@@ -29,14 +30,38 @@ def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
 
     Args:
         inputs: ref_logprobs [T]; advantages and old_logprobs are not used; counts.num_sequences is 2P.
+
+    Raises:
+        ValueError: sequences do not come in pairs, or one of them has no trained token.
     """
+    inputs.check()
+    _check_pairs(inputs)
     reference = given(inputs.ref_logprobs, "ref_logprobs")
     ours = inputs.sum_by_sequence(inputs.logprobs.double() - reference.double())  # [S]
     partials = sequence_partials(inputs.logprobs, reference, inputs.loss_mask, inputs.bounds, inputs.entropy)
     table = inputs.reduce(partials, maximum=LARGEST)
     whole = ours + (table[:, 1] - ours).detach()  # every rank's sum, this rank's gradient
     chosen, rejected = whole.view(-1, 2).unbind(1)
-    pairs = max(inputs.counts.num_sequences // 2, 1)
-    loss = PREFERENCE_LOSSES[options.preference_loss](chosen - rejected, options.beta).sum() / pairs
+    pairs = inputs.counts.num_sequences // 2
+    compare = entry(PREFERENCE_LOSSES, options.preference_loss, "preference_loss")
+    loss = compare(chosen - rejected, options.beta).sum() / pairs
     rest = table.new_zeros(inputs.num_sequences, len(SequenceTable.COLUMNS) - table.size(1))
     return LossOutputs(loss, SequenceTable(torch.cat([table, rest], dim=1)), loss.detach())
+
+
+def _check_pairs(inputs: LossInputs) -> None:
+    _check_even("num_sequences", inputs.num_sequences)
+    empty = (inputs.token_lengths == 0).nonzero()
+    if empty.numel():
+        raise ValueError(
+            f"loss_mask: sequence {int(empty[0])} has no trained token, and a pair needs both responses. Leave it out."
+        )
+    _check_even("counts.num_sequences", inputs.counts.num_sequences)
+
+
+def _check_even(name: str, number: int) -> None:
+    if number % 2:
+        raise ValueError(
+            f"{name} = {number}: must be even, since sequences 2p and 2p + 1 are the chosen and the rejected response "
+            "of pair p. Give both, one after the other."
+        )

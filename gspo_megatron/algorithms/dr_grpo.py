@@ -13,4 +13,5 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 def dr_grpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """Compute -J of this microbatch; advantages [S]. `options.aggregation` is constant_length."""
+    inputs.check()
     return token_surrogate(inputs, options)

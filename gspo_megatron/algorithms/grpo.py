@@ -12,4 +12,5 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 def grpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """Compute -J of this microbatch; advantages [S]. `options.aggregation` is sequence_mean: sequences count alike."""
+    inputs.check()
     return token_surrogate(inputs, options)

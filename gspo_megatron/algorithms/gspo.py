@@ -16,6 +16,7 @@ def gspo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
         inputs: advantages [S].
         options: the paper's clip range is 3e-4 and 4e-4, its aggregation sequence_mean.
     """
+    inputs.check()
     return sequence_surrogate(corrected(inputs, options), options)
 
 
@@ -35,8 +36,7 @@ def sequence_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     extra, regularizer = regularizers(inputs, options, weights)
     sums = inputs.reduce(torch.cat([partials, extra], dim=1), maximum=LARGEST)
     partials, extra = sums[:, :-2], sums[:, -2:]
-    # A sequence without a trained token is no sequence of the mean; a step without any must not divide by 0.
-    number = max(inputs.counts.num_sequences, 1)
+    number = inputs.counts.num_sequences  # a sequence without a trained token is no sequence of the mean
     advantages, partials = _weighed(inputs, options, weights * number * lengths, partials)
     loss, _, clipped = gspo_surrogate(
         inputs.logprobs,
@@ -60,11 +60,11 @@ def _weighed(
     """Advantages, and the sums that are made of them, times w_i N |y_i| [S]: what an aggregation other than the
     sequence mean gives a sequence beside it."""
     if options.aggregation == "sequence_mean":
-        return inputs.advantages, partials
+        return inputs.given_advantages, partials
     if not inputs.has_token_advantages:
-        return inputs.advantages.double() * factor, partials
+        return inputs.given_advantages.double() * factor, partials
     counts, signed, numbers = partials.split([len(COLUMNS), 2, 2], dim=1)
     return (
-        inputs.advantages.double() * inputs.by_token(factor),
+        inputs.given_advantages.double() * inputs.by_token(factor),
         torch.cat([counts, signed * factor.unsqueeze(1), numbers], dim=1),
     )

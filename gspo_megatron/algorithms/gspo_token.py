@@ -18,4 +18,5 @@ def gspo_token_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
         inputs: advantages [S], or [T] with one a token ([S] where S = T).
         options: the paper's clip range is 3e-4 and 4e-4.
     """
+    inputs.check()
     return sequence_surrogate(corrected(inputs, options), options)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from gspo_megatron.algorithms.interface import LossInputs, LossOptions, given
+from gspo_megatron.algorithms.checks import entry, given
+from gspo_megatron.algorithms.interface import LossInputs, LossOptions
 
 
 def _truncated(weight: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -36,11 +37,11 @@ CORRECTIONS: dict[str, tuple[bool, Bound] | None] = {  # name -> (by token, weig
 
 def corrected(inputs: LossInputs, options: LossOptions) -> LossInputs:
     """Multiply the advantages of `inputs` by the weights; [T] instead of [S] where the weights differ by token."""
-    correction = CORRECTIONS[options.mismatch]
+    correction = entry(CORRECTIONS, options.mismatch, "mismatch")
     if correction is None:
         return inputs
     by_token, bound = correction
-    rollout = given(inputs.rollout_logprobs, "rollout_logprobs")
+    rollout = given(inputs.rollout_logprobs, "rollout_logprobs", ", or mismatch none")
     difference = inputs.old_logprobs.double() - rollout.double()  # [T]
     if by_token:
         difference = torch.where(inputs.loss_mask > 0, difference, 0.0)
@@ -51,5 +52,5 @@ def corrected(inputs: LossInputs, options: LossOptions) -> LossInputs:
         )
         weight = bound(mean.exp(), options.mismatch_threshold)  # [S]
         weight = inputs.by_token(weight) if inputs.has_token_advantages else weight
-        advantages = inputs.advantages.double() * weight
+        advantages = inputs.given_advantages.double() * weight
     return dataclasses.replace(inputs, advantages=advantages)

@@ -15,6 +15,7 @@ from gspo_megatron.algorithms.surrogate import token_surrogate
 
 def ppo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """Compute -J of this microbatch; advantages [T]. `options.aggregation` is token_mean."""
+    inputs.check()
     return token_surrogate(inputs, options)
 
 
@@ -30,7 +31,7 @@ def value_loss(
 
     Args:
         values: [T] fp32 or fp64, differentiable. old_values, returns: [T], at collection.
-        loss_mask: [T]. clip: c > 0; infinity: none. num_tokens: M of the whole step.
+        loss_mask: [T]. clip: c > 0; infinity: none. num_tokens: M of the whole step, 1 or more.
 
     Returns:
         (loss [] fp64, differentiable; clipped [] fp64, tokens whose gradient the bound took).
@@ -39,5 +40,5 @@ def value_loss(
     bounded = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     free, held = (values - returns).square(), (bounded - returns).square()
     trained = loss_mask > 0
-    loss = torch.where(trained, torch.maximum(free, held), 0.0).sum() / (2 * max(num_tokens, 1))
+    loss = torch.where(trained, torch.maximum(free, held), 0.0).sum() / (2 * num_tokens)
     return loss, (trained & (held > free)).double().sum()

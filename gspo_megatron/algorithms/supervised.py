@@ -10,8 +10,9 @@ from gspo_megatron.ops.sequence_ratio import sequence_partials
 
 def supervised_loss(inputs: LossInputs) -> LossOutputs:
     """Compute -(1/N) sum_t m_t logp_t, N the step's trained tokens; old log-probs and advantages are not used."""
+    inputs.check()
     sums = inputs.sum_by_sequence(inputs.logprobs)
-    number = max(inputs.counts.num_tokens, 1)
+    number = inputs.counts.num_tokens
     # The log-ratio columns are 0: there is no old policy.
     partials = sequence_partials(inputs.logprobs, inputs.logprobs, inputs.loss_mask, inputs.bounds, inputs.entropy)
     table = inputs.reduce(torch.cat([partials, sums.detach().unsqueeze(1)], dim=1), maximum=LARGEST)

@@ -8,6 +8,7 @@ Clipping is in ops/token_surrogate.py. Left out: the sequence ratio (gspo.py, op
 
 import torch
 
+from gspo_megatron.algorithms.checks import entry, given
 from gspo_megatron.algorithms.interface import LossInputs, LossOptions, LossOutputs
 from gspo_megatron.algorithms.mismatch import corrected
 from gspo_megatron.batch import SequenceTable
@@ -36,8 +37,12 @@ KL_ESTIMATORS = {
 def token_weights(inputs: LossInputs, options: LossOptions, lengths: torch.Tensor) -> torch.Tensor:
     """Compute w_i [S] fp64 of the chosen aggregation, from |y_i| [S] fp64 over all context-parallel ranks."""
     counts = inputs.counts
-    weigh = TOKEN_WEIGHTS[options.aggregation]
-    return weigh(lengths, max(counts.num_sequences, 1), max(counts.num_tokens, 1), options.constant_length)
+    weigh = entry(TOKEN_WEIGHTS, options.aggregation, "aggregation")
+    if options.aggregation == "constant_length" and options.constant_length is None:
+        raise ValueError(
+            "constant_length = None: aggregation constant_length divides by it. Give the longest response."
+        )
+    return weigh(lengths, counts.num_sequences, counts.num_tokens, options.constant_length)
 
 
 def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
@@ -53,7 +58,7 @@ def token_surrogate(inputs: LossInputs, options: LossOptions) -> LossOutputs:
         inputs.loss_mask,
         inputs.bounds,
         inputs.entropy,
-        inputs.advantages,
+        inputs.given_advantages,
         clip.low,
         clip.high,
         clip.dual,
@@ -78,13 +83,15 @@ def regularizers(inputs: LossInputs, options: LossOptions, weights: torch.Tensor
     """
     zero = inputs.logprobs.new_zeros(inputs.num_sequences, dtype=torch.float64)
     kl, loss = zero, zero.sum()
-    if inputs.ref_logprobs is not None:
-        delta = torch.where(inputs.loss_mask > 0, inputs.logprobs.double() - inputs.ref_logprobs.double(), 0.0)
-        kl = inputs.sum_by_sequence(KL_ESTIMATORS[options.kl_estimator](delta))
+    if options.kl_coef or inputs.ref_logprobs is not None:
+        reference = given(inputs.ref_logprobs, "ref_logprobs", ", or kl_coef 0 (kl.coef of AlgorithmConfig)").double()
+        delta = torch.where(inputs.loss_mask > 0, inputs.logprobs.double() - reference, 0.0)
+        kl = inputs.sum_by_sequence(entry(KL_ESTIMATORS, options.kl_estimator, "kl_estimator")(delta))
         if options.kl_coef:
             loss = loss + options.kl_coef * (weights * kl).sum()
     if options.entropy_coef:
-        loss = loss - options.entropy_coef * (weights * inputs.sum_by_sequence(inputs.entropy)).sum()
+        entropy = given(inputs.entropy, "entropy", ", or entropy_coef 0")
+        loss = loss - options.entropy_coef * (weights * inputs.sum_by_sequence(entropy)).sum()
     mismatch = zero
     if inputs.rollout_logprobs is not None:
         mismatch = inputs.sum_by_sequence(inputs.old_logprobs.double() - inputs.rollout_logprobs.double())

@@ -45,7 +45,8 @@ def with_ratio(ratio: float, advantage: float) -> Response:
 
 
 def count(responses: Sequence[Response]) -> GlobalCounts:
-    return GlobalCounts(sum(r.length > 0 for r in responses), sum(r.length for r in responses))
+    """Of a whole step; where nothing is trained 1 of each, as the trainer counts."""
+    return GlobalCounts(max(1, sum(r.length > 0 for r in responses)), max(1, sum(r.length for r in responses)))
 
 
 def pack(

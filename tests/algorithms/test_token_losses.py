@@ -63,6 +63,7 @@ def test_each_aggregation_by_hand(name, aggregation, weights):
 )
 def test_defaults_are_the_papers(name, expected):
     inputs = pack([FIRST, SECOND])
+    inputs = dataclasses.replace(inputs, ref_logprobs=inputs.logprobs.detach())  # at the reference the KL term is 0
     out = policy_loss(AlgorithmConfig(name=name), max_response_length=8)(inputs)
     assert out.value.item() == pytest.approx(expected, abs=1e-14)
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from gspo_megatron.algorithms.interface import GlobalCounts, given
+from gspo_megatron.algorithms.checks import given
+from gspo_megatron.algorithms.interface import GlobalCounts
 from gspo_megatron.algorithms.ppo import value_loss
 from gspo_megatron.backend.engine import optimizer as optimizers
 from gspo_megatron.backend.engine.network import Microbatch, Network

@@ -58,7 +58,11 @@ def microbatches(
 
 
 def global_counts(batches: Sequence[PackedBatch], topology: Topology) -> GlobalCounts:
-    """Count the sequences and tokens of one optimizer step, over all data-parallel ranks. A collective."""
+    """Count the sequences and tokens of one optimizer step, over all data-parallel ranks. A collective.
+
+    A step without a trained token (all its responses were cut, and are masked) counts as one: its sums are 0, whatever
+    divides them.
+    """
     sequences = tokens = 0
     for batch in batches:
         trained = torch.cumsum(batch.loss_mask > 0, 0)
@@ -68,4 +72,4 @@ def global_counts(batches: Sequence[PackedBatch], topology: Topology) -> GlobalC
         tokens += int(per_sequence.sum())
     counts = torch.tensor([sequences, tokens], dtype=torch.float64, device=batches[0].tokens.device)
     dist.all_reduce(counts, group=topology.dp_group)
-    return GlobalCounts(int(counts[0]), int(counts[1]))
+    return GlobalCounts(max(int(counts[0]), 1), max(int(counts[1]), 1))

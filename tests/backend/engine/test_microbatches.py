@@ -1,10 +1,13 @@
 """Virtual stages with fewer sequences than microbatches: padding fills the schedule, and counts nowhere."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from gspo_megatron.algorithms import policy_loss
+from gspo_megatron.algorithms.interface import GlobalCounts
 from gspo_megatron.backend.engine.microbatches import global_counts, microbatches
 from gspo_megatron.batch import TrainSequence
 from gspo_megatron.config import AlgorithmConfig, Layout, RoutingConfig
@@ -63,8 +66,19 @@ def step(layout: Layout, number: int) -> dict:
     }
 
 
+def masked_step(layout: Layout) -> tuple:
+    """(counts, loss, gradient norm, whether weights changed) where no token is trained: all responses were cut."""
+    policy, _ = small_critic(layout)
+    cut = [dataclasses.replace(sequence, loss_mask=[0] * 40) for sequence in sequences(THREE)]
+    batches = microbatches(cut, FITS, policy.topology, policy.device)
+    counts = global_counts(batches, policy.topology)
+    result = policy.update(batches, policy_loss(AlgorithmConfig(name="dapo")), counts)
+    return counts, result.stats.loss, result.grad_norm, result.stepped
+
+
 def one_rank(rank: int, world_size: int) -> dict:
-    return {number: in_layouts(rank, world_size, {"x": SINGLE}, step, number)["x"] for number in (THREE, SIX)}
+    steps = {number: in_layouts(rank, world_size, {"x": SINGLE}, step, number)["x"] for number in (THREE, SIX)}
+    return steps | {"masked": in_layouts(rank, world_size, {"x": SINGLE}, masked_step)["x"]}
 
 
 def four_ranks(rank: int, world_size: int) -> dict:
@@ -83,6 +97,11 @@ def single() -> dict:
 @pytest.fixture(scope="module")
 def ranks() -> list[dict]:
     return spawn(four_ranks, 4, timeout=280)
+
+
+def test_a_step_without_a_trained_token_is_zero_and_changes_nothing(single):
+    """Its denominators are 1, since a loss refuses 0."""
+    assert single["masked"] == (GlobalCounts(1, 1), 0.0, 0.0, False)
 
 
 @pytest.mark.parametrize(("name", "number"), [("PP2xVP2xDP2", SIX), ("CP2xPP2xVP2-EP2", THREE)])
