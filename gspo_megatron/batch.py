@@ -39,6 +39,17 @@ class TaskItem:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """An outcome is what came of an episode in an environment."""
+
+    turns: int  # responses of the model
+    messages: tuple[Message, ...]  # all behind the prompt, the model's and the environment's
+    reward: float | None = None  # get_reward(), or the sum of the turns' rewards; None: the environment gives none
+    turn_rewards: tuple[float, ...] = ()  # one a turn, where step() gives them
+    error: str | None = None  # what went wrong
+
+
+@dataclass(frozen=True)
 class Response:
     """A response is what a model wrote to an item, as a scorer gets it."""
 
@@ -46,6 +57,7 @@ class Response:
     text: str
     token_ids: list[int]
     where: str = ""  # for messages: which response to which prompt
+    outcome: Outcome | None = None  # of an episode
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Completion:
     truncated: bool  # cut at max_response_length: neither a stop token nor a stop string ended it
     routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
     loss_mask: list[int] | None = None  # 0 or 1 a token: what others wrote (a tool) is 0; None: all are trained
+    outcome: Outcome | None = None  # of an episode
 
     @property
     def finish_reason(self) -> FinishReason:

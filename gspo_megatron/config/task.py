@@ -13,7 +13,10 @@ from gspo_megatron.errors import ConfigError
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 BUILT_IN = ("math_verify",)  # rewards that are named without a file
 # Of tasks with `data` alone.
-OF_DATA = ("eval_data", "prompt_key", "answer", "bad_rows", "overlong", "reward", "on_error", "isolate", "concurrency")
+OF_DATA = (
+    "eval_data", "prompt_key", "answer", "bad_rows", "overlong", "reward", "environment", "max_turns",
+    "rewritten_history", "on_error", "isolate", "concurrency",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class TaskConfig:
     """What rewards the responses: "file.py:function", or a list of {function: ..., weight: ...}. TRL's
     `f(prompts, completions, **columns)` and verl's `compute_score(data_source, solution_str, ground_truth)` are
     known by their parameters (docs/your_data.md)."""
+    environment: str | None = None
+    """"file.py:Class" or "module:Class": what answers the model, turn by turn, and may reward it. The class has
+    `reset(**columns)`, and `step(text) -> (observation, done)` or public methods that are tools
+    (docs/environments.md)."""
+    max_turns: int = 8
+    """Responses of the model in one episode, at most; rollout.max_response_length holds for all of it together."""
+    rewritten_history: Literal["error", "keep"] = "error"
+    """Where the chat template writes an earlier turn otherwise than the model did (Qwen3 drops its thinking): error
+    refuses the template; keep goes on from the tokens as they are, so the model sees what it will not see where the
+    template is used."""
     on_error: float | Literal["drop"] = 0.0
     """The reward where a function raised, gave no number or took longer than faults.reward_timeout; drop: the response
     is not trained on, and its group is compared without it."""
@@ -101,8 +114,8 @@ class TaskConfig:
     """Responses that an async reward function is called for at the same time, on each rank that scores."""
 
     def __post_init__(self) -> None:
-        positive("tasks.*", self, "weight", "concurrency")
-        at_most("tasks.*", self, concurrency=10_000)
+        positive("tasks.*", self, "weight", "concurrency", "max_turns")
+        at_most("tasks.*", self, concurrency=10_000, max_turns=10_000)
         self._check_pattern()
         if self.data is None:
             self._check_generated()
@@ -115,12 +128,13 @@ class TaskConfig:
             "Remove it.",
         )
         require(
-            len(self.reward) > 0,
+            len(self.reward) > 0 or self.environment is not None,
             "tasks.*.reward",
             None,
             "responses to data of your own need one",
-            "Give my_rewards.py:my_function, or math_verify.",
+            "Give my_rewards.py:my_function, math_verify, or an environment that rewards.",
         )
+        _check_environment(self.environment)
         names = [one.name for one in self.reward]
         require(
             len(set(names)) == len(names),
@@ -160,3 +174,14 @@ class TaskConfig:
         require(
             groups <= 1, "tasks.*.answer_pattern", pattern, "must have at most one group, the answer", "Write (?:...)."
         )
+
+
+def _check_environment(target: str | None) -> None:
+    file, colon, name = (target or "file.py:Class").rpartition(":")
+    require(
+        bool(colon and file and name.isidentifier()),
+        "tasks.*.environment",
+        target,
+        'must be "file.py:Class" or "module:Class"',
+        "For example my_environment.py:Retry.",
+    )

@@ -35,7 +35,7 @@ def question_tokens(
     Args:
         options: further arguments of the template, as enable_thinking.
     """
-    return _encode(tokenizer, _render(tokenizer, _messages(question), **(options or {}), add_generation_prompt=True))
+    return encode(tokenizer, render(tokenizer, _messages(question), **(options or {}), add_generation_prompt=True))
 
 
 def example_tokens(
@@ -58,16 +58,16 @@ def example_tokens(
         RolloutError: the answer has a stop token before its end, or the template refuses it.
     """
     messages, options = _messages(question), options or {}
-    prompt = _render(tokenizer, messages, **options, add_generation_prompt=True)
-    whole = _render(tokenizer, [*messages, _assistant(answer)], **options)
+    prompt = render(tokenizer, messages, **options, add_generation_prompt=True)
+    whole = render(tokenizer, [*messages, _assistant(answer)], **options)
     _check_prefix(prompt, whole, where)
     if answer.strip() not in whole[len(prompt) :]:
         _check_answers(tokenizer, where)
-    prompt_ids, whole_ids = _encode(tokenizer, prompt), _encode(tokenizer, whole)
+    prompt_ids, whole_ids = encode(tokenizer, prompt), encode(tokenizer, whole)
     if whole_ids[: len(prompt_ids)] == prompt_ids:
         response = whole_ids[len(prompt_ids) :]
     else:  # a token reaches over the border, which no rollout could sample
-        response = _encode(tokenizer, whole[len(prompt) :])
+        response = encode(tokenizer, whole[len(prompt) :])
     end = next((place for place, token in enumerate(response) if token in stop_token_ids), None)
     if end is None:
         return prompt_ids, [*response, _missing_end(tokenizer, stop_token_ids)]
@@ -78,10 +78,10 @@ def example_tokens(
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the special token that the template writes behind an answer, or None where it writes none."""
     try:
-        whole = _render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
+        whole = render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
     except RolloutError:
         return None
-    behind = _encode(tokenizer, whole.rpartition(ANSWER)[2].lstrip()) if ANSWER in whole else []
+    behind = encode(tokenizer, whole.rpartition(ANSWER)[2].lstrip()) if ANSWER in whole else []
     return behind[0] if behind and _is_special(tokenizer, behind[0]) else None
 
 
@@ -89,10 +89,10 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, 
     """Return what ends a turn that the template leaves open: where the next one begins, if that is a stop token."""
     turns = [_user(PROBE), _assistant(PROBE)]
     try:
-        following = _render(tokenizer, [*turns, _user(PROBE)]).removeprefix(_render(tokenizer, turns))
+        following = render(tokenizer, [*turns, _user(PROBE)]).removeprefix(render(tokenizer, turns))
     except RolloutError:
         following = ""
-    behind = _encode(tokenizer, following.lstrip())
+    behind = encode(tokenizer, following.lstrip())
     if behind and behind[0] in stop_token_ids:
         return behind[0]
     require(
@@ -127,7 +127,7 @@ def _check_prefix(prompt: str, whole: str, where: str) -> None:
 def _check_answers(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuse a template that writes answers otherwise than they are, or not at all. (One that leaves out a part of
     some, as the thought before an answer, is none.)"""
-    whole = _render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
+    whole = render(tokenizer, [_user(PROBE), _assistant(ANSWER)])
     require(
         ANSWER in whole.partition(PROBE)[2],
         "tokenizer.chat_template",
@@ -168,7 +168,7 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     """Apply the template. Raises RolloutError for what it refuses, and where it has no end."""
     try:
         with limited(), _on_one_day():
@@ -205,6 +205,6 @@ def _on_one_day() -> Iterator[None]:
         chat_template_utils.datetime = kept  # type: ignore[misc]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # The template has written the special tokens, so the tokenizer must not add its own.
     return tokenizer.encode(text, add_special_tokens=False)

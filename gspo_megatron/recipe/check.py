@@ -64,17 +64,19 @@ def check(
 
 
 def check_rewards(config: TrainConfig, mixture: "TaskMixture") -> list[str]:
-    """Load every reward function in such a process as it will run in. Returns sentences about their forms.
+    """Load every reward function and environment in such a process as it will run in. Returns sentences about them.
 
     Raises:
         ConfigError: one cannot be loaded, or has no form that is known, or wants a column that the data have not.
     """
+    from gspo_megatron.tasks.environments import EnvironmentRunner
     from gspo_megatron.tasks.rewards import RewardRunner
 
-    notes = []
+    notes: list[str] = []
     for name, task in config.tasks.items():
-        if task.data is not None:
-            runner = RewardRunner(name, task, config.faults)
+        kinds = [RewardRunner] * bool(task.reward) + [EnvironmentRunner] * (task.environment is not None)
+        for kind in kinds if task.data is not None else ():
+            runner = kind(name, task, config.faults)
             try:
                 notes += runner.check(list(mixture.tasks[name].item("train", 0).entry))
             finally:

@@ -71,13 +71,15 @@ def load_recipe(argv: list[str], quiet: bool = False, program: str = PROGRAM) ->
 def _found(task: TaskConfig, recipe: Path | None) -> TaskConfig:
     """The task with its files as absolute paths."""
     data, held_out = (given and _data(given, recipe) for given in (task.data, task.eval_data))
-    rewards = []
-    for reward in task.reward:
-        file, colon, name = reward.function.rpartition(":")
-        if file.endswith(".py"):
-            reward = dataclasses.replace(reward, function=f"{find_file(Path(file), recipe)}:{name}")
-        rewards.append(reward)
-    return dataclasses.replace(task, data=data, eval_data=held_out, reward=tuple(rewards))
+    rewards = tuple(dataclasses.replace(one, function=_code(one.function, recipe)) for one in task.reward)
+    environment = task.environment and _code(task.environment, recipe)
+    return dataclasses.replace(task, data=data, eval_data=held_out, reward=rewards, environment=environment)
+
+
+def _code(target: str, recipe: Path | None) -> str:
+    """ "file.py:name" with the file's absolute path; a module's as it is."""
+    file, _, name = target.rpartition(":")
+    return f"{find_file(Path(file), recipe)}:{name}" if file.endswith(".py") else target
 
 
 def _data(path: Path, recipe: Path | None) -> Path:

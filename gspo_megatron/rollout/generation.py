@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.topology import Topology
 from gspo_megatron.batch import Prompt, RolloutGroup
+from gspo_megatron.rollout.episodes import Episode, Stage
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.tasks.environments import Environments
 
 
 def generate(
@@ -23,21 +25,33 @@ def generate(
     params: SamplingParams,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
+    environments: Environments | None = None,
 ) -> list[RolloutGroup]:
     """Sample this replica's share of `prompts` (all of the step's, the same on every rank; a multiple of
-    Topology.replicas). `seed` fixes the samples whatever the layout."""
+    Topology.replicas). `seed` fixes the samples whatever the layout. Where a task has an environment, its responses
+    are episodes of one or more turns."""
     topology = engine.topology
     share = len(prompts) // topology.replicas
     mine = slice(topology.dp_cp_rank * share, (topology.dp_cp_rank + 1) * share)
     rows = slice(mine.start * group_size, mine.stop * group_size)
     uniform = uniforms(len(prompts) * group_size, params.max_tokens, seed)[rows]
-    completions = engine.generate(prompts[mine], group_size, params, uniform)
-    return [
-        RolloutGroup(
-            prompt, answers, texts=[text_of(completion.token_ids, tokenizer, params) for completion in answers]
-        )
-        for prompt, answers in zip(prompts[mine], completions, strict=True)
+    shared = prompts[mine]
+
+    def text(token_ids: list[int]) -> str:
+        return text_of(token_ids, tokenizer, params)
+
+    stage = Stage(engine, environments, tokenizer, text) if environments else None
+    episodes: list[Episode] = []
+    if stage:
+        shared, episodes = stage.opened(shared, group_size)
+    completions = engine.generate(shared, group_size, params, uniform)
+    groups = [
+        RolloutGroup(prompt, answers, texts=[text(completion.token_ids) for completion in answers])
+        for prompt, answers in zip(shared, completions, strict=True)
     ]
+    if stage:
+        stage.play(groups, episodes, params, uniform)
+    return groups
 
 
 def text_of(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> str:

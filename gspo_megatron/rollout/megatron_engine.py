@@ -12,6 +12,7 @@ the others.
 Left out: servers (vLLM), continuous batching over steps, prefix caching beyond the responses of one prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,7 @@ class _Wave:
     lengths: torch.Tensor  # [rows] int64, response tokens so far
     active: torch.Tensor  # [n] int64, rows still being written
     newest: torch.Tensor  # [n] int64, their newest tokens
+    limits: torch.Tensor  # [rows] int64, the most tokens of each
     ended: torch.Tensor  # [rows] bool, those that a stop token or a stop string has ended
     finished: bool = False  # on every replica that must step together
 
@@ -54,12 +56,12 @@ class _Wave:
             ended = ended | torch.tensor(by_text, dtype=torch.bool, device=tokens.device)
         return ended
 
-    def append(self, tokens: torch.Tensor, ended: torch.Tensor, iteration: int, max_tokens: int) -> None:
+    def append(self, tokens: torch.Tensor, ended: torch.Tensor, iteration: int) -> None:
         """Add one token to each active row, and drop the rows that end with it. tokens: [n] int64, ended: [n] bool."""
         self.tokens[self.active, iteration] = tokens
         self.lengths[self.active] += 1
         self.ended[self.active] = ended
-        alive = ~ended & (iteration + 1 < max_tokens)
+        alive = ~ended & (iteration + 1 < self.limits[self.active])
         if not bool(alive.all()):
             for cache in self.caches:
                 cache.keep(alive.nonzero().squeeze(1))
@@ -78,13 +80,19 @@ class MegatronEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[Prompt], group_size: int, params: SamplingParams, uniform: torch.Tensor
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        params: SamplingParams,
+        uniform: torch.Tensor,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Sample `group_size` responses to each prompt.
 
         Args:
             prompts: this replica's, as many on every replica.
             uniform: [len(prompts) * group_size, params.max_tokens] fp64, responses of a prompt next to each other.
+            limits: most tokens of each response, 1 to params.max_tokens, which all replicas have in common.
 
         Returns:
             One list of completions a prompt, the same on every rank of the replica.
@@ -94,30 +102,34 @@ class MegatronEngine:
         """
         for model in self.policy.models:
             model.eval()
-        waves = self._waves(prompts, group_size, params, uniform)
+        waves = self._waves(prompts, group_size, params, uniform, limits or [params.max_tokens] * len(uniform))
         for iteration in range(params.max_tokens):
             progress.detail(f"token {iteration + 1}")
             for chunk in range(len(self.policy.models)):
                 for wave in [wave for wave in waves if not wave.finished]:
                     if chunk == 0 and iteration > 0 and not self.topology.is_last_stage:
-                        self._receive_tokens(wave, iteration - 1, params)
+                        self._receive_tokens(wave, iteration - 1)
                         if wave.finished:
                             continue
                     logits = self._forward(wave, chunk, first=iteration == 0)
                     if logits is not None:
                         self._sample(wave, logits, iteration, params)
-        for wave in waves:
-            if not wave.finished and not self.topology.is_last_stage:
-                self._receive_tokens(wave, params.max_tokens - 1, params)
+        for wave in [wave for wave in waves if not wave.finished and not self.topology.is_last_stage]:
+            self._receive_tokens(wave, params.max_tokens - 1)
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()
         error, self._error = self._error, None
         raise_if_any(error, self.device)
-        return self._completions(waves, params)
+        return self._completions(waves)
 
     def _waves(
-        self, prompts: list[Prompt], group_size: int, params: SamplingParams, uniform: torch.Tensor
+        self,
+        prompts: list[Prompt],
+        size: int,
+        params: SamplingParams,
+        uniform: torch.Tensor,
+        limits: Sequence[int],
     ) -> list[_Wave]:
         """As many waves as stages (fewer where there are fewer prompts), of nearly equal numbers of prompts."""
         count = min(self.topology.pp_size, len(prompts))
@@ -125,14 +137,15 @@ class MegatronEngine:
         waves = []
         for start, stop in zip(bounds, bounds[1:], strict=False):
             tokens = [torch.tensor(p.token_ids, device=self.device) for p in prompts[start:stop]]
-            rows, max_len = len(tokens) * group_size, max(len(t) for t in tokens) + params.max_tokens
+            rows, max_len = len(tokens) * size, max(len(t) for t in tokens) + params.max_tokens
             recorder = RolloutRecorder(rows, max_len) if self.policy.routing.wants_rollout_routes else None
             shape = (rows, params.max_tokens)
+            mine = slice(start * size, stop * size)
             waves.append(
                 _Wave(
                     tokens,
-                    group_size,
-                    uniform[start * group_size : stop * group_size],
+                    size,
+                    uniform[mine],
                     [KeyValueCache(rows, max_len, {}) for _ in self.policy.models],
                     recorder,
                     torch.zeros(shape, dtype=torch.int64, device=self.device),
@@ -140,6 +153,7 @@ class MegatronEngine:
                     torch.zeros(rows, dtype=torch.int64, device=self.device),
                     torch.arange(rows, device=self.device),
                     torch.empty(0, dtype=torch.int64, device=self.device),
+                    torch.tensor(limits[mine], device=self.device),
                     torch.zeros(rows, dtype=torch.bool, device=self.device),
                 )
             )
@@ -217,7 +231,7 @@ class MegatronEngine:
             tokens, logprobs = torch.zeros_like(rows), wave.logprobs[rows, iteration]
             ended = torch.ones_like(rows, dtype=torch.bool)
         wave.logprobs[rows, iteration] = logprobs
-        wave.append(tokens, ended, iteration, params.max_tokens)
+        wave.append(tokens, ended, iteration)
         remaining = torch.tensor([wave.active.numel()], device=self.device)
         if self.topology.experts_span_replicas:
             dist.all_reduce(remaining, op=dist.ReduceOp.MAX, group=self.topology.dp_cp_group)
@@ -226,11 +240,11 @@ class MegatronEngine:
         for rank in self.topology.stage_ranks[:-1]:
             self._send(message, rank, self.topology.feedback_group)
 
-    def _receive_tokens(self, wave: _Wave, iteration: int, params: SamplingParams) -> None:
+    def _receive_tokens(self, wave: _Wave, iteration: int) -> None:
         count = wave.active.numel()
         message = torch.empty(2 * count + 1, dtype=torch.int64, device=self.device)
         dist.recv(message, self.topology.stage_ranks[-1], group=self.topology.feedback_group)
-        wave.append(message[:count], message[count:-1].bool(), iteration, params.max_tokens)
+        wave.append(message[:count], message[count:-1].bool(), iteration)
         wave.finished = int(message[-1]) == 0
 
     def _gather_vocabulary(self, shard: torch.Tensor) -> torch.Tensor:
@@ -266,7 +280,7 @@ class MegatronEngine:
             experts = whole.to(experts.dtype)
         return SequenceRoutes(layers, experts.cpu())
 
-    def _completions(self, waves: list[_Wave], params: SamplingParams) -> list[list[Completion]]:
+    def _completions(self, waves: list[_Wave]) -> list[list[Completion]]:
         answers = []
         for wave in waves:
             if self.topology.pp_size > 1:

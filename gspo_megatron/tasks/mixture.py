@@ -17,6 +17,7 @@ from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks.answers import AnswerExtractor
 from gspo_megatron.tasks.dataset import DatasetTask, Scorer
+from gspo_megatron.tasks.environments import EnvironmentRunner
 from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.reasoning_gym import ReasoningGymTask
 from gspo_megatron.tasks.splits import SPLITS, hash64
@@ -28,7 +29,8 @@ class TaskMixture:
 
     `tasks`: the recipe's table. `seed`: any integer; another seed is another order of questions within the same splits.
     `process`: where reasoning-gym's scorers run; None: in this one, for text that no model wrote. `rewards`: what
-    scores responses to data, by the task's name. Raises ConfigError for a task that cannot be used.
+    scores responses to data, `environments`: what answers them turn by turn, both by the task's name. Raises
+    ConfigError for a task that cannot be used.
     """
 
     def __init__(
@@ -37,9 +39,12 @@ class TaskMixture:
         seed: int,
         process: ScoringProcess | None = None,
         rewards: Mapping[str, Scorer] | None = None,
+        environments: Mapping[str, EnvironmentRunner] | None = None,
     ):
         require(len(tasks) > 0, "tasks", tasks, "must name at least one task", "For example spell_backward: {}.")
         self.seed = seed
+        self.environments = dict(environments or {})
+        self.schemas: dict[str, tuple[dict, ...]] = {}  # of tools, by task; `use_tools` gives them
         self.names = sorted(tasks)  # so that the order of lines in a recipe does not matter
         self._configs = tasks
         self._thresholds = list(itertools.accumulate(tasks[name].weight for name in self.names))
@@ -56,6 +61,10 @@ class TaskMixture:
     def data(self) -> dict[str, DatasetTask]:
         """Return the tasks whose prompts are rows of data, by name."""
         return {name: task for name, task in self.tasks.items() if isinstance(task, DatasetTask)}
+
+    def use_tools(self, schemas: Mapping[str, tuple[dict, ...]]) -> None:
+        """From here on, prompts of these tasks tell of such tools."""
+        self.schemas = dict(schemas)
 
     def item(self, split: str, index: int) -> TaskItem:
         """Return question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
@@ -78,7 +87,8 @@ class TaskMixture:
         messages = item.messages
         if config.system_prompt is not None and item.conversation[0]["role"] != "system":
             messages = ({"role": "system", "content": config.system_prompt}, *item.conversation)
-        return replace(item, messages=messages, template_kwargs=config.chat_template_kwargs)
+        tools = {"tools": list(schemas)} if (schemas := self.schemas.get(item.task)) else {}
+        return replace(item, messages=messages, template_kwargs=config.chat_template_kwargs | tools)
 
     def score(self, item: TaskItem, response_text: str) -> float | None:
         """Return one reward, as score_all does; token ids are not known."""
@@ -126,6 +136,8 @@ class TaskMixture:
         """End what runs for the tasks."""
         for task in self.tasks.values():
             task.close()
+        for runner in self.environments.values():
+            runner.close()
 
     def _place(self, split: str, index: int) -> int:
         """The number of the task that gives this question."""

@@ -49,6 +49,7 @@ class Row(NamedTuple):
     gold: str | None
     columns: dict[str, Any]
     answer: str | None  # what math_verify judges; None: the response has no answer
+    messages: tuple[dict[str, str], ...] = ()  # of an episode, all behind the prompt
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,7 @@ def load(target: str) -> RewardFunction:
     """
     if target == "math_verify":
         return RewardFunction(target, _math_verify(), MATH)
-    where, _, name = target.rpartition(":")
-    module = _module(where)
-    if not hasattr(module, name):
-        known = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known) or 'no function'}."
-        raise LoadError(f"{where} has no {name}. {hint}")
-    function = getattr(module, name)
+    function, name = named(target, "function"), target.rpartition(":")[2]
     if not callable(function):
         raise LoadError(f"{name} is a value of type {type(function).__name__}, not a function. {FORMS}")
     return recognised(target, function)
@@ -159,6 +153,25 @@ def recognised(target: str, function: Callable[..., Any]) -> RewardFunction:
     takes_all = any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     takes = None if takes_all else tuple(one.name for one in plain)
     return RewardFunction(target, function, form, _is_async(function), takes, required)
+
+
+def named(target: str, kind: str) -> Any:
+    """Return what "file.py:name" or "module:name" names.
+
+    Args:
+        kind: of thing that is wanted, for the message where there is none.
+
+    Raises:
+        LoadError: it cannot be found.
+    """
+    where, _, name = target.rpartition(":")
+    module = _module(where)
+    if not hasattr(module, name):
+        known = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known) or f'no {kind}'}."
+        raise LoadError(f"{where} has no {name}. {hint}")
+    return getattr(module, name)
 
 
 def _module(where: str) -> types.ModuleType:
@@ -212,7 +225,10 @@ def _file(function: Any) -> str | None:
 
 
 def _completion(row: Row) -> Any:
-    return row.text if isinstance(row.prompt, str) else [{"role": "assistant", "content": row.text}]
+    """As TRL has it: a text where the prompt is one, else messages."""
+    if isinstance(row.prompt, str):
+        return row.text
+    return [dict(message) for message in row.messages] or [{"role": "assistant", "content": row.text}]
 
 
 def _of_verl(row: Row) -> dict[str, Any]:

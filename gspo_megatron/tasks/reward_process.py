@@ -30,12 +30,21 @@ LOOK = 0.5  # seconds between two looks for responses that take too long, at mos
 LENGTH = struct.Struct("<Q")  # before each request
 
 
+Tell = Callable[..., None]  # writes one line of JSON to the rank
+
+
 def main(parent: int, memory: int) -> None:
+    """Answer requests for reward functions until stdin ends; the arguments are serve's."""
+    serve(parent, memory, lambda tell: Program(tell).answer)
+
+
+def serve(parent: int, memory: int, program: Callable[[Tell], Callable[..., None]]) -> None:
     """Answer requests until stdin ends.
 
     Args:
         parent: the rank, with which this process ends.
         memory: bytes of address space, behind walls; 0: no walls.
+        program: is given what tells the rank, and returns what does as a request says.
     """
     walls.die_with_parent(parent)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
@@ -45,10 +54,23 @@ def main(parent: int, memory: int) -> None:
     sys.dont_write_bytecode = True  # beside the user's files
     if memory:
         walls.fence(memory)
-    program = Program(answers)
+    answer = program(_teller(answers))
     while (request := _read(requests)) is not None:
-        program.answer(*request)
+        answer(*request)
     os._exit(0)  # a thread of a function must not keep it
+
+
+def _teller(answers: int) -> Tell:
+    pid = os.getpid()
+
+    def tell(**line: Any) -> None:
+        if os.getpid() != pid:
+            os._exit(0)  # a function forked, and returned there too
+        rest = memoryview(json.dumps(line).encode() + b"\n")
+        while rest:
+            rest = rest[os.write(answers, rest) :]
+
+    return tell
 
 
 def _read(requests: BinaryIO) -> tuple | None:
@@ -73,8 +95,8 @@ def _answer_no_signal() -> None:
 class Program:
     """What the process knows between two requests: the functions, and the responses of this call."""
 
-    def __init__(self, answers: int):
-        self._pid, self._answers = os.getpid(), answers
+    def __init__(self, tell: Tell):
+        self._tell = tell
         self._functions: list[RewardFunction] = []
         self._rows: Sequence[Row] = ()
         self._columns: tuple[str, ...] = ()
@@ -86,13 +108,6 @@ class Program:
         """Do as a request says: load, take or ask."""
         does: dict[str, Callable[..., None]] = {"load": self._load, "take": self._take, "ask": self._ask}
         does[request](*arguments)
-
-    def _tell(self, **line: Any) -> None:
-        if os.getpid() != self._pid:
-            os._exit(0)  # a function forked, and returned there too
-        rest = memoryview(json.dumps(line).encode() + b"\n")
-        while rest:
-            rest = rest[os.write(self._answers, rest) :]
 
     def _load(self, targets: Sequence[str], seconds: float, concurrency: int) -> None:
         """Find the functions, and tell their forms."""
@@ -198,11 +213,11 @@ class Crowd:
     def _give_up(self, task: asyncio.Task) -> None:
         """Tell that its response takes too long; after too many of them the rest is not tried."""
         self._late, self._in_a_row = self._late + 1, self._in_a_row + 1
-        self._tell(index=self._begun.pop(task)[0], error=too_slow(self._seconds))
+        self._tell(index=self._begun.pop(task)[0], error=too_slow(self._seconds), late=True)
         task.cancel()
         if self._in_a_row >= IN_A_ROW * self._at_once or self._late >= IN_ALL * self._at_once:
             for place in self._todo:
-                self._tell(index=place, error=untried(too_slow(self._seconds), self._late), untried=True)
+                self._tell(index=place, error=untried(too_slow(self._seconds), self._late), late=True, untried=True)
 
 
 def _outcome_of_value(function: RewardFunction, value: Any) -> dict[str, Any]:

@@ -37,12 +37,13 @@ class Lost(Exception):
 class RewardProcess:
     """A process for the functions of one task.
 
-    `memory`: bytes of address space, where it is behind walls and has nothing of the rank's environment; 0: it has all
-    that the rank has. The kernel ends it with the thread that started it.
+    `program`: the module that runs in it. `memory`: bytes of address space, where it is behind walls and has nothing of
+    the rank's environment; 0: it has all that the rank has. The kernel ends it with the thread that started it.
     """
 
-    def __init__(self, memory: int):
-        self.memory, self.number = memory, 0  # of processes that were started
+    def __init__(self, memory: int, program: str = PROGRAM):
+        self.memory, self.program = memory, program
+        self.number = 0  # of processes that were started
         self._child: subprocess.Popen[bytes] | None = None
         self._buffer = b""
 
@@ -50,7 +51,7 @@ class RewardProcess:
         """Returns at once; the process comes up in the background. One from before is ended."""
         self.close()
         # With -P the working directory is searched only for a reward function that is named as a module.
-        command = [sys.executable, "-P", "-m", PROGRAM, str(os.getpid()), str(self.memory)]
+        command = [sys.executable, "-P", "-m", self.program, str(os.getpid()), str(self.memory)]
         # A scheduler signals every process of a step. The rank answers, by a checkpoint; until that is written the
         # functions are needed. A child inherits what is blocked.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -225,6 +225,7 @@ def _rows(responses: Sequence[Response], functions: Sequence[Loaded], config: Ta
                 item.answer if item.has_answer else None,
                 columns[id(item.entry)],
                 answer,
+                response.outcome.messages if response.outcome else (),
             )
         )
     return rows

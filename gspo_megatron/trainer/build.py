@@ -22,6 +22,7 @@ from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, 
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer, size_of
+from gspo_megatron.data.turns import check_histories
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.ops import library
@@ -30,13 +31,12 @@ from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks import walls
-from gspo_megatron.tasks.isolation import ScoringProcess
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
-from gspo_megatron.tasks.rewards import RewardRunner
 from gspo_megatron.trainer import folders, resume
 from gspo_megatron.trainer.data_record import note_data
 from gspo_megatron.trainer.folders import Plan
+from gspo_megatron.trainer.mixture import build_mixture
 from gspo_megatron.trainer.offline import open_rollouts
 from gspo_megatron.trainer.reporter import Reporter
 from gspo_megatron.trainer.run import Run
@@ -66,7 +66,7 @@ def build_run(config: ResolvedConfig) -> Run:
     if resumed and checkpoint:
         with together():
             notes += resume.restore_record(folder, checkpoint, resumed) if runtime.is_main else []
-    mixture = _mixture(config, topology.is_first_of_replica)
+    mixture = build_mixture(config, topology.is_first_of_replica)
     tokenizer = _tokenizer(config, mixture, folder if resumed else None)
     limit = config.data.max_prompt_length
     prompts = PromptSource(mixture, tokenizer, "train", limit)
@@ -75,6 +75,7 @@ def build_run(config: ResolvedConfig) -> Run:
         _look_ahead(prompts, config, resumed, runtime)
     shape = ModelShape.of(config.model, size_of(tokenizer))
     stops = find_stops(config, tokenizer, shape.vocab_size)
+    check_histories(config, tokenizer, mixture)
     rollouts = open_rollouts(config, tokenizer, shape, resumed.prompts if resumed else 0, runtime)
     policy = build_policy(config, shape, topology, runtime)
     with together():
@@ -153,16 +154,6 @@ def _plan(config: TrainConfig, runtime: Runtime) -> tuple[Plan, Hold | None]:
     if chosen[0].is_finished:
         raise AlreadyFinished("\n".join([*chosen[0].notes, FINISHED.format(chosen[0].folder)]))
     return chosen[0], hold
-
-
-def _mixture(config: TrainConfig, scores: bool) -> TaskMixture:
-    """Return the recipe's tasks. On a rank that scores, their processes come up while the model is built."""
-    process = ScoringProcess(config.faults)
-    rewards = {name: RewardRunner(name, task, config.faults) for name, task in config.tasks.items() if task.data}
-    if scores:
-        for one in [process] * (len(rewards) < len(config.tasks)) + [*rewards.values()]:
-            one.start()
-    return TaskMixture(config.tasks, config.seed, process, rewards)
 
 
 def _row_lengths(prompts: PromptSource, runtime: Runtime) -> dict[tuple[str, int], int]:
@@ -255,6 +246,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
 
 def _describe_scorers(tasks: dict[str, TaskConfig]) -> str:
     functions = [reward.function for task in tasks.values() for reward in task.reward]
+    functions += [task.environment for task in tasks.values() if task.environment]
     if functions:
         return f"a process of their own: {', '.join(functions)}"
     evaluating = [name for name in tasks if name in EVAL_TASKS]

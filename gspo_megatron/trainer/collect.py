@@ -61,7 +61,8 @@ def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
     config = run.config.rollout
     prompts = run.prompts.next(config.num_prompts)
     with clock.part("rollout"):
-        groups = generate(run.engine, prompts, config.group_size, run.sampling_params(), seed, run.tokenizer)
+        params = run.sampling_params()
+        groups = generate(run.engine, prompts, config.group_size, params, seed, run.tokenizer, run.environments)
     with clock.part("reward"):
         told = run.reporter.scored(sum(len(group.completions) for group in groups))
         score(groups, run.mixture, run.topology, run.runtime.device, told)

@@ -45,7 +45,7 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> list[RolloutGr
     topology = run.topology
     # Every replica must get as many prompts; the fillers are not counted.
     filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
-    groups = generate(run.engine, filled, samples, params, SEED, run.tokenizer)
+    groups = generate(run.engine, filled, samples, params, SEED, run.tokenizer, run.environments)
     score(groups, run.mixture, topology, run.runtime.device)
     return groups
 

@@ -29,6 +29,7 @@ from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.record_files import RecordFiles
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
+from gspo_megatron.tasks.environments import Environments
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.collapse import CollapseWatch
@@ -64,6 +65,12 @@ class Run:
     def collapse(self) -> CollapseWatch:
         """Return what tells of a collapse, once a start."""
         return CollapseWatch(self.config.faults, self.policy.shape.architecture)
+
+    @cached_property
+    def environments(self) -> Environments | None:
+        """Return what answers responses turn by turn, if a task has that."""
+        runners = self.mixture.environments
+        return Environments(runners, self.config.data.max_prompt_length) if runners else None
 
     @property
     def is_past_warm_start(self) -> bool:
