@@ -47,5 +47,6 @@ def policy_loss(config: AlgorithmConfig, max_response_length: int | None = None)
         mismatch_threshold=config.mismatch.threshold,
         beta=config.preference.beta,
         preference_loss=config.preference.loss,
+        length_normalised=config.preference.length_normalised,
     )
     return partial(LOSSES[config.name], options=options)

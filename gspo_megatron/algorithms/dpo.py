@@ -5,7 +5,11 @@ L = -(1/P) sum_p log sigmoid(beta h_p),   h_p = sum_t (logp - ref) of the chosen
 over P pairs, with a frozen reference. `preference_loss: ipo` is (h_p - 1 / (2 beta))^2 instead (IPO, arXiv 2310.12036,
 equation 17), which does not push a margin without end. Defaults: beta 0.1.
 
-Left out: label smoothing, and a length-normalised h.
+`length_normalised` divides each of the two sums by its number of tokens |y|. That is what TRL calls ipo, on the word of
+IPO's authors (its paper has the sums), and with sigmoid the DPO of Tulu 3 (arXiv 2411.15124, equation 6). beta then is
+one for answers of any length, and another number: Tulu 3 has 5.
+
+Left out: label smoothing.
 """
 
 import torch
@@ -26,7 +30,7 @@ PREFERENCE_LOSSES = {
 def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     """Compute L of this microbatch, whose sequences 2p and 2p+1 are the chosen and the rejected response of pair p.
 
-    The table's log-ratio columns are those of the policy to the reference, so h_p can be read from it.
+    The table's log-ratio columns are those of the policy to the reference, summed, so h_p can be made from it.
 
     Args:
         inputs: ref_logprobs [T]; advantages and old_logprobs are not used; counts.num_sequences is 2P.
@@ -41,6 +45,8 @@ def dpo_loss(inputs: LossInputs, options: LossOptions) -> LossOutputs:
     partials = sequence_partials(inputs.logprobs, reference, inputs.loss_mask, inputs.bounds, inputs.entropy)
     table = inputs.reduce(partials, maximum=LARGEST)
     whole = ours + (table[:, 1] - ours).detach()  # every rank's sum, this rank's gradient
+    if options.length_normalised:
+        whole = whole / table[:, 0]
     chosen, rejected = whole.view(-1, 2).unbind(1)
     pairs = inputs.counts.num_sequences // 2
     compare = entry(PREFERENCE_LOSSES, options.preference_loss, "preference_loss")

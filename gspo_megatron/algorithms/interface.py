@@ -74,6 +74,7 @@ class LossOptions:
     mismatch_threshold: float = 2.0
     beta: float = 0.1  # DPO's
     preference_loss: str = "sigmoid"  # DPO's; or ipo
+    length_normalised: bool = False  # DPO compares means of log-ratios over tokens, not sums
 
 
 def alone(table: torch.Tensor, maximum: int | None = None) -> torch.Tensor:

@@ -22,6 +22,9 @@ class PreferenceConfig:
     """How strongly the policy is held to the reference: it multiplies the margin of log-ratios."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """sigmoid: DPO (arXiv 2305.18290). ipo: a squared distance from a margin of 1 / (2 beta) (arXiv 2310.12036)."""
+    length_normalised: bool = False
+    """Compare means of log-ratios over an answer's tokens, not their sums. TRL's ipo does, the paper does not; with
+    sigmoid it is length-normalised DPO (arXiv 2411.15124), where beta is 5."""
 
     def __post_init__(self) -> None:
         positive("algorithm.preference", self, "batch_size", "beta")

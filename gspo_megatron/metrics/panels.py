@@ -187,7 +187,8 @@ def dpo_log_ratios(ax: Axes, record: RunRecord) -> None:
     """Draw both answers' log-ratio to the reference. The margin may also grow while both fall."""
     for name, colour in (("chosen", GREEN), ("rejected", RED)):  # always logged together
         smoothed(ax, *series(record.dpo, f"dpo/{name}"), colour, name)
-    titled(ax, "DPO: log-ratio to the reference", "DPO step", "nats an answer")
+    each = "a token" if record.setting("algorithm.preference.length_normalised", False) else "an answer"
+    titled(ax, "DPO: log-ratio to the reference", "DPO step", f"nats {each}")
 
 
 PANELS: dict[str, Panel] = {

@@ -262,7 +262,8 @@ def _describe_trackers(config: TrackingConfig) -> str:
 
 def _describe_algorithm(config: ResolvedAlgorithm) -> str:
     if config.name == "dpo":
-        return f"dpo, {config.preference.loss} loss, beta {config.preference.beta:g}"
+        means = ", means over tokens" if config.preference.length_normalised else ""
+        return f"dpo, {config.preference.loss} loss, beta {config.preference.beta:g}{means}"
     kl = f", KL {config.kl.coef:g} ({config.kl.estimator}) in the {config.kl.place}" if config.kl.coef else ""
     return (
         f"{config.name}, clip {config.clip_ratio_low:g} / {config.clip_ratio_high:g}, {config.aggregation}{kl}, "

@@ -90,7 +90,9 @@ def run_step(run: Run, loss: Loss, pairs: list[EncodedPair], step: int) -> dict:
     with clock.part("update"):
         counts = global_counts(batches, topology)
         result = policy.update(batches, loss, counts)
-    log_ratios = gather_rows(result.stats.table.column("sum_log_ratio").view(-1, 2), topology.dp_group)
+    table = result.stats.table
+    mine_by_pair = log_ratios_of(table.column("sum_log_ratio"), table.column("num_tokens"), preference).view(-1, 2)
+    log_ratios = gather_rows(mine_by_pair, topology.dp_group)
     row: dict[str, Any] = {"phase": "dpo", "step": step} | optimizer_metrics([result], topology.dp_group)
     run.reporter.tell(step, sanity_checks.update_findings([result], row, config.faults.max_ratio))
     row |= {f"dpo/{name}": value for name, value in pair_metrics(log_ratios, preference).items() if name != "loss"}
@@ -111,11 +113,23 @@ def evaluate_pairs(run: Run, held: HeldOut) -> dict[str, float]:
         batch = held.batches[number]
         return batch.filled("old_logprobs").double() - batch.filled("ref_logprobs").double()
 
+    preference = run.config.algorithm.preference
     sums = policy.sums_by_sequence(held.batches, by_token)
-    log_ratios = gather_rows(unpacked(sums, held.batches).view(-1, 2), run.topology.dp_group)[: held.num_pairs]
-    metrics = pair_metrics(log_ratios, run.config.algorithm.preference)
+    lengths = policy.sums_by_sequence(held.batches, lambda number: torch.ones_like(held.batches[number].loss_mask))
+    by_sequence = unpacked(log_ratios_of(sums, lengths, preference), held.batches)
+    log_ratios = gather_rows(by_sequence.view(-1, 2), run.topology.dp_group)[: held.num_pairs]
+    metrics = pair_metrics(log_ratios, preference)
     row = {f"dpo/eval_{name}": value for name, value in metrics.items()} | {"dpo/eval_num": held.num_pairs}
     return row | routing_metrics(policy.routing.take(), policy.routing.topk) | {"time/eval": clock.read()["time/step"]}
+
+
+def log_ratios_of(sums: torch.Tensor, lengths: torch.Tensor, preference: PreferenceConfig) -> torch.Tensor:
+    """Return the log-ratios that the loss compares.
+
+    Args:
+        sums: [S] fp64, sum_t (logp - ref) of each answer. lengths: [S] fp64, its trained tokens.
+    """
+    return sums / lengths if preference.length_normalised else sums
 
 
 def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict[str, float]:
@@ -124,7 +138,7 @@ def pair_metrics(log_ratios: torch.Tensor, preference: PreferenceConfig) -> dict
     A tie counts as half right: before the first step every h is 0, and rounding would decide elsewhere.
 
     Args:
-        log_ratios: [P, 2] fp64, sum_t (logp - ref) of the chosen and of the rejected answer.
+        log_ratios: [P, 2] fp64, of the chosen and of the rejected answer, as log_ratios_of gives them.
     """
     chosen, rejected = log_ratios.unbind(1)
     h = chosen - rejected

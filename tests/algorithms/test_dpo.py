@@ -12,6 +12,7 @@ from gspo_megatron.algorithms.interface import GlobalCounts, LossInputs, LossOpt
 from gspo_megatron.config import AlgorithmConfig, PreferenceConfig
 from tests.algorithms.packed import PAPER, Response, gradient
 from tests.algorithms.packed import pack as pack_responses
+from tests.algorithms.test_token_losses import by_ranks, random_inputs
 
 CHOSEN = Response([-9.0, -0.7, -1.8], [0.0, -1.0, -2.0], [0, 1, 1])  # log-ratios 0.3 + 0.2 = 0.5
 REJECTED = Response([-9.0, -3.4, -7.0, -0.9], [0.0, -3.0, 0.0, -1.0], [0, 1, 0, 1])  # -0.4 + 0.1 = -0.3
@@ -19,6 +20,7 @@ BETTER = Response([-9.0, -4.0], [0.0, -2.0], [0, 1])  # -2
 WORSE = Response([-9.0, -1.0], [0.0, -1.5], [0, 1])  # 0.5
 SIGMOID = LossOptions(PAPER, beta=0.5)
 IPO = replace(SIGMOID, preference_loss="ipo")
+NORMALISED = replace(IPO, length_normalised=True)
 
 
 def pack(responses: list[Response], padding: int = 0, counts: GlobalCounts | None = None) -> LossInputs:
@@ -56,6 +58,36 @@ def test_ipo_by_hand():
     check(dpo_loss(inputs, IPO), inputs, 0.04, [0, -0.4, -0.4, 0, 0.4, 0, 0.4, 0, 0])
 
 
+@pytest.mark.parametrize(
+    ("loss", "value", "slope"),
+    [("sigmoid", math.log1p(math.exp(-1.125)), -0.5 / (1 + math.exp(1.125))), ("ipo", 1.5625, 2.5)],
+)
+def test_length_normalised_by_hand(loss, value, slope):
+    """Means 0.5 / 2 = 0.25 of the chosen answer and -2 / 1 = -2 of the rejected one: h = 2.25 where the sums have 2.5.
+
+    sigmoid: log(1 + e^-(0.5 * 2.25)), slope by h -0.5 / (1 + e^1.125). ipo: (2.25 - 1)^2, slope 2 * 1.25. A chosen
+    token has half of the slope, the rejected one all of it with the other sign. The table keeps the sums.
+    """
+    inputs = pack([CHOSEN, BETTER], padding=2)
+    options = replace(SIGMOID, preference_loss=loss, length_normalised=True)
+    out = dpo_loss(inputs, options)
+    check(out, inputs, value, [0, slope / 2, slope / 2, 0, -slope, 0, 0])
+    assert out.table.column("sum_log_ratio").tolist() == pytest.approx([0.5, -2.0], abs=1e-14)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_length_normalised_over_two_ranks(loss):
+    """Tokens of one sequence on two context-parallel ranks: each divides by the whole length, and gradients add up."""
+    inputs = random_inputs(5, by_token=False)
+    options = replace(SIGMOID, preference_loss=loss, length_normalised=True)
+    whole = dpo_loss(inputs, options)
+    values, slopes, tables = by_ranks("dpo", inputs, options, torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 0, 1]))
+    torch.testing.assert_close(slopes, gradient(whole.loss, inputs), rtol=1e-12, atol=1e-14)
+    for value, table in zip(values, tables, strict=True):
+        assert value.item() == pytest.approx(whole.value.item(), abs=1e-13)
+        torch.testing.assert_close(table, whole.table.values, rtol=1e-12, atol=1e-13)
+
+
 def test_at_the_reference_the_loss_is_log_2():
     """h = 0: L = log 2 whatever beta is, and the slope is beta / 2; ipo's is 1 / (4 beta^2), slope -1 / beta."""
     same = [replace(r, new=r.old) for r in (CHOSEN, REJECTED)]
@@ -91,7 +123,7 @@ def test_any_split_into_microbatches_gives_the_same_step(options):
     torch.testing.assert_close(torch.cat(slopes), gradient(expected.loss, whole), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("options", [SIGMOID, IPO])
+@pytest.mark.parametrize("options", [SIGMOID, IPO, NORMALISED])
 def test_gradient_against_finite_differences(options):
     inputs = pack([CHOSEN, REJECTED, BETTER, WORSE], padding=1)
     value = lambda logprobs: dpo_loss(replace(inputs, logprobs=logprobs), options).loss  # noqa: E731

@@ -18,10 +18,10 @@ CHOSEN = AlgorithmConfig(
     entropy_coef=0.013,
     kl=KlConfig(0.14, "k2", "loss"),
     mismatch=MismatchConfig("token_masked", 1.5),
-    preference=PreferenceConfig(beta=0.16, loss="ipo"),
+    preference=PreferenceConfig(beta=0.16, loss="ipo", length_normalised=True),
 )
 WANTED = LossOptions(
-    ClipRange(0.11, 0.12, 3.5), "constant_length", 17, 0.14, "k2", 0.013, "token_masked", 1.5, 0.16, "ipo"
+    ClipRange(0.11, 0.12, 3.5), "constant_length", 17, 0.14, "k2", 0.013, "token_masked", 1.5, 0.16, "ipo", True
 )
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gspo_megatron.algorithms import policy_loss
 from gspo_megatron.backend.engine.reference import FrozenReference
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.batch import TrainSequence
@@ -84,6 +85,7 @@ def in_layouts(rank: int, world_size: int, path: Path) -> dict:
         run = build.build_run(configured(path, layout))
         found[name] = packed(run) | {"moved": evaluation_at_moved_weights(run), "folder": run.folder}
         dpo.train_preferences(run, dpo.encode_pairs(run))
+        found[name] |= {"normalised": length_normalised(run)}
         run.reporter.close()
         topology.destroy_model_parallel()
     return found
@@ -118,6 +120,26 @@ def evaluation_at_moved_weights(run: runs.Run) -> list[dict]:
             for parameter in model.parameters():
                 parameter.div_(1.05)
     return metrics
+
+
+def length_normalised(run: runs.Run) -> dict:
+    """Evaluations of one pair without and with means over its answers' tokens, and a step on 16 copies of it with."""
+    pairs = dpo.encode_all(dpo.load_pairs(run.config.algorithm.preference).held_out, run)
+    pair = next(one for one in pairs if one.chosen.response_length != one.rejected.response_length)
+    held = dpo.pack_held_out(run, [pair] * 2)
+    sums = dpo.evaluate_pairs(run, held)
+    preference = dataclasses.replace(run.config.algorithm.preference, length_normalised=True)
+    algorithm = dataclasses.replace(run.config.algorithm, preference=preference)
+    run.config = dataclasses.replace(run.config, algorithm=algorithm)
+    means = dpo.evaluate_pairs(run, held)
+    row = dpo.run_step(run, policy_loss(algorithm), [pair], STEPS + 1)
+    return {
+        "lengths": [side.response_length for side in (pair.chosen, pair.rejected)],
+        "sums": [sums["dpo/eval_chosen"], sums["dpo/eval_rejected"]],
+        "means": [means["dpo/eval_chosen"], means["dpo/eval_rejected"]],
+        "eval": (means["dpo/eval_margin"], means["dpo/eval_loss"]),
+        "step": (row["dpo/margin"], row["loss"]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +204,20 @@ def test_an_evaluation_counts_each_held_out_pair_once(results, layout):
         assert seven[key] == pytest.approx(results[0]["DP2"]["moved"][0][key], rel=1e-4, abs=2e-5)
         assert results[1][layout]["moved"][0][key] == seven[key]  # on every rank
     assert abs(seven["dpo/eval_margin"] - last["dpo/eval_margin"]) > 1e-3 and seven["dpo/eval_num"] == HELD_OUT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_length_normalised_compares_means(results, layout):
+    """Each sum is divided by its own answer's tokens, of which the two differ; of equal pairs the loss is
+    log(1 + e^-margin), in the evaluation as in the step, whose loss comes from the update itself."""
+    for result in results:
+        found = result[layout]["normalised"]
+        assert found["lengths"][0] != found["lengths"][1]
+        for total, mean, length in zip(found["sums"], found["means"], found["lengths"], strict=True):
+            assert mean == pytest.approx(total / length, rel=1e-12) and abs(total) > 0.1
+        for margin, loss in (found["eval"], found["step"]):
+            assert margin == pytest.approx(0.1 * (found["means"][0] - found["means"][1]), rel=1e-4)
+            assert loss == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-9)
 
 
 def test_numbers_come_back_in_the_order_of_the_pairs():
