@@ -25,6 +25,8 @@ from gspo_megatron.config.task import TASK_NAME, TaskConfig
 from gspo_megatron.config.tracking import TrackingConfig
 from gspo_megatron.config.warm_start import WarmStartConfig
 
+DEFAULT_STEPS = 100
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -41,8 +43,11 @@ class TrainConfig:
     and with never: a new folder, with a number added where the name is taken."""
     seed: int = 1
     """Of the initial weights, the prompts and the sampling; 0 or more. Layouts differ by rounding."""
-    steps: int = 100
+    steps: int = DEFAULT_STEPS
     """RL steps: rollouts, rewards, then num_minibatches optimizer steps. dpo: optimizer steps."""
+    num_epochs: int | None = None
+    """In place of steps: as many as it takes to see each row of the recipe's one task of data so often. What dynamic
+    sampling draws comes on top."""
 
     save_hf: bool = False
     """Write the final policy as a Hugging Face folder too: hf/ in the run folder, with its tokenizer."""
@@ -87,6 +92,7 @@ class TrainConfig:
             "must be 0 or more, because libraries that are seeded with it take nothing else",
             "Give 1.",
         )
+        _check_epochs(self)
         require(self.steps >= 0, "steps", self.steps, "must be 0 or more", "Give 0 to run the warm start alone.")
         require(
             len(self.tasks) > 0, "tasks", self.tasks, "must name at least one task", "For example spell_backward: {}."
@@ -122,3 +128,25 @@ class ResolvedConfig(TrainConfig):
 
     parallel: Layout = field(default_factory=Layout)
     algorithm: ResolvedAlgorithm = field(default_factory=lambda: AlgorithmConfig().resolved())
+
+
+def _check_epochs(config: TrainConfig) -> None:
+    """Epochs are of one data set, and say all of how long a run is."""
+    number = config.num_epochs
+    if number is None:
+        return
+    positive("", config, "num_epochs")
+    at_most("", config, num_epochs=1_000_000)
+    has_data = len(config.tasks) == 1 and all(task.data is not None for task in config.tasks.values())
+    tasks = ", ".join(config.tasks)
+    for ok, why, remedy in (
+        (config.steps == DEFAULT_STEPS, f"is given beside steps {config.steps}", "Leave one of the two out."),
+        (
+            has_data,
+            f"counts the rows of one task of data, and the recipe's tasks are {tasks:.200}",
+            "Give steps, or one task with data alone.",
+        ),
+        (config.algorithm.name != "dpo", "counts rows of a task, and dpo learns from pairs", "Give steps."),
+        (config.rollout.engine != "files", "counts prompts that are sampled; rollout.engine is files", "Give steps."),
+    ):
+        require(ok, "num_epochs", number, why, remedy)

@@ -35,6 +35,7 @@ from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
 from gspo_megatron.trainer import folders, resume
 from gspo_megatron.trainer.data_record import note_data
+from gspo_megatron.trainer.epochs import Epochs
 from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.mixture import build_mixture
 from gspo_megatron.trainer.offline import open_rollouts
@@ -43,7 +44,7 @@ from gspo_megatron.trainer.run import Run
 from gspo_megatron.utils.small_files import unwritten
 
 LOOK_AHEAD_SECONDS = 2.0  # all prompts of the example's 100 steps take four ranks less than one
-FINISHED = "{} is finished. Give --resume never to train anew, or more --steps to go on."
+FINISHED = "{} is finished. Give --resume never to train anew, or more steps or epochs to go on."
 
 
 class AlreadyFinished(Exception):
@@ -71,6 +72,8 @@ def build_run(config: ResolvedConfig) -> Run:
     limit = config.data.max_prompt_length
     prompts = PromptSource(mixture, tokenizer, "train", limit)
     notes += prompts.hold_to_limit(config.tasks, _row_lengths(prompts, runtime))
+    epochs = Epochs.of(config, mixture)
+    config = epochs.resolved(config) if epochs else config
     if config.algorithm.name != "dpo" and config.rollout.engine != "files":
         _look_ahead(prompts, config, resumed, runtime)
     shape = ModelShape.of(config.model, size_of(tokenizer))
@@ -98,6 +101,7 @@ def build_run(config: ResolvedConfig) -> Run:
         checkpoint=checkpoint,
         resumed=resumed,
         rollouts=rollouts,
+        epochs=epochs,
     )
     if runtime.is_main:
         run.reporter.header(_describe(run, shape))
@@ -241,7 +245,7 @@ def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
         "responses end at": run.stops.described(run.tokenizer),
         "scorers": _describe_scorers(run.config.tasks),
         "algorithm": _describe_algorithm(run.config.algorithm),
-    }
+    } | ({"steps": run.epochs.described(run.config)} if run.epochs else {})
 
 
 def _describe_scorers(tasks: dict[str, TaskConfig]) -> str:

@@ -35,7 +35,8 @@ def finish(run: Run) -> None:
     with together():
         if run.runtime.is_main:
             last = run.resumed.step if run.resumed is not None and run.is_past_warm_start else 0
-            number = complete(run.folder, max(run.config.steps, last), run.config.save_hf)
+            epochs = run.epochs.number if run.epochs else 0
+            number = complete(run.folder, max(run.config.steps, last), run.config.save_hf, epochs)
             run.reporter.note(f"done: {run.folder} has the checkpoint, metrics.jsonl and {number} plots")
 
 
@@ -49,8 +50,11 @@ def _make_way(target: Path) -> None:
         raise TrainingError(f"{target}: cannot be replaced ({error.strerror}). {REMEDY}") from None
 
 
-def complete(run_dir: Path, step: int, has_hf: bool) -> int:
+def complete(run_dir: Path, step: int, has_hf: bool, epochs: int = 0) -> int:
     """Draw the charts and set the mark of a run that ended with this step. Returns the number of charts.
+
+    Args:
+        epochs: that were asked for; 0 where steps were.
 
     Raises:
         TrainingError: one cannot be written; then there is no mark.
@@ -58,7 +62,7 @@ def complete(run_dir: Path, step: int, has_hf: bool) -> int:
     try:
         pictures = draw(run_dir)
         resume.clear(run_dir / "hf.replaced")
-        resume.mark_finished(run_dir, step, has_hf)
+        resume.mark_finished(run_dir, step, has_hf, epochs)
     except OSError as error:
         raise TrainingError(unwritten(error, run_dir / "plots", REMEDY)) from None
     return len(pictures)

@@ -23,7 +23,14 @@ from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
 from gspo_megatron.recipe.load import flat, plain_values, read_saved
 from gspo_megatron.trainer.data_record import DATA_FILE
-from gspo_megatron.trainer.resume import CONFIG_FILE, Progress, finished_step, newest_first, survey
+from gspo_megatron.trainer.resume import (
+    CONFIG_FILE,
+    Progress,
+    finished_epochs,
+    finished_step,
+    newest_first,
+    survey,
+)
 
 # A run may go on with other values of these: they say where, how long, how often and what is refused, not what is
 # learned. (The layout and the packing change rounding alone.)
@@ -32,6 +39,7 @@ FREE = (
     "output_dir",
     "resume",
     "steps",
+    "num_epochs",
     "eval_interval",
     "max_tokens_per_microbatch",
     "data.max_prompt_length",
@@ -207,7 +215,10 @@ def look(folder: Path, config: TrainConfig) -> Found | None:
 def _is_over(one: Found, config: TrainConfig) -> bool:
     """The run has made all steps, and what follows the last one."""
     last = max(one.order[1], one.finished or 0)
-    return one.other is None and one.finished is not None and one.finished == last >= config.steps
+    if one.other is not None or one.finished != last:
+        return False
+    # How many steps the epochs are is known once the data are read; a run that ended with as many has made them.
+    return finished_epochs(one.folder) >= config.num_epochs if config.num_epochs else last >= config.steps
 
 
 def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:

@@ -220,6 +220,8 @@ def policy_of(recipe: TrainConfig | Path | str, model: Path | str | None) -> Pol
     if model is not None:
         config = replace(config, model=replace(config.model, load_hf=Path(model)))
     require(config.algorithm.name != "dpo", "algorithm.name", "dpo", "learns from pairs, not from groups", "Give gspo.")
+    epochs = config.num_epochs
+    require(epochs is None, "num_epochs", epochs, "counts rows of data, which a trainer does not read", "Give steps.")
     require(
         config.model.load_hf is not None,
         "model.load_hf",

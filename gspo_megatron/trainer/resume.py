@@ -141,19 +141,29 @@ def clear(path: Path) -> None:
 # ---- The end of a run ----
 
 
-def mark_finished(run_dir: Path, step: int, has_hf: bool) -> None:
-    """Note that everything is done that follows this step. Raises OSError."""
-    replace(run_dir / FINISHED_FILE, json.dumps({"step": step, "hf": has_hf}).encode())
+def mark_finished(run_dir: Path, step: int, has_hf: bool, epochs: int = 0) -> None:
+    """Note that everything is done that follows this step, the last of so many epochs (0: of steps). Raises OSError."""
+    replace(run_dir / FINISHED_FILE, json.dumps({"step": step, "hf": has_hf, "epochs": epochs}).encode())
 
 
 def finished_step(run_dir: Path, wants_hf: bool) -> int | None:
     """Return the step at which the run ended in order, with a Hugging Face folder if one is wanted; else None."""
-    try:
-        mark = plain_json.read_object(run_dir / FINISHED_FILE)
-    except (OSError, ValueError):  # none, or a damaged one: then the end is made once more
-        return None
+    mark = _mark(run_dir)
     step = mark.get("step")
     return step if type(step) is int and (mark.get("hf") is True or not wants_hf) else None
+
+
+def finished_epochs(run_dir: Path) -> int:
+    """Return how many epochs the run that ended in order was asked for; 0 where it was asked for steps."""
+    epochs = _mark(run_dir).get("epochs")
+    return epochs if type(epochs) is int else 0
+
+
+def _mark(run_dir: Path) -> dict[str, Any]:
+    try:
+        return plain_json.read_object(run_dir / FINISHED_FILE)
+    except (OSError, ValueError):  # none, or a damaged one: then the end is made once more
+        return {}
 
 
 # ---- The record ----

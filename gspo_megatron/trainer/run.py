@@ -33,6 +33,7 @@ from gspo_megatron.tasks.environments import Environments
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.trainer import resume
 from gspo_megatron.trainer.collapse import CollapseWatch
+from gspo_megatron.trainer.epochs import Epochs
 from gspo_megatron.trainer.reporter import Reporter
 
 SECONDS_OF_A_STOP = 2.0  # for each tracker: who told the run to stop ends it soon, and its exit status must be told
@@ -59,6 +60,7 @@ class Run:
     resumed: resume.Progress | None = None  # how far that was
     reference: FrozenReference | None = None  # from the start of RL on, where the recipe compares with it
     rollouts: RecordFiles | None = None  # where the recipe has them from files
+    epochs: Epochs | None = None  # where the recipe says num_epochs; config.steps is made of it
     saver: Saver = field(default_factory=Saver)
 
     @cached_property

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from gspo_megatron.config import CheckpointConfig, DataConfig, Layout, TrackingConfig, TrainConfig
+from gspo_megatron.config import (
+    CheckpointConfig,
+    DataConfig,
+    Layout,
+    RewardConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.process.folder_lock import held, holder
 from gspo_megatron.recipe.load import save_recipe
@@ -195,6 +203,24 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_there(config
     assert planned(dataclasses.replace(config, save_hf=True)) == wanted
     mark_finished(run, 5, has_hf=True)
     assert planned(dataclasses.replace(config, save_hf=True)) == Plan(run, is_finished=True)
+
+
+@pytest.mark.parametrize(
+    ("ended_with", "wanted", "is_over"),
+    [(2, 2, True), (2, 1, True), (1, 2, False), (0, 1, False)],  # 0: the run was asked for steps
+)
+def test_a_run_of_epochs_is_finished_with_as_many_as_are_wanted(config, ended_with, wanted, is_over):
+    """How many steps they are is not known here: the mark says of how many epochs step 5 was the last."""
+    task = TaskConfig(data=Path("sums.jsonl"), reward=(RewardConfig("rewards.py:f"),))
+    made = dataclasses.replace(config, tasks={"sums": task}, steps=5)
+    run = run_folder(made, "moe_gspo", 3, 5)
+    asked = dataclasses.replace(made, steps=100, num_epochs=wanted)
+    assert not planned(asked).is_finished  # without the mark the end is made once more
+    mark_finished(run, 5, has_hf=False, epochs=ended_with)
+    plan = planned(asked)
+    assert (plan.folder, plan.is_finished) == (run, is_over)
+    checkpoint(run, "rl", 6)  # it has gone on since
+    assert not planned(asked).is_finished
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(config):
