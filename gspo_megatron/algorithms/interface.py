@@ -157,6 +157,7 @@ class LossInputs:
             TypeError, ValueError: a field does not fit.
         """
         checks.check_logprobs(self.logprobs, 1, PACKED)
+        checks.check_type("old_logprobs", self.old_logprobs, checks.FLOATS)
         log_probs = {name: getattr(self, name) for name in LOG_PROBS}
         checks.check_log_probs(log_probs, self.logprobs)
         checks.check_packing(self.loss_mask, self.cu_seqlens, self.num_sequences, self.logprobs)
@@ -217,6 +218,8 @@ def _counts_of(trained: torch.Tensor, counts: GlobalCounts | None) -> GlobalCoun
                 "counts of the whole optimizer step, which has some."
             )
         return GlobalCounts(sequences, tokens)
+    if not isinstance(counts, GlobalCounts):
+        raise TypeError(f"counts is a {type(counts).__name__}: must be GlobalCounts(sequences, tokens).")
     if counts.num_sequences < sequences or counts.num_tokens < tokens:
         raise ValueError(
             f"counts = {counts}: must be of the whole optimizer step, and loss_mask alone has {sequences} sequences "

@@ -40,7 +40,8 @@ def token_weights(inputs: LossInputs, options: LossOptions, lengths: torch.Tenso
     weigh = entry(TOKEN_WEIGHTS, options.aggregation, "aggregation")
     if options.aggregation == "constant_length" and options.constant_length is None:
         raise ValueError(
-            "constant_length = None: aggregation constant_length divides by it. Give the longest response."
+            "constant_length = None (max_response_length of policy_loss): aggregation constant_length divides by it. "
+            "Give the longest response that can be."
         )
     return weigh(lengths, counts.num_sequences, counts.num_tokens, options.constant_length)
 

@@ -174,6 +174,7 @@ WRONG = [
         "^counts = GlobalCounts.*loss_mask alone has 2 sequences .* 5 ",
     ),
     ({"counts": GlobalCounts(2, 4)}, ValueError, "^counts = GlobalCounts"),
+    ({"counts": (2, 5)}, TypeError, "^counts is a tuple: must be GlobalCounts"),
 ]
 
 
@@ -192,6 +193,7 @@ def test_an_empty_batch_has_no_trained_token():
 PACKED_WRONG = [
     ({"logprobs": torch.zeros(2, 3)}, ValueError, r"^logprobs has shape \[2, 3\].*LossInputs.padded"),
     ({"old_logprobs": torch.zeros(5)}, ValueError, r"^old_logprobs has shape \[5\]: must be \[6\]"),
+    ({"old_logprobs": None}, TypeError, "^old_logprobs is a NoneType: must be a tensor"),
     ({"loss_mask": torch.ones(6).long()}, TypeError, "^loss_mask is torch.int64: must be one of bool, uint8"),
     ({"loss_mask": torch.ones(5)}, ValueError, r"^loss_mask has shape \[5\]"),
     ({"cu_seqlens": torch.tensor([0, 3, 6])}, TypeError, "^cu_seqlens is torch.int64: must be one of int32"),
@@ -236,7 +238,7 @@ OPTIONS = LossOptions(ClipRange(0.2, 0.2))
         ("grpo", {"kl_coef": 0.1}, "^ref_logprobs = None: this loss needs it. Give ref_logprobs, or kl_coef 0"),
         ("gspo", {"entropy_coef": 0.1}, "^entropy = None: this loss needs it. Give entropy, or entropy_coef 0"),
         ("gspo", {"mismatch": "token_masked"}, "^rollout_logprobs = None: this loss needs it"),
-        ("dr_grpo", {"aggregation": "constant_length"}, "^constant_length = None"),
+        ("dr_grpo", {"aggregation": "constant_length"}, "^constant_length = None .max_response_length of policy_loss."),
         ("dpo", {}, "^ref_logprobs = None"),
     ],
 )
