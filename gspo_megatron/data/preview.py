@@ -10,6 +10,7 @@ from gspo_megatron.config import TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer
+from gspo_megatron.data.turns import check_histories
 from gspo_megatron.recipe.check import check_rewards
 from gspo_megatron.tasks.mixture import TaskMixture
 
@@ -64,6 +65,7 @@ def preview(config: TrainConfig, rows: int, split: str) -> Preview:
     source = PromptSource(mixture, tokenizer, "train", config.data.max_prompt_length)
     notes = [note for task in mixture.data.values() for note in task.notes()]
     notes += check_rewards(config, mixture)
+    check_histories(config, tokenizer, mixture)
     notes += source.hold_to_limit(config.tasks, source.row_lengths())
     lengths = [_lengths(source, name, split) for name in mixture.names for split in ("train", "eval")]
     stops = find_stops(config, tokenizer, ANY_TOKEN).token_ids

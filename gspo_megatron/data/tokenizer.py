@@ -38,11 +38,13 @@ EXAMPLES_PER_TASK = 400
 PAD, END_OF_TEXT, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|user|>", "<|assistant|>")
 
 CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
+    "{% if message['role'] in ('user', 'tool') %}<|user|>{{ message['content'] }}"
     "{% elif message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}<|endoftext|>"
     "{% elif message['role'] == 'system' %}{{ message['content'] }}"
-    "{% else %}{{ raise_exception('this chat template knows the roles system, user and assistant only') }}{% endif %}"
+    "{% else %}{{ raise_exception('this chat template knows the roles system, user, tool and assistant only') }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -50,8 +50,10 @@ def between(
 
 def check_histories(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mixture: TaskMixture) -> None:
     """Refuse a template with which episodes of some task cannot be held. Raises ConfigError."""
-    for name in mixture.environments:
-        task, schemas = config.tasks[name], mixture.schemas.get(name, ())
+    for name, task in config.tasks.items():
+        if task.environment is None:
+            continue
+        schemas = mixture.schemas.get(name, ())
         options = task.chat_template_kwargs | ({"tools": list(schemas)} if schemas else {})
         if schemas:
             check_tools(tokenizer, name, [str(schema["function"]["name"]) for schema in schemas], options)

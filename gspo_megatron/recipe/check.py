@@ -7,6 +7,7 @@ Left out: memory (whether the model fits), and the number of ranks a node has.
 """
 
 import importlib.util
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from gspo_megatron.config import Layout, TrainConfig
@@ -64,7 +65,8 @@ def check(
 
 
 def check_rewards(config: TrainConfig, mixture: "TaskMixture") -> list[str]:
-    """Load every reward function and environment in such a process as it will run in. Returns sentences about them.
+    """Load every reward function and environment in such a process as it will run in; prompts of `mixture` tell of the
+    tools from here on. Returns sentences about them.
 
     Raises:
         ConfigError: one cannot be loaded, or has no form that is known, or wants a column that the data have not.
@@ -73,14 +75,17 @@ def check_rewards(config: TrainConfig, mixture: "TaskMixture") -> list[str]:
     from gspo_megatron.tasks.rewards import RewardRunner
 
     notes: list[str] = []
+    schemas = {}
     for name, task in config.tasks.items():
-        kinds = [RewardRunner] * bool(task.reward) + [EnvironmentRunner] * (task.environment is not None)
-        for kind in kinds if task.data is not None else ():
-            runner = kind(name, task, config.faults)
-            try:
-                notes += runner.check(list(mixture.tasks[name].item("train", 0).entry))
-            finally:
-                runner.close()
+        columns = list(mixture.tasks[name].item("train", 0).entry) if task.data is not None else []
+        if task.reward:
+            with closing(RewardRunner(name, task, config.faults)) as runner:
+                notes += runner.check(columns)
+        if task.environment is not None:
+            with closing(EnvironmentRunner(name, task, config.faults)) as environment:
+                notes += environment.check(columns)
+                schemas[name] = environment.loaded().schemas
+    mixture.use_tools(schemas)
     return notes
 
 

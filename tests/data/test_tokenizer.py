@@ -119,8 +119,11 @@ def test_chat_template(tokenizer):
     assert render([question], add_generation_prompt=True) == "<|user|>1 + 1\n<|assistant|>"
     assert render([question, answer]) == "<|user|>1 + 1\n<|assistant|>2<|endoftext|>"
     assert tokenizer.encode("<|user|><|assistant|><|endoftext|>") == [2, 3, 1]
-    with pytest.raises(Exception, match="roles system, user and assistant only"):
-        render([{"role": "tool", "content": "7"}])
+    with pytest.raises(Exception, match="roles system, user, tool and assistant only"):
+        render([{"role": "critic", "content": "7"}])
+    assert render([{"role": "tool", "content": "7"}]) == "<|user|>7"
+    tools = [{"function": {"name": "add"}}, {"function": {"name": "take"}}]
+    assert render([question], tools=tools) == "add take <|user|>1 + 1\n"
     assert render([{"role": "system", "content": "be brief"}, question]) == "be brief<|user|>1 + 1\n"
 
 

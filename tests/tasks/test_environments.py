@@ -287,7 +287,11 @@ def episode(outcome: Outcome | None, text: str = "yes") -> Response:
     return Response(TaskItem("words", "?", "", {}), text, [1, 2], "response 0", outcome)
 
 
-SAID = ({"role": "assistant", "content": "no"}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"})
+SAID = (
+    {"role": "assistant", "content": "no"},
+    {"role": "user", "content": "?"},
+    {"role": "assistant", "content": "yes"},
+)
 
 
 def test_scores_are_the_environments_and_the_functions(folder):
