@@ -47,6 +47,7 @@ RUN = {
     "gspo-megatron slurm examples/recipes/moe_gspo.yaml --nodes 2 --partition gpu": "--overwrite",
     "python examples/make_preferences.py examples/recipes/moe_dpo.yaml": "--count 20",
     "gspo-megatron train my_recipe.yaml --steps 20": TRAIN,
+    "gspo-megatron train my_recipe.yaml --steps 20 --optimizer.lr 5e-5 --resume change": f"{TRAIN} --steps 2",
     "python examples/your_data/make_questions.py": "",
     "python examples/environments/make_questions.py": "",
     "gspo-megatron data examples/recipes/retry.yaml": "",

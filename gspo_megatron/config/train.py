@@ -37,10 +37,12 @@ class TrainConfig:
     """The run folder is output_dir/name. At most 100 letters, digits, ".", "_", "-". Where it exists: see resume."""
     output_dir: Path = Path("runs")
     """Where run folders are made."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never", "change"] = "auto"
     """auto: of the folders of this name, go on in the one of the same recipe that got furthest, is unfinished and is
     trained by nobody else (steps, intervals, layout and device may differ); a finished run is left as it is. Otherwise,
-    and with never: a new folder, with a number added where the name is taken."""
+    and with never: a new folder, with a number added where the name is taken. change: as auto, but where no run is of
+    this very recipe, the one that got furthest goes on with its values where they may change (docs/resuming.md);
+    where none can, nothing starts."""
     seed: int = 1
     """Of the initial weights, the prompts and the sampling; 0 or more. Layouts differ by rounding."""
     steps: int = DEFAULT_STEPS

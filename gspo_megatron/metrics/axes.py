@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from gspo_megatron.metrics.recipe_event import Event
+
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#0072B2",
     "#E69F00",
@@ -16,6 +18,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
     "#56B4E9",
     "#7F7F7F",
 )
+NAMED = 3  # changes at one place; what is beside a mark must not cover the curves
 FEW = 15  # up to this many points each gets a marker; a single one would be invisible as a line
 
 
@@ -48,6 +51,28 @@ def band(ax: Axes, steps: list[int], low: np.ndarray, high: np.ndarray, colour: 
         ax.vlines(steps, low, high, color=colour, alpha=alpha, linewidth=8, label=label)
     else:
         ax.fill_between(steps, low, high, color=colour, alpha=alpha, linewidth=0, label=label)
+
+
+def changed(ax: Axes, place: float, event: Event) -> None:
+    """Mark the place behind which a run went on with other values, and name them."""
+    ax.axvline(place, color="#333333", linestyle=":", linewidth=1.2)
+    names = [f"{name.split('.', 1)[-1]} {change}" for name, change in event.told().items()]
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    text = ax.text(
+        place,
+        0.98,
+        "\n".join([*names[:NAMED], *more]),
+        transform=ax.get_xaxis_transform(),
+        rotation=90,
+        ha="right",
+        va="top",
+        fontsize=7,
+        color="#333333",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+        parse_math=False,
+        clip_on=True,
+    )
+    text.set_in_layout(False)
 
 
 def marker(steps: list[int]) -> str:

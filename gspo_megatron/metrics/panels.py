@@ -20,6 +20,7 @@ from gspo_megatron.metrics.axes import (
     RED,
     SKY,
     band,
+    changed,
     decade_ticks,
     marker,
     share_limits,
@@ -48,8 +49,12 @@ class Panel:
     height: float = 1.0  # relative to the other panels of its chart
 
     def onto(self, ax: Axes, record: RunRecord) -> None:
-        """Draw, over all steps of the phase, so that panels can be compared step by step."""
+        """Draw, over all steps of the phase, so that panels can be compared step by step, with a mark where the run
+        went on with other values."""
         self.draw(ax, record)
+        for event in record.events:
+            if event.phase == self.phase:
+                changed(ax, event.step + 0.5, event)
         rows = record.rows(self.phase)
         first, last = rows[0]["step"], rows[-1]["step"]
         margin = max(0.5, 0.02 * (last - first))  # half a step is what a bar of step_time needs
@@ -102,10 +107,7 @@ def ratio(ax: Axes, record: RunRecord) -> None:
         mean, spread = np.array(means) - 1, np.array(spreads)
         band(ax, steps, mean - spread, mean + spread, BLUE, 0.35, "mean ± std. deviation")
         ax.plot(steps, mean, color=BLUE, label="mean", marker=marker(steps))
-    bounds = [(record.number("algorithm.clip_ratio_low"), -1.0), (record.number("algorithm.clip_ratio_high"), 1.0)]
-    edges = [sign * bound for bound, sign in bounds if bound]
-    for number, edge in enumerate(edges):
-        ax.axhline(edge, color=RED, linestyle="--", linewidth=1.2, label=None if number else "clip range")
+    edges = _clip_range(ax, record)
     # The clip range is 1e-4 wide and outliers reach 1e-1: linear around 1, logarithmic beyond.
     linear = min(map(abs, edges), default=1e-4)
     ax.set_yscale("symlog", linthresh=linear, linscale=0.7)
@@ -218,6 +220,22 @@ def _trained_and_held_out(ax: Axes, record: RunRecord, name: str) -> None:
         smoothed(ax, *trained, BLUE, "training pairs, smoothed")
     if held_out[0]:
         ax.plot(*held_out, color=ORANGE, marker="o", linewidth=1.2, label="held-out pairs", zorder=4)
+
+
+def _clip_range(ax: Axes, record: RunRecord) -> list[float]:
+    """Draw both bounds of the ratio, each as far as it held, and return them."""
+    edges: list[float] = []
+    last = record.rl[-1]["step"] + 1.0
+    for name, sign in (("algorithm.clip_ratio_low", -1.0), ("algorithm.clip_ratio_high", 1.0)):
+        pieces = record.numbers(name, "rl")
+        ends = [start for start, _ in pieces[1:]] + [last]
+        for (start, bound), end in zip(pieces, ends, strict=True):
+            if bound:
+                label = "_" if edges else "clip range"  # those of "_" are in no legend
+                steps, edge = [max(start, -1.0), end], [sign * bound] * 2
+                ax.plot(steps, edge, color=RED, linestyle="--", linewidth=1.2, label=label)
+                edges.append(sign * bound)
+    return edges
 
 
 def _accuracy_points(ax: Axes, record: RunRecord, phase: str) -> None:

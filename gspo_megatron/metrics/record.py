@@ -3,6 +3,7 @@
 Left out: any judgement (learning.py) and any drawing (panels.py).
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from gspo_megatron.metrics.tracker import BY_HAND, METRICS_FILE, PHASES, MetricsError, read_metrics
+from gspo_megatron.metrics.recipe_event import Event
+from gspo_megatron.metrics.tracker import BY_HAND, METRICS_FILE, PHASES, MetricsError, read_record
 from gspo_megatron.utils import plain_yaml
 
 Row = dict[str, Any]
@@ -27,6 +29,7 @@ class RunRecord:
     warm_start: list[Row]  # by step, 1..n
     rl: list[Row]  # by step; row 0 holds only the evaluation before RL
     dpo: list[Row] = field(default_factory=list)  # likewise, of a run that has DPO in place of RL
+    events: list[Event] = field(default_factory=list)  # in order
 
     def setting(self, dotted: str, default: Any = None) -> Any:
         """Return a value of config.yaml, for example setting("algorithm.clip_ratio_low")."""
@@ -40,10 +43,28 @@ class RunRecord:
     def number(self, dotted: str) -> float | None:
         """Return a number of config.yaml, None where there is none. Raises MetricsError for anything else."""
         value = self.setting(dotted)
-        is_number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
-        if value is not None and not is_number:
+        if not _is_number_or_none(value):
             raise MetricsError(f"{self.path / 'config.yaml'}: {dotted} is {value!r:.60}, not a number. Correct it.")
         return value
+
+    def numbers(self, dotted: str, phase: str) -> list[tuple[float, float | None]]:
+        """Return a number of the recipe as (place from which on it counted, value), in order: -inf for the start of the
+        phase, and half a step behind the last step with the value before.
+
+        Raises MetricsError for what is neither a number nor None.
+        """
+        events = [event for event in self.events if dotted in event.changes]
+        for event in events:
+            if not all(_is_number_or_none(value) for value in event.changes[dotted]):
+                raise MetricsError(f"{self.path / METRICS_FILE}: {dotted} changed by {event}, no numbers. {BY_HAND}")
+        found = [(-math.inf, events[0].changes[dotted][0] if events else self.number(dotted))]
+        for event in events:
+            new = event.changes[dotted][1]
+            if event.phase == phase:
+                found.append((event.step + 0.5, new))
+            elif event.phase == "warm_start":  # which was before
+                found = [(-math.inf, new)]
+        return found
 
     def rows(self, phase: str) -> list[Row]:
         """Return the rows of one of tracker.PHASES."""
@@ -56,7 +77,7 @@ def load_record(run_dir: Path) -> RunRecord:
     Raises MetricsError on missing, empty or corrupt metrics, on one that is out of its range, and on a config.yaml that
     is not a YAML mapping.
     """
-    rows = read_metrics(run_dir)
+    rows, events = read_record(run_dir)
     if not rows:
         raise MetricsError(
             f"{run_dir / METRICS_FILE}: has no row. The run has made no step yet; or its record was lost, and is put "
@@ -67,13 +88,17 @@ def load_record(run_dir: Path) -> RunRecord:
     by_step = {(row["phase"], row["step"]): row for row in rows}
     ordered = [by_step[key] for key in sorted(by_step, key=lambda key: key[1])]
     by_phase = {phase: [row for row in ordered if row["phase"] == phase] for phase in PHASES}
-    return RunRecord(run_dir, _read_config(run_dir / "config.yaml"), **by_phase)
+    return RunRecord(run_dir, _read_config(run_dir / "config.yaml"), **by_phase, events=events)
 
 
 def series(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
     """Return steps and values of one metric; rows where it is absent or null (it was not finite) are left out."""
     kept = [(row["step"], float(row[key])) for row in rows if row.get(key) is not None]
     return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
 
 
 def _check_ranges(row: Row, path: Path) -> None:

@@ -1,7 +1,10 @@
 """A run's metric rows are written to metrics.jsonl and TensorBoard, and read back by everything that looks at a run.
 
 metrics.jsonl is the record, one JSON object a step: {"phase": one of PHASES, "step": int, <metric>: number or null, or
-a list of them (by_layer/, by_minibatch/)}. A row is on the disk before the checkpoint that counts it is begun, and one
+a list of them (by_layer/, by_minibatch/)}. Between them stand events: {"phase", "step", "event": "change",
+"prompts": int, "changes": {<field of the recipe>: {"old": value, "new": value}}} says that the steps behind this one,
+and the prompts behind so many, were taken with other values.
+A row is on the disk before the checkpoint that counts it is begun, and one
 that cannot be written ends the run. TensorBoard and the trackers of other libraries (sink.py) are views of the same
 rows, without the lists, and samples.jsonl holds a few prompts and responses for the eye: a run goes on without them.
 
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gspo_megatron.errors import GspoError
+from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.utils.small_files import append, unwritten
 
 if TYPE_CHECKING:
@@ -80,12 +84,12 @@ class Tracker:
         lost = [f"{key} is {plain[key]}" for key in plain if _not_finite(plain[key])]
         if lost:
             self._warn(f"{row['phase']} step {row['step']}: {', '.join(lost)}; written as null")
-        try:
-            append(self._metrics, _line(finite))
-            os.fsync(self._metrics.fileno())
-        except OSError as error:
-            raise MetricsError(unwritten(error, self._run_dir / METRICS_FILE, REMEDY)) from None
+        self._write(finite)
         self._show(finite)
+
+    def event(self, event: Event) -> None:
+        """Append an event, which is on the disk then as a row is. Views have none. Raises MetricsError."""
+        self._write(event.row())
 
     def sample(self, row: dict[str, Any]) -> None:
         """Append one prompt, response, reward and step to samples.jsonl, for a person to read."""
@@ -103,6 +107,13 @@ class Tracker:
                 self._go_without(name, error)
         self._metrics.close()
         self._samples.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            append(self._metrics, _line(row))
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise MetricsError(unwritten(error, self._run_dir / METRICS_FILE, REMEDY)) from None
 
     def _events(self, earlier: "list[Row]") -> "Sink":
         # Here and not at the top: it costs a second, and read_metrics serves tools that never write an event.
@@ -158,8 +169,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read every row of a run's metrics.jsonl in file order; a step that a resumed run went over again is there twice.
 
     An unfinished last line (the run was killed, or is writing now) is left out with a warning. Raises MetricsError
-    that names file and line for any other line that is not a row, and where there is no file.
+    that names file and line for any other line that is neither a row nor an event, and where there is no file.
     """
+    return read_record(run_dir)[0]
+
+
+def read_record(run_dir: Path) -> tuple[list[dict[str, Any]], list[Event]]:
+    """Read the rows, as read_metrics does, and the events between them."""
+    lines = _read(run_dir)
+    rows = [line for line in lines if isinstance(line, dict)]
+    return rows, [line for line in lines if isinstance(line, Event)]
+
+
+def _read(run_dir: Path) -> list[dict[str, Any] | Event]:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         raise MetricsError(f"{path}: no such file. Give the folder of a run, for example runs/moe_gspo.")
@@ -224,7 +246,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> dict[str, Any] | Event:
     try:
         row = json.loads(line, parse_constant=_reject)
     except (ValueError, RecursionError) as error:
@@ -232,6 +254,11 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     step = row.get("step") if isinstance(row, dict) else None
     if type(step) is not int or not 0 <= step < MOST_STEPS or row.get("phase") not in PHASES:
         raise MetricsError(f"{where}: not a metric row, which has a phase of {PHASES} and an integer step.")
+    if "event" in row:
+        try:
+            return Event.of(row)
+        except ValueError as error:
+            raise MetricsError(f"{where}: {error}. {BY_HAND}") from None
     for key, value in row.items():
         if key not in ("phase", "step") and not _is_metric(key, value):
             kind = "a list of numbers" if "/by_" in key else "a number"

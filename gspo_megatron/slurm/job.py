@@ -98,7 +98,7 @@ def check(job: Job, config: TrainConfig) -> None:
         "up to 60 s early)",
         "Give a longer limit, or a shorter grace.",
     )
-    require(config.resume == "auto", "resume", config.resume, "the job could not go on after a requeue", "Give auto.")
+    require(config.resume != "never", "resume", "never", "the job could not go on after a requeue", "Give auto.")
     _check_words(job, config)
 
 

@@ -47,7 +47,8 @@ class TaskMixture:
         self.schemas: dict[str, tuple[dict, ...]] = {}  # of tools, by task; `use_tools` gives them
         self.names = sorted(tasks)  # so that the order of lines in a recipe does not matter
         self._configs = tasks
-        self._thresholds = list(itertools.accumulate(tasks[name].weight for name in self.names))
+        self._weights: list[tuple[int, list[float]]] = []  # from which question on, and sums up to each task
+        self.weights_were([])
         self._extractors = {name: AnswerExtractor.of(tasks[name]) for name in self.names}
         self._turns: defaultdict[str, _Turns] = defaultdict(_Turns)
         self.tasks: dict[str, Task] = {}
@@ -65,6 +66,21 @@ class TaskMixture:
     def use_tools(self, schemas: Mapping[str, tuple[dict, ...]]) -> None:
         """From here on, prompts of these tasks tell of such tools."""
         self.schemas = dict(schemas)
+
+    def weights_were(self, earlier: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Draw prompts by other weights up to some places of the stream, and by the recipe's behind the last of them.
+
+        Questions of the other splits are drawn by the first weights: held-out ones stay the same.
+
+        Args:
+            earlier: the number of the question up to which weights held, and the weights by task; in order.
+        """
+        starts = [0, *(end for end, _ in earlier)]
+        weights = [*(one for _, one in earlier), {name: task.weight for name, task in self._configs.items()}]
+        self._weights = [
+            (start, list(itertools.accumulate(one[name] for name in self.names)))
+            for start, one in zip(starts, weights, strict=True)
+        ]
 
     def item(self, split: str, index: int) -> TaskItem:
         """Return question number `index` >= 0 of "train", "warm_start" or "eval": the same one at every call and rank.
@@ -141,8 +157,9 @@ class TaskMixture:
 
     def _place(self, split: str, index: int) -> int:
         """The number of the task that gives this question."""
-        point = hash64("task", self.seed, split, index) / 2**64 * self._thresholds[-1]
-        return min(bisect_right(self._thresholds, point), len(self.names) - 1)  # the quotient may round up to 1
+        held = [sums for start, sums in self._weights if start <= index] if split == "train" else [self._weights[0][1]]
+        point = hash64("task", self.seed, split, index) / 2**64 * held[-1][-1]
+        return min(bisect_right(held[-1], point), len(self.names) - 1)  # the quotient may round up to 1
 
 
 class _Turns:

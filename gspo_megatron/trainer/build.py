@@ -3,6 +3,7 @@ header."""
 
 import importlib.metadata
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer, size_o
 from gspo_megatron.data.turns import check_histories
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
+from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.ops import library
 from gspo_megatron.process import lifecycle
 from gspo_megatron.process.folder_lock import Hold
@@ -34,6 +36,7 @@ from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
 from gspo_megatron.trainer import folders, resume
+from gspo_megatron.trainer.changed import change_after, earlier_weights
 from gspo_megatron.trainer.data_record import note_data
 from gspo_megatron.trainer.epochs import Epochs
 from gspo_megatron.trainer.folders import Plan
@@ -68,6 +71,8 @@ def build_run(config: ResolvedConfig) -> Run:
         with together():
             notes += resume.restore_record(folder, checkpoint, resumed) if runtime.is_main else []
     mixture = build_mixture(config, topology.is_first_of_replica)
+    if resumed and checkpoint:
+        mixture.weights_were(earlier_weights(config, folder, checkpoint, resumed))
     tokenizer = _tokenizer(config, mixture, folder if resumed else None)
     limit = config.data.max_prompt_length
     prompts = PromptSource(mixture, tokenizer, "train", limit)
@@ -81,7 +86,10 @@ def build_run(config: ResolvedConfig) -> Run:
     check_histories(config, tokenizer, mixture)
     rollouts = open_rollouts(config, tokenizer, shape, resumed.prompts if resumed else 0, runtime)
     policy = build_policy(config, shape, topology, runtime)
+    event = None
     with together():
+        if resumed and checkpoint and runtime.is_main:
+            event = change_after(config, folder, checkpoint, resumed)
         reporter = _open_folder(folder, config, tokenizer, runtime.is_main)
         notes += note_data(folder, mixture) if runtime.is_main else []
     run = Run(
@@ -103,12 +111,24 @@ def build_run(config: ResolvedConfig) -> Run:
         rollouts=rollouts,
         epochs=epochs,
     )
-    if runtime.is_main:
+    _tell(run, shape, notes, event)
+    return run
+
+
+def _tell(run: Run, shape: ModelShape, notes: list[str], event: Event | None) -> None:
+    """Print header and notes, and put the event into the record. A collective.
+
+    Raises:
+        MetricsError: the record cannot be written.
+    """
+    if run.runtime.is_main:
         run.reporter.header(_describe(run, shape))
-        notes += [note for task in mixture.data.values() for note in task.notes()]
+        notes += [note for task in run.mixture.data.values() for note in task.notes()]
     for note in notes:
         run.reporter.note(note)
-    return run
+    with together():
+        if event is not None:
+            run.reporter.event(event)
 
 
 def build_policy(
@@ -189,7 +209,11 @@ def _open_folder(folder: Path, config: TrainConfig, tokenizer: PreTrainedTokeniz
     """
     try:
         if is_main:
-            save_recipe(config, folder / resume.CONFIG_FILE)
+            # A recipe that is read back from there goes on as any other does.
+            save_recipe(
+                replace(config, resume="auto" if config.resume == "change" else config.resume),
+                folder / resume.CONFIG_FILE,
+            )
             tokenizer.save_pretrained(folder / "tokenizer")
         return Reporter(folder, is_main, config)
     except OSError as error:

@@ -7,21 +7,21 @@ the same moment, on one machine or on two that share a file system, never take t
 Left out: going on with another recipe, and folders that were moved to another output_dir (name them there).
 """
 
-import dataclasses
 import itertools
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gspo_megatron.config import TaskConfig, TrainConfig
+from gspo_megatron.config import TrainConfig
 from gspo_megatron.errors import CheckpointError, ConfigError
 from gspo_megatron.metrics.sink import LEFT
 from gspo_megatron.metrics.tracker import METRICS_FILE, SAMPLES_FILE
 from gspo_megatron.process.folder_lock import LOCK, Hold, held, holder
-from gspo_megatron.recipe.load import flat, plain_values, read_saved
+from gspo_megatron.recipe import changes
+from gspo_megatron.recipe.changes import Change
+from gspo_megatron.recipe.load import read_saved
 from gspo_megatron.trainer.data_record import DATA_FILE
 from gspo_megatron.trainer.resume import (
     CONFIG_FILE,
@@ -32,28 +32,14 @@ from gspo_megatron.trainer.resume import (
     survey,
 )
 
-# A run may go on with other values of these: they say where, how long, how often and what is refused, not what is
-# learned. (The layout and the packing change rounding alone.)
-FREE = (
-    "name",
-    "output_dir",
-    "resume",
-    "steps",
-    "num_epochs",
-    "eval_interval",
-    "max_tokens_per_microbatch",
-    "data.max_prompt_length",
-    "device",
-    "parallel",
-    "checkpoint",
-    "faults",
-    "tracking",
-    "save_hf",
-    "rollout.save",
-)
 # What a start leaves that ended before its first step.
 OF_A_START = {LOCK, CONFIG_FILE, DATA_FILE, "tokenizer", METRICS_FILE, SAMPLES_FILE, "checkpoints"} | LEFT
+TOLD = 8  # differences that are refused; who sees more reads none
 NEW_RUN = "Give --resume never for a new run."
+NOTHING_TO_CHANGE = (
+    "resume = 'change': no run named {!r} in {} can go on with this recipe. Give the values that it has where they may "
+    "not change (docs/resuming.md), or another name and --resume auto for a new run."
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,8 @@ class Found:
     checkpoints: dict[Path, Progress]
     damage: tuple[str, ...]  # sentences about its checkpoints and its config.yaml
     finished: int | None  # the step of its mark
-    other: str | None  # why it is not this recipe's, in words; "" where nobody knows
+    other: str | None  # why it does not go on with this recipe, in words; "" where nobody knows
+    changes: tuple[Change, ...] = ()  # what the recipe has otherwise
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -88,11 +75,14 @@ def take(config: TrainConfig) -> tuple[Plan, Hold | None]:
     Raises:
         CheckpointError: an unfinished run cannot go on (no checkpoint of it can be read; its config.yaml is damaged;
             its folder cannot be written), or no new folder can be made.
+        ConfigError: the recipe asks for a change, and no run can take it.
     """
     notes: list[str] = []
     finished = None
-    if config.resume == "auto":
+    if config.resume != "never":
         found = sorted(_of_this_name(config), key=lambda one: one.order, reverse=True)  # equal ones: as numbered
+        if config.resume == "change":
+            found = _of_the_very_recipe(found) or found
         finished = next((one for one in found if _is_over(one, config)), None)
         for one in found:
             if (taken := _go_on(one, config, notes)) is not None:
@@ -100,15 +90,23 @@ def take(config: TrainConfig) -> tuple[Plan, Hold | None]:
         if unknown := next((one for one in found if one.other == "" and one.finished is None), None):
             raise CheckpointError(f"{unknown.damage[-1]} So it is unknown whether that run can go on. {NEW_RUN}")
     if finished is not None:
+        notes += [f"{change}: no step is left for it" for change in finished.changes]
         return Plan(finished.folder, notes=tuple(notes), is_finished=True), None
+    if config.resume == "change":
+        raise ConfigError("\n".join([NOTHING_TO_CHANGE.format(config.name, config.output_dir), *notes]))
     return _new(config, notes)
+
+
+def _of_the_very_recipe(found: list[Found]) -> list[Found]:
+    return [one for one in found if one.other is None and not one.changes and (one.checkpoints or one.finished)]
 
 
 def _go_on(one: Found, config: TrainConfig, notes: list[str]) -> tuple[Plan, Hold] | None:
     """Take this folder if its run can go on; where not, a note says why."""
     if one.other:
-        if one.order >= (False, 0) and one.finished is None:
-            notes.append(f"{one.folder} is of another recipe ({one.other}): passed over")
+        if one.order >= (False, 0) and (one.finished is None or config.resume == "change"):
+            hint = "" if changes.refusals(one.changes) else ". --resume change goes on there with what differs"
+            notes.append(f"{one.folder} is of another recipe ({one.other}): passed over{hint}")
         return None
     if one.other == "" or _is_over(one, config):
         return None
@@ -197,7 +195,7 @@ def look(folder: Path, config: TrainConfig) -> Found | None:
     there = None
     for place in (folder, *newest_first(checkpoints)):  # a checkpoint has a copy of the recipe
         try:
-            there = flat(read_saved(place / CONFIG_FILE))
+            there = read_saved(place / CONFIG_FILE)
             break
         except ConfigError as error:
             problems.append(str(error))
@@ -209,7 +207,13 @@ def look(folder: Path, config: TrainConfig) -> Found | None:
         return None
     if problems:
         damage = [*damage, f"{problems[0]} Its copy in {place} is read instead."]
-    return Found(folder, checkpoints, tuple(damage), finished, _difference(config, there))
+    differing = tuple(changes.differences(config, there))
+    if config.resume == "change":
+        refused = changes.refusals(differing)
+        why = refused[:TOLD] + [f"and {len(refused) - TOLD} more"] * (len(refused) > TOLD)
+    else:
+        why = [str(change) for change in differing[:1]]
+    return Found(folder, checkpoints, tuple(damage), finished, "; ".join(why) or None, differing)
 
 
 def _is_over(one: Found, config: TrainConfig) -> bool:
@@ -219,26 +223,3 @@ def _is_over(one: Found, config: TrainConfig) -> bool:
         return False
     # How many steps the epochs are is known once the data are read; a run that ended with as many has made them.
     return finished_epochs(one.folder) >= config.num_epochs if config.num_epochs else last >= config.steps
-
-
-def _difference(config: TrainConfig, there: dict[str, Any]) -> str | None:
-    """Return the first value of the recipe that is another one there than here, in words."""
-    plain = dataclasses.replace(config, algorithm=config.algorithm.resolved())
-    tasks = {name.split(".")[1]: TaskConfig() for name in there if name.startswith("tasks.")}
-    bare = TrainConfig(tasks=tasks)
-    here, defaults = (flat(plain_values(one)) for one in (plain, bare))
-    # A run that an earlier version began does not know the fields that were added since: their defaults are its values.
-    tables = {name[:place] for name in there for place, letter in enumerate(name) if letter == "."}
-    there = {name: value for name, value in defaults.items() if name not in tables} | there
-    free = set(FREE) - ({"data.max_prompt_length"} if _drops_by_length(config) else set())
-    for name in [*here, *(other for other in there if other not in here)]:
-        if name.split(".")[0] in free or name in free:
-            continue
-        if here.get(name) != there.get(name):
-            return f"{name} = {there.get(name)!r} there, {here.get(name)!r} here"
-    return None
-
-
-def _drops_by_length(config: TrainConfig) -> bool:
-    """Whether the limit on prompts says which rows are trained on."""
-    return any(task.overlong == "drop" for task in config.tasks.values())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.metrics.console import Console
+from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.metrics.sink import tracker_sinks
 from gspo_megatron.metrics.tracker import PATIENCE, MetricsError, Tracker
 
@@ -39,6 +40,12 @@ class Reporter:
             except MetricsError as error:
                 self.error = error
             self.console.step(row)
+
+    def event(self, event: Event) -> None:
+        """Put a change of the recipe into the record, and tell. Raises MetricsError on rank 0."""
+        if self.console and self.tracker:
+            self.tracker.event(event)
+            self.console.note(f"goes on with other values after {event.phase} step {event.step}: {event}")
 
     def sample(self, row: dict) -> None:
         if self.tracker:

@@ -1,7 +1,9 @@
 """Charts show the numbers of the run, cope with what is missing, and cover nothing with their legends."""
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +17,7 @@ from gspo_megatron.metrics.axes import smooth
 from gspo_megatron.metrics.learning import summarise, wilson_interval
 from gspo_megatron.metrics.panels import PANELS
 from gspo_megatron.metrics.plots import LOOK, draw, figures, run_title
+from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.metrics.record import RunRecord
 from gspo_megatron.metrics.tracker import MetricsError
 
@@ -284,3 +287,57 @@ def test_a_row_of_other_layers_is_left_out_of_the_map() -> None:
     rows = [{"phase": "rl", "step": step, key: shares} for step, shares in given]
     values = panel("routing_map", record_of(rows)).collections[0].get_array()
     np.testing.assert_array_equal(np.ma.filled(values, np.nan), [[10.0, np.nan], [20.0, 40.0]])
+
+
+# ---- Where a run went on with other values ----
+
+LOW, HIGH = "algorithm.clip_ratio_low", "algorithm.clip_ratio_high"
+NOW = {"algorithm": {"clip_ratio_low": 0.1, "clip_ratio_high": 0.4}}
+
+
+def changed_record(*events: Event) -> RunRecord:
+    return replace(record_of(run_rows(), NOW), events=list(events))
+
+
+def test_a_change_is_a_mark_with_its_name_in_every_panel_of_its_phase() -> None:
+    """Behind step 10 of RL, so at 10.5; three fields are named. A mark is in no legend and moves no axis."""
+    changes = {
+        "optimizer.lr": (1e-4, 5e-5),
+        "a.b": (1, 2),
+        "c": (3, 4),
+        "tasks.x.on_error": (0.0, "drop"),
+        "e.f": (1, 2),
+    }
+    record = changed_record(Event("rl", 10, changes))
+    for name in ("reward", "step_time", "clip_fraction"):
+        ax, plain = panel(name, record), panel(name, record_of(run_rows(), NOW))
+        marks = [one for one in ax.get_lines() if list(one.get_xdata()) == [10.5, 10.5]]
+        assert len(marks) == 1
+        assert [text.get_text() for text in ax.texts] == ["lr 0.0001 -> 5e-05\nb 1 -> 2\nc 3 -> 4\nand 2 more"]
+        assert ax.get_legend_handles_labels()[1] == plain.get_legend_handles_labels()[1]
+        assert (ax.get_xlim(), ax.get_ylim()) == (plain.get_xlim(), plain.get_ylim())
+    assert list(panel("warm_start_loss", record).texts) == []
+    for figure in figures(record).values():
+        figure.draw_without_rendering()
+
+
+def test_the_clip_range_is_drawn_as_far_as_it_held() -> None:
+    """1 - 0.3 up to step 10, 1 - 0.2 up to 20, and 1 - 0.1 now; the upper one never changed."""
+    record = changed_record(Event("rl", 10, {LOW: (0.3, 0.2)}), Event("rl", 20, {LOW: (0.2, 0.1)}))
+    dashed = [one for one in panel("ratio", record).get_lines() if one.get_linestyle() == "--"]
+    assert [(list(one.get_xdata()), list(one.get_ydata())) for one in dashed] == [
+        ([-1, 10.5], [-0.3, -0.3]),
+        ([10.5, 20.5], [-0.2, -0.2]),
+        ([20.5, 31], [-0.1, -0.1]),
+        ([-1, 31], [0.4, 0.4]),
+    ]
+    labels = panel("ratio", record).get_legend_handles_labels()[1]
+    assert labels.count("clip range") == 1
+
+
+def test_what_changed_in_the_warm_start_held_in_all_of_rl() -> None:
+    events = Event("warm_start", 5, {LOW: (0.3, 0.2)}), Event("rl", 3, {LOW: (0.2, None)})
+    assert changed_record(*events).numbers(LOW, "rl") == [(-math.inf, 0.2), (3.5, None)]
+    assert changed_record(*events).numbers(HIGH, "rl") == [(-math.inf, 0.4)]
+    with pytest.raises(MetricsError, match="clip_ratio_low changed by .* 0.2 -> much, no numbers"):
+        changed_record(Event("rl", 3, {LOW: (0.2, "much")})).numbers(LOW, "rl")

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gspo_megatron.errors import GspoError
 from gspo_megatron.metrics import plots
 from gspo_megatron.metrics.learning import summarise
+from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.metrics.record import load_record, series
-from gspo_megatron.metrics.tracker import MetricsError, Tracker, read_metrics
+from gspo_megatron.metrics.tracker import MetricsError, Tracker, read_metrics, read_record
 from tests.full_disk import full_at
 
 
@@ -257,3 +258,64 @@ def test_a_chart_that_cannot_be_written_leaves_no_half_of_it(tmp_path: Path) -> 
         plots.draw(tmp_path)
     assert caught.value.filename == str(tmp_path / "plots/reward.png")
     assert list((tmp_path / "plots").iterdir()) == []
+
+
+# ---- Events ----
+
+CHANGED = Event("rl", 2, {"optimizer.lr": (1e-4, 5e-5), "tasks.a.on_error": (0.0, "drop"), "x": (None, [1])}, 16)
+
+
+def test_an_event_stands_between_the_rows_and_is_in_no_reader_s_way(tmp_path: Path) -> None:
+    """Rows are as without it, in the record and in TensorBoard; the event is on the disk before the next row."""
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"phase": "rl", "step": 2, "loss": 1.0})
+        tracker.event(CHANGED)
+        assert strict_lines(tmp_path / "metrics.jsonl")[-1] == {
+            "phase": "rl",
+            "step": 2,
+            "event": "change",
+            "prompts": 16,
+            "changes": {
+                "optimizer.lr": {"old": 1e-4, "new": 5e-5},
+                "tasks.a.on_error": {"old": 0.0, "new": "drop"},
+                "x": {"old": None, "new": [1]},
+            },
+        }
+        tracker.log({"phase": "rl", "step": 3, "loss": 2.0})
+    assert read_metrics(tmp_path) == [{"phase": "rl", "step": step, "loss": step - 1.0} for step in (2, 3)]
+    assert read_record(tmp_path)[1] == load_record(tmp_path).events == [CHANGED]
+    with Tracker(tmp_path):  # a start reads it all to make events of TensorBoard again
+        pass
+    assert scalars(tmp_path) == {"loss": [(2, 1.0), (3, 2.0)]}
+    assert str(CHANGED) == "optimizer.lr 0.0001 -> 5e-05, tasks.a.on_error 0 -> drop, x None -> [1]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"event": "change"',
+        '"event": "change", "changes": {}',
+        '"event": "change", "prompts": -1, "changes": {}',
+        '"event": "change", "prompts": true, "changes": {}',
+        '"event": "change", "prompts": 0, "changes": []',
+        '"event": "change", "prompts": 0, "changes": {"a": 1}',
+        '"event": "change", "prompts": 0, "changes": {"a": {"old": 1}}',
+        '"event": "sleep", "prompts": 0, "changes": {}',
+        '"event": null, "prompts": 0, "changes": {}',
+        '"event": "change", "prompts": 0, "changes": {}, "loss": 1',
+    ],
+)
+def test_an_event_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"phase": "rl", "step": 1}\n{"phase": "rl", "step": 1, ' + text + "}\n")
+    with pytest.raises(MetricsError, match=r"metrics.jsonl, line 2: not an event, which has .* by hand\."):
+        read_metrics(tmp_path)
+
+
+def test_an_event_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as tracker:
+        with (
+            full_at(10),
+            pytest.raises(MetricsError, match=r"metrics\.jsonl: cannot be written .* goes on from the newest"),
+        ):
+            tracker.event(CHANGED)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

@@ -93,3 +93,25 @@ def test_wrong_arguments():
             mixture.item(split, index)
     with pytest.raises(ConfigError, match="must name at least one task"):
         TaskMixture({}, seed=1)
+
+
+def test_other_weights_from_a_place_of_the_stream_on_lose_and_repeat_no_row(rows, tmp_path):
+    """Up to question 60 it is the stream of the first weights. Behind it the rows go on where they are: over the change
+    each of the 100 comes once before any comes again; and nothing that is held out moves."""
+    first = {"mine": TaskConfig(**rows), "gcd": TaskConfig()}
+    second = {"mine": TaskConfig(**rows, weight=9.0), "gcd": TaskConfig()}
+    before, after = TaskMixture(first, seed=1), TaskMixture(second, seed=1)
+    after.weights_were([(60, {"mine": 1.0, "gcd": 1.0})])
+    drawn = [after.item("train", i) for i in range(200)]
+    assert drawn[:60] == [before.item("train", i) for i in range(60)]
+    mine = [item for item in drawn if item.task == "mine"]
+    assert sum(item.task == "mine" for item in drawn[60:]) == pytest.approx(126, abs=12)
+    assert len({item.question for item in mine[:100]}) == 100
+    assert [item.epoch for item in mine] == [i // 100 for i in range(len(mine))]
+    assert [after.item("eval", i) for i in range(9)] == [before.item("eval", i) for i in range(9)]
+    assert [after.item("warm_start", i) for i in range(9)] == [before.item("warm_start", i) for i in range(9)]
+    plain = TaskMixture(second, seed=1)
+    assert [plain.item("train", i) for i in range(60)] != drawn[:60]
+    third = TaskMixture(second, seed=1)
+    third.weights_were([(60, {"mine": 1.0, "gcd": 1.0}), (100, {"mine": 9.0, "gcd": 1.0})])
+    assert [third.item("train", i) for i in range(200)] == drawn

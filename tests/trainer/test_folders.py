@@ -23,7 +23,7 @@ from gspo_megatron.config import (
     TrackingConfig,
     TrainConfig,
 )
-from gspo_megatron.errors import CheckpointError
+from gspo_megatron.errors import CheckpointError, ConfigError
 from gspo_megatron.process.folder_lock import held, holder
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.trainer import folders
@@ -350,3 +350,98 @@ def test_a_checkpoint_whose_progress_is_damaged_is_named(config):
         CheckpointError, match=r"step_000002/.*\n.*step_000003/(.|\n)*no checkpoint of .* --resume never"
     ):
         take(config)
+
+
+# ---- Other values in the middle of a run ----
+
+
+def with_lr(config: TrainConfig, lr: float, resume: str = "change") -> TrainConfig:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr), resume=resume)
+
+
+def test_a_run_goes_on_with_other_values_where_that_is_asked_for(config):
+    """Without it another run begins, and the start says what would go on."""
+    run = run_folder(config, "moe_gspo", 2, 3)
+    assert planned(with_lr(config, 2e-4)) == Plan(
+        run, (run / "checkpoints/step_000003", run / "checkpoints/step_000002")
+    )
+    assert planned(dataclasses.replace(config, resume="change")).folder == run
+    plan = planned(with_lr(config, 2e-4, "auto"))
+    assert plan.folder.name == "moe_gspo-2"
+    assert plan.notes[0] == (
+        f"{run} is of another recipe (optimizer.lr = 0.0001 there, 0.0002 here): passed over. --resume change goes on "
+        "there with what differs"
+    )
+    other_seed = dataclasses.replace(with_lr(config, 2e-4, "auto"), seed=2)
+    assert planned(other_seed).notes[0].endswith("passed over")
+
+
+def test_the_furthest_run_that_may_be_changed_is_changed(config):
+    """moe_gspo got further, but has another seed; moe_gspo-2 and -3 may be changed."""
+    run_folder(dataclasses.replace(config, seed=2), "moe_gspo", 4)
+    run_folder(config, "moe_gspo-2", 1)
+    best = run_folder(config, "moe_gspo-3", 2)
+    plan = planned(with_lr(config, 2e-4))
+    assert plan.folder == best and "moe_gspo is of another recipe (seed = 2 there, 1 here: it fixes" in plan.notes[0]
+
+
+def test_no_other_run_is_changed_where_one_is_of_the_very_recipe(config):
+    """Two runs of two learning rates under one name: each goes on itself, also where it is held, or finished."""
+    run_folder(config, "moe_gspo", 3)
+    own = run_folder(with_lr(config, 2e-4), "moe_gspo-2", 1)
+    wanted = with_lr(config, 2e-4)
+    assert planned(wanted).folder == own
+    with closing(held(own)), pytest.raises(ConfigError, match="moe_gspo-2 is being trained by another process"):
+        take(wanted)
+    checkpoint(own, "rl", 5)
+    mark_finished(own, 5, has_hf=False)
+    assert planned(wanted) == Plan(own, is_finished=True)
+
+
+def test_a_finished_run_has_no_step_left_for_another_value(config):
+    run = run_folder(config, "moe_gspo", 5)
+    mark_finished(run, 5, has_hf=False)
+    said = "optimizer.lr = 0.0001 there, 0.0002 here: no step is left for it"
+    assert planned(with_lr(config, 2e-4)) == Plan(run, notes=(said,), is_finished=True)
+    assert planned(dataclasses.replace(with_lr(config, 2e-4), steps=9)).checkpoints == (
+        run / "checkpoints/step_000005",
+    )
+
+
+def test_what_may_not_change_is_refused_with_all_of_it(config):
+    run = run_folder(config, "moe_gspo", 3)
+    before = sorted(path.name for path in config.output_dir.rglob("*"))
+    batch = dataclasses.replace(config.rollout, group_size=4)
+    with pytest.raises(ConfigError) as refused:
+        take(dataclasses.replace(with_lr(config, 2e-4), seed=2, rollout=batch))
+    assert str(refused.value) == (
+        f"resume = 'change': no run named 'moe_gspo' in {config.output_dir} can go on with this recipe. Give the "
+        "values that it has where they may not change (docs/resuming.md), or another name and --resume auto for a new "
+        f"run.\n{run} is of another recipe (seed = 1 there, 2 here: it fixes the initial weights, the order of the "
+        "prompts and every draw; rollout.group_size = 8 there, 4 here: it says what a batch is): passed over"
+    )
+    assert sorted(path.name for path in config.output_dir.rglob("*")) == before
+
+
+def test_of_many_refused_values_eight_are_told(config):
+    """Two of the model, three of the data, two of the batch, the seed and the replay are nine."""
+    run_folder(config, "moe_gspo", 3)
+    other = dataclasses.replace(
+        with_lr(config, 2e-4),
+        seed=2,
+        model=dataclasses.replace(config.model, recompute=True, params_dtype="bf16"),
+        data=DataConfig(vocab_size=999, num_eval_prompts=7, eval_samples=9),
+        rollout=dataclasses.replace(config.rollout, num_prompts=64, group_size=4),
+        routing=dataclasses.replace(config.routing, replay="R2"),
+    )
+    with pytest.raises(ConfigError, match=r"params_dtype.*group_size = 8 there, 4 here: .*; and 1 more\): passed over"):
+        take(other)
+
+
+def test_there_must_be_a_run_to_change(config):
+    with pytest.raises(ConfigError, match="no run named 'moe_gspo' in .* or another name and --resume auto"):
+        take(with_lr(config, 2e-4))
+    run_folder(config, "moe_gspo")  # ended before its first checkpoint
+    with pytest.raises(ConfigError, match="has no checkpoint to go on from"):
+        take(with_lr(config, 2e-4))
+    assert [path.name for path in config.output_dir.iterdir()] == ["moe_gspo"]
