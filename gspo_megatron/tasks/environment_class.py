@@ -16,7 +16,7 @@ from typing import Any
 
 from gspo_megatron.tasks.reward_functions import LoadError, named
 from gspo_megatron.tasks.reward_values import WrongValue, one_line, score
-from gspo_megatron.tasks.tool_calls import BadCall, calls_in
+from gspo_megatron.tasks.tool_calls import BadCall, ToolCall, calls_in
 
 OWN = ("reset", "step", "get_reward")  # methods that are no tools
 LONGEST = 1 << 20  # characters of an observation
@@ -160,10 +160,11 @@ async def _played(made: Any, text: str) -> Turn:
 async def _used(known: EnvironmentClass, made: Any, text: str) -> Turn:
     """A response without a call is the answer, and ends the episode. A tool's error is told to the model."""
     calls = calls_in(text)
-    return Turn(tuple([await _result(known, made, call) for call in calls]), not calls)
+    longest = LONGEST // max(len(calls), 1)
+    return Turn(tuple([await _result(known, made, call, longest) for call in calls]), not calls)
 
 
-async def _result(known: EnvironmentClass, made: Any, call: Any) -> dict[str, str]:
+async def _result(known: EnvironmentClass, made: Any, call: ToolCall, longest: int) -> dict[str, str]:
     try:
         name, arguments = call.checked(known.tools)
         returned = await _called(getattr(made, name), **arguments)
@@ -173,17 +174,22 @@ async def _result(known: EnvironmentClass, made: Any, call: Any) -> dict[str, st
         name, content = "error", f"error: {error}"
     except Exception as error:
         name, content = call.name, f"error: {type(error).__name__}: {' '.join(str(error).split())}"
-    return {"role": "tool", "name": name, "content": content[:LONGEST]}
+    return {"role": "tool", "name": name, "content": _encodable(content[:longest])}
 
 
 def _text(method: str, value: Any, may_be_none: bool) -> str | None:
     if isinstance(value, str) and len(value) <= LONGEST:
-        return value
+        return _encodable(value)
     if value is None and may_be_none:
         return None
     what = f"a text of {len(value)} characters" if isinstance(value, str) else _shown(value)
     limit = f"a text of at most {LONGEST} characters" if isinstance(value, str) else "a text"
     raise WrongValue(f"returned {what} from {method}, where {limit} belongs")
+
+
+def _encodable(text: str) -> str:
+    """Half of a surrogate pair is no Unicode text, and no tokenizer can encode it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _shown(value: Any) -> str:

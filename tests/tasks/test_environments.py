@@ -52,6 +52,10 @@ class Bad:
             os._exit(7)
         if text == "print":
             print("a step prints")
+        if text == "half":
+            return "a\\ud800b", False
+        if text == "long":
+            return "x" * 2**21, False
         return {"one": ("x",), "words": ("x", "yes"), "number": (5, False), "nan": ("x", False, float("nan")),
                 "list": ("x", False, [1.0])}.get(text, ("fine", False))
 
@@ -206,7 +210,7 @@ def test_what_misbehaves_fails_its_episode_alone(runner):
     assert opened[0] == opened[3] == Observed()
     assert opened[1].error == "raised ValueError: not today (mine.py, line 25)"
     assert opened[2].error == "returned a value of type int from reset(), where a text belongs"
-    texts = ["raise", "exit", "one", "words", "number", "nan", "list", "print", "ok"]
+    texts = ["raise", "exit", "one", "words", "number", "nan", "list", "print", "ok", "half", "long"]
     bad.open({i: {"word": "x"} for i in range(len(texts))}, nothing)
     answers = bad.turn(dict(enumerate(texts)), nothing)
     errors = [answers[i].error for i in range(len(texts))]
@@ -217,7 +221,9 @@ def test_what_misbehaves_fails_its_episode_alone(runner):
     assert errors[4] == "returned a value of type int from step(), where a text belongs"
     assert errors[5] == "returned nan, which is not a finite number"
     assert errors[6] == "returned a value of type list where a number belongs"
-    assert errors[7:] == [None, None] and answers[8].messages[0]["content"] == "fine"
+    assert errors[7:10] == [None] * 3 and answers[8].messages[0]["content"] == "fine"
+    assert answers[9].messages[0]["content"] == "a?b"  # no tokenizer can encode half of a surrogate pair
+    assert errors[10].startswith("returned a text of 2097152 characters from step(), where a text of at most 1048576")
     bad.open({i: {"word": word} for i, word in enumerate(words) if i not in (1, 2)}, nothing)
     rewards = bad.rewards([0, 3, 4], nothing)
     assert rewards[0].reward == 1.0 and "returned None from get_reward()" in rewards[3].error
