@@ -37,6 +37,7 @@ from gspo_megatron.trainer import sft as warm_starts
 from gspo_megatron.trainer.build import to_come
 from gspo_megatron.trainer.folders import Plan
 from gspo_megatron.trainer.resume import Progress, newest_first, prune, restore_record, survey, sweep
+from tools.validation.faults.scenarios import LONG
 from tools.validation.launching import ROOT, TORCHRUN, gone, launched, wait_until
 from tools.validation.ranks import spawn
 
@@ -190,6 +191,7 @@ def end_by(launch, number: signal.Signals, moment: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kill_9_and_the_same_command_again(tmp_path):
     """Killed while the first checkpoint is written and again in RL, then told to stop (SIGUSR1); the fourth start ends
     the run as if nothing had been."""
@@ -197,7 +199,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
     for folder in (whole, again):
         folder.mkdir()
     with launched(TRAINING, whole, CUDA_VISIBLE_DEVICES="") as launch:
-        assert launch.wait(100) == 0, launch.stderr
+        assert launch.wait(LONG) == 0, launch.stderr
     writing = lambda: any(again.glob("runs/*/checkpoints/*.unfinished"))  # noqa: E731
 
     def at_step(step: int) -> bool:
@@ -209,7 +211,7 @@ def test_kill_9_and_the_same_command_again(tmp_path):
             end_by(launch, number, moment)
     assert "stopped as asked, after rl step" in launch.stderr
     with launched(TRAINING, again, CUDA_VISIBLE_DEVICES="") as launch:
-        assert launch.wait(100) == 0, launch.stderr
+        assert launch.wait(LONG) == 0, launch.stderr
         assert "goes on after rl step" in launch.stdout
     runs_made = sorted(p.name for p in (again / "runs").iterdir())
     final = runs_made[-1]  # moe_gspo, or moe_gspo-2 where the first kill came before any checkpoint was whole

@@ -15,7 +15,7 @@ from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.engine.router_hooks import TopKRouter
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.batch import PackedBatch, SequenceTable
-from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, OptimizerConfig, RoutingConfig
+from gspo_megatron.config import AlgorithmConfig, KlConfig, Layout, ModelConfig, OptimizerConfig, RoutingConfig
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.metrics.routing import change_beside_ratio
 from gspo_megatron.routing.statistics import routing_metrics
@@ -88,7 +88,8 @@ def start(case: tuple, replay: str = "none") -> tuple[Policy, list[PackedBatch]]
 
 def update(policy: Policy, batches: list[PackedBatch], minibatch: int):
     counts = global_counts(batches, policy.topology)
-    return policy.update(batches, policy_loss(AlgorithmConfig(name="grpo")), counts, 1, minibatch)
+    loss = policy_loss(AlgorithmConfig(name="grpo", kl=KlConfig(coef=0.0)))  # there is no reference
+    return policy.update(batches, loss, counts, 1, minibatch)
 
 
 def counted(case: tuple) -> dict:

@@ -33,7 +33,7 @@ RECIPE = [
     "--checkpoint.no-keep-best", "--output-dir", "runs", "--device", "cpu",
 ]  # fmt: skip
 WORKER = str(ROOT / "tools/validation/faults/injected.py")
-LONG = 150.0  # seconds that a whole training may take on a busy machine
+LONG = 250.0  # seconds that a whole training may take on a busy machine
 
 
 def running(folder: Path, *faults: tuple, extra: tuple[str, ...] = (), ranks: int = 2, restarts: int = 0):
