@@ -53,8 +53,7 @@ def check_histories(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mix
     for name, task in config.tasks.items():
         if task.environment is None:
             continue
-        schemas = mixture.schemas.get(name, ())
-        options = task.chat_template_kwargs | ({"tools": list(schemas)} if schemas else {})
+        schemas, options = mixture.schemas.get(name, ()), mixture.template_kwargs(name)
         if schemas:
             check_tools(tokenizer, name, [str(schema["function"]["name"]) for schema in schemas], options)
         role = "tool" if schemas else "user"

@@ -118,7 +118,8 @@ class Stage:
         rows = {number: prompt for number, prompt in numbered if prompt.item.task in self.runners}
         entries = {number: prompt.item.entry for number, prompt in rows.items()}
         said = self._ask(entries, rows, EnvironmentRunner.open)
-        heard = [[said[number] for number in rows if number // group_size == row] for row in range(len(prompts))]
+        every = range(len(prompts) * group_size)
+        heard = [[said[n] for n in every[row : row + group_size] if n in said] for row in every[::group_size]]
         with together():
             prompts = [self._with_words(prompt, words) for prompt, words in zip(prompts, heard, strict=True)]
         return prompts, [Episode(number, prompts[number // group_size], error=said[number].error) for number in rows]

@@ -10,17 +10,16 @@ Left out: tools that come and go between turns, and observations that are not te
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gspo_megatron.tasks.reward_functions import LoadError, named
+from gspo_megatron.tasks.reward_functions import LoadError, asked_for, is_async, named
 from gspo_megatron.tasks.reward_values import WrongValue, one_line, score
 from gspo_megatron.tasks.tool_calls import BadCall, ToolCall, calls_in
 
 OWN = ("reset", "step", "get_reward")  # methods that are no tools
 LONGEST = 1 << 20  # characters of an observation
-STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,18 @@ class EnvironmentClass:
                 ) from None
         return found
 
-    def columns(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return those of a row's columns that reset takes."""
-        return row if self.takes is None else {name: row[name] for name in self.takes if name in row}
 
-
-async def reset(known: EnvironmentClass, row: dict[str, Any]) -> tuple[Any, str | None]:
+async def reset(known: EnvironmentClass, columns: dict[str, Any]) -> tuple[Any, str | None]:
     """Return a new episode, and what it says first.
+
+    Args:
+        columns: of a row, those that reset takes.
 
     Raises:
         WrongValue: reset() returned something else than a text or None.
     """
     made = known.make()
-    return made, _text("reset()", await _called(made.reset, **known.columns(row)), may_be_none=True)
+    return made, _text("reset()", await _called(made.reset, **columns), may_be_none=True)
 
 
 async def turn(known: EnvironmentClass, made: Any, text: str) -> Turn:
@@ -107,8 +105,7 @@ def found(target: str) -> EnvironmentClass:
     name = target.rpartition(":")[2]
     if not inspect.isclass(made):
         raise LoadError(f"{name} is a value of type {type(made).__name__}, not a class. An environment is a class.")
-    given = inspect.signature(made).parameters.values()
-    required = [one.name for one in given if one.default is one.empty and one.kind not in STARRED]
+    _, required = asked_for(inspect.signature(made).parameters.values())
     if required:
         raise LoadError(f"{name}({', '.join(required)}) wants arguments, and it is made without. Give them defaults.")
     begin = getattr(made, "reset", None)
@@ -118,28 +115,21 @@ def found(target: str) -> EnvironmentClass:
     public = [key for key, value in inspect.getmembers(made, callable) if not key.startswith("_") and key not in OWN]
     if not is_game and not public:
         raise LoadError(f"{name} has no step(text) and no public method that is a tool. Add one of them.")
-    of_reset = list(inspect.signature(begin).parameters.values())[1:]
-    plain = [one for one in of_reset if one.kind not in STARRED]
-    takes_all = any(one.kind == inspect.Parameter.VAR_KEYWORD for one in of_reset)
+    takes, required = asked_for(list(inspect.signature(begin).parameters.values())[1:])
     return EnvironmentClass(
         target,
         made,
         is_game,
         callable(getattr(made, "get_reward", None)),
-        None if takes_all else tuple(one.name for one in plain),
-        tuple(one.name for one in plain if one.default is one.empty),
+        takes,
+        required,
         () if is_game else tuple(public),
     )
 
 
-def missing(required: Collection[str], columns: Collection[str]) -> list[str]:
-    """Return the columns that reset() wants and the data have not."""
-    return [name for name in required if name not in columns]
-
-
 async def _called(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a method where it cannot hold up the others: an async one in the loop, another in a thread."""
-    if inspect.iscoroutinefunction(method):
+    if is_async(method):
         return await method(*args, **kwargs)
     return await asyncio.to_thread(method, *args, **kwargs)
 
@@ -149,7 +139,7 @@ async def _played(made: Any, text: str) -> Turn:
     if not isinstance(returned, tuple | list) or len(returned) not in (2, 3):
         raise WrongValue(f"returned {_shown(returned)} from step(), where (observation, done) belongs")
     done = returned[1]
-    if not isinstance(done, bool) and type(done).__name__ not in ("bool_", "bool"):  # numpy's is one too
+    if type(done).__name__ not in ("bool", "bool_"):  # numpy's is one too
         raise WrongValue(f"returned {_shown(done)} for done from step(), where True or False belongs")
     observation = _text("step()", returned[0], may_be_none=bool(done))
     gained = score(returned[2]) if len(returned) == 3 else None
@@ -169,7 +159,6 @@ async def _result(known: EnvironmentClass, made: Any, call: ToolCall, longest: i
         name, arguments = call.checked(known.tools)
         returned = await _called(getattr(made, name), **arguments)
         content = returned if isinstance(returned, str) else json.dumps(returned, ensure_ascii=False, default=str)
-        name = str(name)
     except BadCall as error:
         name, content = "error", f"error: {error}"
     except Exception as error:

@@ -16,10 +16,9 @@ from gspo_megatron.batch import Message, Response, Score
 from gspo_megatron.config import FaultsConfig, TaskConfig
 from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks.dataset import Scorer
-from gspo_megatron.tasks.environment_class import missing
 from gspo_megatron.tasks.reward_calls import GRACE, TAKING
 from gspo_megatron.tasks.reward_worker import Lost, RewardProcess
-from gspo_megatron.tasks.task import Told
+from gspo_megatron.tasks.task import Told, failed
 
 PROGRAM = "gspo_megatron.tasks.environment_process"
 
@@ -86,7 +85,7 @@ class EnvironmentRunner:
                 rewards its episodes.
         """
         known = self.loaded()
-        if absent := missing(known.required, columns):
+        if absent := [name for name in known.required if name not in columns]:
             self._refuse(f"reset wants {', '.join(absent)}, and the columns of the data are {', '.join(columns)}. Give "
                          "the parameter a default, or add the column.")  # fmt: skip
         if not known.is_game and not known.has_reward and not self.config.reward:
@@ -202,9 +201,9 @@ class EpisodeScorer:
             )
         others = self._functions.score(responses, told) if self._functions else [None] * len(responses)
         scores = [self._score(one, other) for one, other in zip(responses, others, strict=True)]
-        failed = [score.error for score in scores if score.error]
-        if len(scores) > 1 and len(failed) == len(scores):
-            reason, count = Counter(failed).most_common(1)[0]
+        errors = [score.error for score in scores if score.error]
+        if len(scores) > 1 and len(errors) == len(scores):
+            reason, count = Counter(errors).most_common(1)[0]
             raise RolloutError(f"tasks.{self.name}: {reason} in {count} of {len(scores)} episodes, and none was "
                                "rewarded. Correct it.")  # fmt: skip
         told(len(responses))
@@ -224,10 +223,8 @@ class EpisodeScorer:
         if error is None and outcome.reward is None and other is None:
             error = "gave no reward: step() gives none as its third value, and there is no get_reward()"
         parts = own | (other.parts if other else {})
-        if error is None and (other is None or other.error is None):
-            return Score((outcome.reward or 0.0) + ((other.reward or 0.0) if other else 0.0), parts)
         if error is not None:
-            error = f"environment {str(self.config.environment).rpartition(':')[2]} {error}"
-        on_error = self.config.on_error
-        told = error or (other.error if other else None)
-        return Score(None if on_error == "drop" else float(on_error), parts, told)
+            return failed(self.config, parts, f"environment {str(self.config.environment).rpartition(':')[2]} {error}")
+        if other is not None and other.error is not None:
+            return failed(self.config, parts, other.error)
+        return Score((outcome.reward or 0.0) + ((other.reward or 0.0) if other else 0.0), parts)

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gspo_megatron.batch import Response, Score, TaskItem
 from gspo_megatron.config import TaskConfig
@@ -103,8 +104,12 @@ class TaskMixture:
         messages = item.messages
         if config.system_prompt is not None and item.conversation[0]["role"] != "system":
             messages = ({"role": "system", "content": config.system_prompt}, *item.conversation)
-        tools = {"tools": list(schemas)} if (schemas := self.schemas.get(item.task)) else {}
-        return replace(item, messages=messages, template_kwargs=config.chat_template_kwargs | tools)
+        return replace(item, messages=messages, template_kwargs=self.template_kwargs(item.task))
+
+    def template_kwargs(self, name: str) -> dict[str, Any]:
+        """Return what the chat template is given for a task: the recipe's arguments, and the tools."""
+        tools = {"tools": list(schemas)} if (schemas := self.schemas.get(name)) else {}
+        return self._configs[name].chat_template_kwargs | tools
 
     def score(self, item: TaskItem, response_text: str) -> float | None:
         """Return one reward, as score_all does; token ids are not known."""

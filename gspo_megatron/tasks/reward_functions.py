@@ -141,18 +141,24 @@ def recognised(target: str, function: Callable[..., Any]) -> RewardFunction:
     form = TRL if "completions" in parameters else VERL if "solution_str" in parameters else None
     if form is None:
         raise LoadError(f"{name}{signature} has neither of the two forms. {FORMS}")
-    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    plain = [one for one in parameters.values() if one.kind not in starred]
-    required = tuple(one.name for one in plain if one.default is one.empty and one.name not in GIVEN[form])
+    takes, needed = asked_for(parameters.values())
+    required = tuple(one for one in needed if one not in GIVEN[form])
     missing = [one for one in required if form == VERL or one in TRAINERS]
     if missing:
         whose = "TRL's trainer gives" if form == TRL else "verl's form has not"
         raise LoadError(
             f"{name}{signature} wants {', '.join(missing)}, which {whose}, and nobody does here. Give it a default."
         )
-    takes_all = any(one.kind == inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return RewardFunction(target, function, form, is_async(function), takes, required)
+
+
+def asked_for(parameters: Iterable[inspect.Parameter]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return the names that a call may give, None where **kwargs takes all, and those that it must give."""
+    given = list(parameters)
+    plain = [one for one in given if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    takes_all = any(one.kind == one.VAR_KEYWORD for one in given)
     takes = None if takes_all else tuple(one.name for one in plain)
-    return RewardFunction(target, function, form, _is_async(function), takes, required)
+    return takes, tuple(one.name for one in plain if one.default is one.empty)
 
 
 def named(target: str, kind: str) -> Any:
@@ -202,7 +208,8 @@ def _run_file(path: str) -> types.ModuleType:
     return module
 
 
-def _is_async(function: Any) -> bool:
+def is_async(function: Any) -> bool:
+    """Tell whether a call of it is to be awaited."""
     function = _whole(function)
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 

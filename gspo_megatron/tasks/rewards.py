@@ -19,7 +19,7 @@ from gspo_megatron.tasks.answers import AnswerExtractor
 from gspo_megatron.tasks.reward_calls import TAKING, Asking, Loaded
 from gspo_megatron.tasks.reward_functions import COLUMNS, MATH, Row, delimited
 from gspo_megatron.tasks.reward_worker import Lost, RewardProcess
-from gspo_megatron.tasks.task import Told
+from gspo_megatron.tasks.task import Told, failed
 
 PAUSE = 0.1  # seconds between two words on how far it is
 LARGEST = 1e30  # a reward whose square and fp32 form are still finite
@@ -187,9 +187,7 @@ class _Call:
         if place not in self._failed:
             return Score(reward, parts)
         target, reason = self._failed[place]
-        on_error = self._config.on_error
-        error = f"reward {target.rpartition(':')[2]} {reason}"
-        return Score(None if on_error == "drop" else float(on_error), parts, error)
+        return failed(self._config, parts, f"reward {target.rpartition(':')[2]} {reason}")
 
     def _why_all(self) -> str:
         (target, reason), count = Counter(self._failed.values()).most_common(1)[0]

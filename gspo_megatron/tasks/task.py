@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gspo_megatron.batch import Response, Score, TaskItem
+from gspo_megatron.config import TaskConfig
 
 Told = Callable[[int], None]  # called with the number of responses that have a score by now
 
@@ -22,3 +23,8 @@ class Task(Protocol):
 
     def close(self) -> None:
         """End what runs for it."""
+
+
+def failed(config: TaskConfig, parts: dict[str, float], error: str) -> Score:
+    """Return the score of a response at which something went wrong: the recipe's on_error."""
+    return Score(None if config.on_error == "drop" else float(config.on_error), parts, error)
