@@ -41,7 +41,7 @@ LAYERS = (
 )
 MEGATRON = ("backend",)  # the folders whose files may import megatron
 NO_TORCH = ("errors", "models", "config", "tasks", "recipe", "slurm", "cli")
-TOP = {"__init__", "batch", "errors"}  # modules at the top of the package
+TOP = {"__init__", "errors"}  # modules at the top of the package
 
 
 def room_of(name: str) -> str:

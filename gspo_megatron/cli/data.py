@@ -1,6 +1,7 @@
 """`gspo-megatron data` shows a recipe's prompts as the model will see them. It trains nothing."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -72,12 +73,15 @@ def _table(lengths: "list[Lengths]") -> Table:
 
 
 def _prompt(shown: "Shown", with_tokens: bool) -> Text:
-    """The prompt, then the trained part of its gold answer, each token behind a bar where tokens are wanted."""
+    """The prompt, then its gold answer with the trained parts marked, each token behind a bar where tokens are
+    wanted."""
     bar = "|" if with_tokens else ""
     text = Text("\n")
     text.append(f"{shown.item.task}: {len(shown.prompt)} tokens", style="bold")
-    text.append(f", and {len(shown.response)} trained in the warm start\n" if shown.response else "\n", style="bold")
+    trained = sum(shown.is_trained)
+    text.append(f", and {trained} trained in the warm start\n" if shown.response else "\n", style="bold")
     text.append(bar.join(shown.prompt), style="dim")
-    if shown.response:
-        text.append(f"{bar}[trained]{bar.join(shown.response)}[/trained]", style="green")
+    for is_trained, run in groupby(zip(shown.response, shown.is_trained, strict=True), lambda pair: pair[1]):
+        part = bar.join(token for token, _ in run)
+        text.append(f"{bar}[trained]{part}[/trained]" if is_trained else bar + part, "green" if is_trained else "dim")
     return text

@@ -51,7 +51,8 @@ class AnswerConfig:
 
     __pydantic_config__ = STRICT
     column: str | None = None
-    """The column. None: verl's reward_model.ground_truth, or TRL's `solution` or `answer`, if there is one."""
+    """The column: a text or a number, or messages of a whole episode in an environment. None: verl's
+    reward_model.ground_truth, or TRL's `solution` or `answer`, if there is one."""
     after: str | None = None
     """The answer is what follows the last one of this text, for example "####" in GSM8K. None: all of the column."""
 

@@ -38,7 +38,8 @@ class Shown:
 
     item: TaskItem
     prompt: list[str]  # its tokens, as text
-    response: list[str]  # those of the gold answer, which the warm start trains; empty where there is none
+    response: list[str]  # those of the gold answer; empty where there is none
+    is_trained: list[bool]  # of each of them, in the warm start; what an environment says is not
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _shown(source: PromptSource, tokenizer: PreTrainedTokenizerBase, item: TaskI
         return [str(tokenizer.decode([token])) for token in token_ids]
 
     if not item.has_answer:
-        return Shown(item, texts(source.encode_prompt(item)), [])
+        return Shown(item, texts(source.encode_prompt(item)), [], [])
     example = source.encode_example(item, stops)
     cut = example.prompt_length
-    return Shown(item, texts(example.token_ids[:cut]), texts(example.token_ids[cut:]))
+    mask = [bool(one) for one in example.loss_mask or [1] * example.response_length]
+    return Shown(item, texts(example.token_ids[:cut]), texts(example.token_ids[cut:]), mask)

@@ -15,6 +15,7 @@ from gspo_megatron.batch import Prompt, TaskItem, TrainSequence
 from gspo_megatron.config import TaskConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.data.chat import example_tokens, question_tokens
+from gspo_megatron.data.turns import episode_tokens
 from gspo_megatron.errors import CheckpointError, RolloutError
 from gspo_megatron.tasks.mixture import TaskMixture
 
@@ -75,17 +76,21 @@ class PromptSource:
         return len(self._encode(item))
 
     def encode_example(self, item: TaskItem, stop_token_ids: tuple[int, ...]) -> TrainSequence:
-        """Return a question and its gold answer, written as the task's extractor wants it, as a supervised example.
+        """Return a question and its gold answer, written as the task's extractor wants it, as a supervised example. Of
+        a gold episode, the model's turns are trained, as they are.
 
         Raises RolloutError for a task that has a scorer but no gold answer, or a prompt that is too long.
         """
         where = f"tasks.{item.task}, answer {item.answer[:60]!r}"
-        gold = self.mixture.gold_response(item)
-        prompt, response = example_tokens(
-            self.tokenizer, stop_token_ids, item.conversation, gold, where, item.template_kwargs
-        )
+        tokenizer, asked, options = self.tokenizer, item.conversation, item.template_kwargs
+        mask: list[int] | None = None
+        if item.episode:
+            prompt, response, mask = episode_tokens(tokenizer, stop_token_ids, asked, item.episode, where, options)
+        else:
+            gold = self.mixture.gold_response(item)
+            prompt, response = example_tokens(tokenizer, stop_token_ids, asked, gold, where, options)
         self._check_length(item, prompt)
-        return TrainSequence(prompt + response, len(prompt))
+        return TrainSequence(prompt + response, len(prompt), loss_mask=mask)
 
     def row_lengths(self, first: int = 0, every: int = 1) -> dict[tuple[str, int], int]:
         """Return how many tokens the prompt of each row of data has, by task and place in its every().

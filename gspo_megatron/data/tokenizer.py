@@ -28,6 +28,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from gspo_megatron.batch import TaskItem
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.constraints import require
 from gspo_megatron.errors import ConfigError
@@ -72,7 +73,13 @@ def build_tokenizer(config: TrainConfig, mixture: TaskMixture) -> PreTrainedToke
     count = EXAMPLES_PER_TASK * len(mixture.names)
     has_answers = all(task.size("warm_start") != 0 for task in mixture.tasks.values())
     items = [mixture.item("warm_start" if has_answers else "train", index) for index in range(count)]
-    return train_tokenizer([text for item in items for text in (item.question, item.answer)], config.data.vocab_size)
+    return train_tokenizer([text for item in items for text in _texts(item)], config.data.vocab_size)
+
+
+def _texts(item: TaskItem) -> list[str]:
+    """What of a question and its gold answer is written apart from the rest."""
+    said = [message["content"] for message in item.episode] or [item.answer]
+    return [item.question, *dict.fromkeys(said)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

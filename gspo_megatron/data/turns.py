@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gspo_megatron.batch import Message
 from gspo_megatron.config import TrainConfig
 from gspo_megatron.config.constraints import require
-from gspo_megatron.data.chat import ANSWER, PROBE, encode, render
+from gspo_megatron.data.chat import ANSWER, PROBE, encode, example_tokens, render
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.tasks.tool_calls import calls_in
@@ -46,6 +46,43 @@ def between(
         if not str(tokenizer.decode(tokens[:end])).strip():  # nothing but white space before it
             return tokens[end + 1 :]
     return tokens
+
+
+def episode_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: tuple[int, ...],
+    question: Sequence[Message],
+    episode: Sequence[Message],
+    where: str,
+    options: dict[str, Any],
+) -> tuple[list[int], list[int], list[int]]:
+    """Return token ids of a question up to where the response begins, of a whole gold episode behind it, and its mask:
+    1 at what the model is to write, 0 at what stands between. They are the tokens that a rollout of it would have.
+
+    Args:
+        stop_token_ids, where, options: as in data/chat.example_tokens, which says what each turn is.
+        episode: messages of the assistant, first and last, and others between them.
+
+    Raises:
+        ConfigError, RolloutError: as example_tokens.
+    """
+    prompt: list[int] = []
+    tokens: list[int] = []
+    mask: list[int] = []
+    history, observed = list(question), list[Message]()
+    for message in episode:
+        if message["role"] != "assistant":
+            observed.append(message)
+            continue
+        words = between(tokenizer, tokens[-1], observed, options) if observed else []
+        history += observed
+        begin, turn = example_tokens(tokenizer, stop_token_ids, history, message["content"], where, options)
+        prompt = prompt or begin
+        tokens += words + turn
+        mask += [0] * len(words) + [1] * len(turn)
+        history.append(message)
+        observed = []
+    return prompt, tokens, mask
 
 
 def check_histories(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mixture: TaskMixture) -> None:

@@ -1,6 +1,7 @@
 """What a row of data asks, and its gold answer where it has one; columns are those of TRL's and verl's data sets.
 
-Left out: prompts with anything but text, tool calls, and answers that are neither text nor a number.
+A gold answer may be an episode of several turns: messages of the assistant, and what others say between them. Left out:
+messages with anything but text (calls of tools are written in the content), and answers of other types.
 """
 
 import difflib
@@ -25,6 +26,8 @@ def item_of(columns: dict[str, Any], name: str, config: TaskConfig) -> TaskItem:
         BadRow: it has no prompt, or not the answer that the recipe says it has.
     """
     question, messages = prompt_of(_column(columns, config.prompt_key, f"tasks.{name}.prompt_key"), config.prompt_key)
+    if episode := _episode(columns, config.answer, name):
+        return TaskItem(name, question, episode[-1]["content"], columns, messages=messages, episode=episode)
     answer = _answer(columns, config.answer, name)
     return TaskItem(name, question, answer or "", columns, has_answer=answer is not None, messages=messages)
 
@@ -51,7 +54,8 @@ def prompt_of(value: Any, key: str) -> tuple[str, tuple[Message, ...]]:
     return "\n\n".join(message["content"] for message in messages), messages
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, where: str, may_have: tuple[str, ...] = ()) -> Message:
+    """A message with role, content, and the fields that it may have besides."""
     if not isinstance(message, dict):
         raise BadRow(f"{where} = {shortened(message)} must be a message with role and content", PROMPT_FORM)
     role, content = message.get("role"), message.get("content")
@@ -63,13 +67,14 @@ def _message(message: Any, where: str) -> Message:
             "Write the content as one text, without images and parts.",
         )
     # Parquet gives every message all the fields that one of them has.
-    others = sorted(field for field, value in message.items() if field not in ("role", "content") and value is not None)
-    if others:
+    filled = {field: value for field, value in message.items() if value is not None}
+    if others := sorted(filled.keys() - {"role", "content", *may_have}):
         raise BadRow(
             f"{where} has {', '.join(others)}, which the model would not get to see",
             "Leave role and content alone in messages.",
         )
-    return {"role": role, "content": _text(content, f"{where}.content")}
+    more = {field: _text(str(filled[field]), f"{where}.{field}") for field in may_have if field in filled}
+    return {"role": role, "content": _text(content, f"{where}.content"), **more}
 
 
 def _text(text: str, where: str) -> str:
@@ -95,7 +100,9 @@ def _answer(columns: dict[str, Any], config: AnswerConfig, name: str) -> str | N
         value = _column(columns, where, f"tasks.{name}.answer.column")
         text = _written(value)
         if not text:
-            raise BadRow(f"{where} = {shortened(value)} must be a text or a number, the answer", REPAIR)
+            raise BadRow(
+                f"{where} = {shortened(value)} must be a text or a number, the answer, or an episode's messages", REPAIR
+            )
     if config.after is not None:
         whole = text
         text = whole.rpartition(config.after)[2].strip() if config.after in whole else ""
@@ -105,6 +112,28 @@ def _answer(columns: dict[str, Any], config: AnswerConfig, name: str) -> str | N
                 f"Repair the row, or correct tasks.{name}.answer.",
             )
     return _text(text, where) if text else None
+
+
+def _episode(columns: dict[str, Any], config: AnswerConfig, name: str) -> tuple[Message, ...]:
+    """The gold answer where it is a list of messages, () where it is none."""
+    if config.column is None:
+        return ()
+    where, value = config.column, _column(columns, config.column, f"tasks.{name}.answer.column")
+    if not isinstance(value, list) or not any(isinstance(one, dict) for one in value):
+        return ()
+    if config.after is not None:
+        raise BadRow(f"{where} has messages, in which no answer is looked for", f"Remove tasks.{name}.answer.after.")
+    episode = tuple(_message(one, f"{where}[{place}]", ("name",)) for place, one in enumerate(value))
+    roles = [message["role"] for message in episode]
+    if roles[0] != "assistant" or roles[-1] != "assistant":
+        raise BadRow(f"{where} must begin and end with a message of the assistant, and has the roles {roles}", REPAIR)
+    if "system" in roles or ("assistant", "assistant") in zip(roles, roles[1:], strict=False):
+        raise BadRow(
+            f"{where} must have something that a user or tool says between two messages of the assistant, and has the "
+            f"roles {roles}",
+            REPAIR,
+        )
+    return episode
 
 
 def _usual_answers(columns: dict[str, Any]) -> Iterator[Any]:

@@ -41,6 +41,19 @@ def test_prompts_tokens_and_what_is_left_out_are_shown(folder, capsys):
     assert "endless" in told
 
 
+def test_of_a_gold_episode_the_model_s_turns_are_shown_as_trained(folder, capsys):
+    said = [("assistant", "4?"), ("user", "no"), ("assistant", "3")]
+    rows = [{"question": f"What is {i} + 1?", "gold": [{"role": r, "content": c} for r, c in said]} for i in range(40)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text("def f(completions):\n    return [0.0] * len(completions)\n")
+    options = ("--rows", "1", "--tasks.sums.answer.column", "gold", "--tasks.sums.answer.after", "None")
+    assert data.main(["recipe.yaml", *options]) == 0
+    end = "<|endoftext|>"
+    told = capsys.readouterr().out
+    assert f"[trained]4?{end}[/trained]<|user|>no<|assistant|>[trained]3{end}[/trained]" in told
+    assert ", and 5 trained in the warm start" in told
+
+
 def test_a_prompt_that_is_too_long_is_an_error_where_the_recipe_says_so(folder):
     told = "data.max_prompt_length = 64: 1 of 41 prompts of tasks.sums have more tokens, .*sums.jsonl, line 41"
     with pytest.raises(ConfigError, match=told):

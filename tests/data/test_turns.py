@@ -1,8 +1,11 @@
 """What stands between two turns, as text written out by hand, and which templates are refused."""
 
+from itertools import groupby
+
 import pytest
 
-from gspo_megatron.data.turns import between, check_history, check_tools
+from gspo_megatron.data.chat import question_tokens
+from gspo_megatron.data.turns import between, check_history, check_tools, episode_tokens
 from gspo_megatron.errors import ConfigError
 from tests.data.templates import CHATML, DEAF, GLM, GPT_OSS, LOUD, PLAIN, QWEN3, STRICT, tokenizer
 
@@ -52,6 +55,42 @@ def test_an_observation_may_hold_the_texts_that_are_looked_for():
     """The place is found in front of what an environment says, whatever that is."""
     said = [{"role": "user", "content": "gspoanswer gspoprobe"}]
     assert written(CHATML, "<|im_end|>", "<|im_end|>", said).startswith("\n<|im_start|>user\ngspoanswer gspoprobe")
+
+
+EPISODE = (
+    {"role": "assistant", "content": "Lyon"},
+    *OBSERVED,
+    {"role": "assistant", "content": "Nice"},
+    {"role": "user", "content": "Once more."},
+    {"role": "assistant", "content": "Paris"},
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "text"),
+    [
+        (CHATML, "<|im_end|>", "[Lyon<|im_end|>]\n<|im_start|>user\nNo, try again.<|im_end|>\n<|im_start|>assistant\n"
+         "[Nice<|im_end|>]\n<|im_start|>user\nOnce more.<|im_end|>\n<|im_start|>assistant\n[Paris<|im_end|>]"),
+        # GLM ends no turn: the token that begins the user's is the last one that the model writes.
+        (GLM, "<|user|>", "[\nLyon<|user|>]\nNo, try again.<|assistant|>[\nNice<|user|>]\nOnce more.<|assistant|>"
+         "[\nParis<|user|>]"),
+    ],
+    ids=["chatml", "glm"],
+)  # fmt: skip
+def test_a_gold_episode_is_the_tokens_that_a_rollout_of_it_has(template, end, text):
+    """The model's tokens stand in brackets: they have the mask 1, and each turn's last one is what ends a response."""
+    made = tokenizer(template, "<|im_end|>")
+    stops, asked = (made.convert_tokens_to_ids(end),), [{"role": "user", "content": "Capital?"}]
+    prompt, tokens, mask = episode_tokens(made, stops, asked, EPISODE, "line 1", {})
+    assert prompt == question_tokens(made, asked) and len(tokens) == len(mask)
+    runs = [
+        (bit, [token for token, _ in run]) for bit, run in groupby(zip(tokens, mask, strict=True), lambda one: one[1])
+    ]
+    written = "".join(f"[{made.decode(ids)}]" if bit else made.decode(ids) for bit, ids in runs)
+    assert written == text
+    # An episode's next prompt is its tokens so far, and between() of what was observed.
+    first = runs[0][1]
+    assert runs[1][1] == between(made, first[-1], OBSERVED, {})
 
 
 @pytest.mark.parametrize("template", [CHATML, GLM, PLAIN])

@@ -95,6 +95,15 @@ def message(**fields) -> dict:
     return {"prompt": [{"role": "user", "content": "a"} | fields]}
 
 
+def episode(*roles: str | int) -> dict:
+    return {
+        "prompt": "a",
+        "gold": [{"role": role, "content": "b"} if isinstance(role, str) else role for role in roles],
+    }
+
+
+GOLD = {"column": "gold"}
+CALLING = {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "add"}}]}
 BAD_ROWS = {
     "no column": ({"promt": "a", "id": 1}, "has no column prompt, only promt, id. Did you mean promt? Give tasks.t.pr"),
     "no columns": ({}, "has no column prompt, it is empty. Give tasks.t.prompt_key"),
@@ -116,10 +125,29 @@ BAD_ANSWERS = {
     "no column": ({"prompt": "a", "gold": "1"}, {"column": "golf"}, "has no column golf, only prompt, gold. Did you"),
     "null": ({"prompt": "a", "gold": None}, {"column": "gold"}, "gold = None must be a text or a number"),
     "list": ({"prompt": "a", "gold": ["1"]}, {"column": "gold"}, "gold = ['1'] must be a text or a number"),
+    "no messages": (episode("assistant", 4, "assistant"), GOLD, "gold[1] = 4 must be a message with role and content"),
+    "begins with a user": (episode("user", "assistant"), GOLD, "gold must begin and end with a message of the assis"),
+    "ends with a tool": (episode("assistant", "tool"), GOLD, "must begin and end with a message of the assistant"),
+    "two answers": (episode("assistant", "assistant"), GOLD, "something that a user or tool says between two messages"),
+    "system": (episode("assistant", "system", "assistant"), GOLD, "a user or tool says between two messages of the as"),
+    "after": (episode("assistant"), GOLD | {"after": "#"}, "has messages, in which no answer is looked for. Remove t"),
+    "calls": ({"prompt": "a", "gold": [CALLING]}, GOLD, "gold[0] has tool_calls, which the model would not get to see"),
     "no mark": ({"prompt": "a", "answer": "4"}, {"after": "####"}, "answer = '4' has no answer after '####'"),
     "nothing after": ({"prompt": "a", "answer": "1 #### "}, {"after": "####"}, "has no answer after '####'"),
     "none at all": ({"prompt": "a"}, {"after": "####"}, "answer = '' has no answer after '####'"),
 }
+
+
+def test_a_gold_answer_may_be_an_episode(tmp_path):
+    """Its last message is the answer; a tool's name is kept, and fields that are null are none."""
+    said = [
+        {"role": "assistant", "content": "add(1, 2)", "name": None},
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    item = of_rows(tmp_path, [{"prompt": "1 + 2?", "gold": said}], answer=AnswerConfig("gold")).item("warm_start", 0)
+    assert (item.answer, item.has_answer) == ("It is 3.", True)
+    assert item.episode == ({"role": "assistant", "content": "add(1, 2)"}, *said[1:])
 
 
 @pytest.mark.parametrize(

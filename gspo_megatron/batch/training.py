@@ -1,12 +1,11 @@
-"""These records cross a boundary between two rooms of the house. Nothing here computes.
+"""Training sequences, packed batches of them, and what comes of an optimizer step.
 
 Shape letters used everywhere: S sequences of a packed batch, T tokens of a packed batch, G responses of a
 group, V vocabulary, H hidden size. Per-token tensors are indexed by the TARGET token: logprobs[t] is
 log p(tokens[t] | tokens before t in the same sequence); the first token of a sequence has mask 0.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,153 +13,7 @@ import torch
 from gspo_megatron.routing.rollout_routes import SequenceRoutes
 from gspo_megatron.routing.routes import Routes
 
-Message = dict[str, str]  # role and content
-FinishReason = Literal["stop", "length"]
 Fillable = Literal["old_logprobs", "ref_logprobs", "rollout_logprobs", "values", "returns"]  # of a PackedBatch
-
-
-@dataclass(frozen=True)
-class TaskItem:
-    """A task item is one question of one task, with what its scorer needs."""
-
-    task: str  # key of the recipe's `tasks` table
-    question: str  # as people read it; of a conversation, its texts
-    answer: str  # a gold answer, "" where there is none; the scorer may accept others
-    entry: dict  # the task's own record, handed back to its scorer: the generator's, or the row's columns
-    has_answer: bool = True
-    messages: tuple[Message, ...] = ()  # the conversation that the prompt is; (): the question alone, as the user's
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template
-    epoch: int = 0  # how often the task had given all its rows before this one; 0 where it has no end
-
-    @property
-    def conversation(self) -> tuple[Message, ...]:
-        """Return the messages of the prompt."""
-        return self.messages or ({"role": "user", "content": self.question},)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An outcome is what came of an episode in an environment."""
-
-    turns: int  # responses of the model
-    messages: tuple[Message, ...]  # all behind the prompt, the model's and the environment's
-    reward: float | None = None  # get_reward(), or the sum of the turns' rewards; None: the environment gives none
-    turn_rewards: tuple[float, ...] = ()  # one a turn, where step() gives them
-    error: str | None = None  # what went wrong
-
-
-@dataclass(frozen=True)
-class Response:
-    """A response is what a model wrote to an item, as a scorer gets it."""
-
-    item: TaskItem
-    text: str
-    token_ids: list[int]
-    where: str = ""  # for messages: which response to which prompt
-    outcome: Outcome | None = None  # of an episode
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score is what a task thinks of a response."""
-
-    reward: float | None  # any finite number; None: there is none, and the response is left out
-    parts: dict[str, float] = field(default_factory=dict)  # by the names of reward functions, before weights
-    error: str | None = None  # what went wrong, where `reward` is the recipe's on_error
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt is a tokenized question. `uid` is its position in the prompt stream, unique within a run and a split."""
-
-    uid: int
-    item: TaskItem
-    token_ids: list[int]  # already through the chat template, ends where the response begins
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A completion is one sampled response; the token that ended it, when one did, is its last token."""
-
-    token_ids: list[int]
-    logprobs: list[float] | None  # log p under the sampling policy at the rollout temperature, one a token
-    truncated: bool  # cut at max_response_length: neither a stop token nor a stop string ended it
-    routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
-    loss_mask: list[int] | None = None  # 0 or 1 a token: what others wrote (a tool) is 0; None: all are trained
-    outcome: Outcome | None = None  # of an episode
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """Return why it ended, in the word that inference engines have for it."""
-        return "length" if self.truncated else "stop"
-
-
-@dataclass
-class RolloutGroup:
-    """A group is G responses to one prompt with their scores (`group_size` of the recipe)."""
-
-    prompt: Prompt
-    completions: list[Completion]
-    scores: list[Score] = field(default_factory=list)  # the task's own, before any penalty
-    texts: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        prompt_ids: list[int],
-        responses: list[list[int]],
-        rewards: Sequence[float | None],
-        logprobs: Sequence[list[float]] | None = None,
-        loss_masks: Sequence[list[int]] | None = None,
-        truncated: Sequence[bool] | None = None,
-        task: str = "task",
-        uid: int = -1,
-    ) -> "RolloutGroup":
-        """Return a group of what another system has.
-
-        Args:
-            prompt_ids: tokens up to where the responses begin.
-            responses: their tokens, the one that ended a response with it.
-            rewards: one each; None leaves a response out.
-            logprobs: that the sampling engine gave, one a token, at the recipe's temperature.
-            loss_masks: 0 at tokens that somebody else wrote, else 1.
-            truncated: cut at the limit.
-            task: for metrics.
-            uid: a number of 0 or more that no other group of the step has; -1: its place in the step.
-
-        Raises:
-            ValueError: lists that differ in length.
-        """
-        given = {"rewards": rewards, "logprobs": logprobs, "loss_masks": loss_masks, "truncated": truncated}
-        for name, values in given.items():
-            if values is not None and len(values) != len(responses):
-                raise ValueError(f"{name} has {len(values)} entries for {len(responses)} responses: give one each.")
-        completions = [
-            Completion(
-                ids,
-                logprobs[i] if logprobs else None,
-                bool(truncated[i]) if truncated else False,
-                loss_mask=loss_masks[i] if loss_masks else None,
-            )
-            for i, ids in enumerate(responses)
-        ]
-        prompt = Prompt(uid, TaskItem(task, "", "", {}), prompt_ids)
-        return cls(prompt, completions, [Score(reward) for reward in rewards], [""] * len(responses))
-
-    @property
-    def rewards(self) -> list[float]:
-        """Return the rewards, 0 for a response that has none."""
-        return [score.reward or 0.0 for score in self.scores]
-
-    @property
-    def is_kept(self) -> list[bool]:
-        """Tell of each response whether it has a reward; those without are neither trained on nor compared with."""
-        return [score.reward is not None for score in self.scores]
-
-    @property
-    def has_signal(self) -> bool:
-        """Tell whether the task's rewards differ: an answer was better than another."""
-        return len({score.reward for score in self.scores if score.reward is not None}) > 1
 
 
 @dataclass
