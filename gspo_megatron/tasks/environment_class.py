@@ -47,7 +47,7 @@ class EnvironmentClass:
         """Return what the chat template is told of the tools, from their signatures and docstrings.
 
         Raises:
-            LoadError: one has no docstring, or a parameter without a type or a description.
+            LoadError: one has no docstring, or a parameter without a type or a description, or there is no torch.
         """
         if not self.tools:
             return []
@@ -57,6 +57,11 @@ class EnvironmentClass:
         for name in self.tools:
             try:
                 found.append(get_json_schema(getattr(made, name)))
+            except (OSError, ImportError, MemoryError) as error:  # torch's, which it imports
+                raise LoadError(
+                    f"its tools cannot be described: {one_line(error)}. torch must be importable, and behind walls fit "
+                    "into faults.reward_memory_gb."
+                ) from None
             except Exception as error:  # of transformers, for a docstring that it cannot read
                 raise LoadError(
                     f"its tool {name} cannot be described ({one_line(error)}). Give it a docstring with Args, and its "

@@ -6,6 +6,7 @@ that one alone. Methods that are not async run in threads, so that one that wait
 """
 
 import asyncio
+import importlib.util
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,9 @@ class Program:
         }
         does[request](*arguments)
 
-    def _load(self, target: str, seconds: float, concurrency: int) -> None:
+    def _load(self, targets: Sequence[str], seconds: float, concurrency: int) -> None:
+        """Find the class, and tell what it has. A task has one."""
+        (target,) = targets
         self._seconds, self._concurrency = seconds, concurrency
         self._loop.set_default_executor(ThreadPoolExecutor(concurrency))
         try:
@@ -47,7 +50,7 @@ class Program:
             told = {name: getattr(known, name) for name in ("is_game", "has_reward", "takes", "required", "tools")}
             self._tell(loaded=told | {"schemas": known.schemas()})
         except LoadError as error:
-            self._tell(refused=str(error))
+            self._tell(target=target, refused=str(error))
 
     def _open(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
         """Begin episodes, in place of those before. Columns of one row are one object in `rows`."""
@@ -95,6 +98,10 @@ class Program:
 
 def main(parent: int, memory: int) -> None:
     """Answer requests for environments until stdin ends; the arguments are serve's."""
+    # Describing tools imports torch, that dill where it is installed, and that opens /dev/null for writing; behind
+    # walls it could not. (torch is imported in there: a text game has no need of it, and it may be larger than one.)
+    if importlib.util.find_spec("dill"):
+        importlib.import_module("dill")
     serve(parent, memory, lambda tell: Program(tell).answer)
 
 

@@ -5,7 +5,6 @@ ends its process fails its episode, which gets the recipe's `on_error`; an end o
 Where all episodes of a call fail, the run ends with the reason.
 """
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,11 +13,12 @@ from typing import Any
 
 from gspo_megatron.batch import Message, Response, Score
 from gspo_megatron.config import FaultsConfig, TaskConfig
-from gspo_megatron.errors import ConfigError, RolloutError
+from gspo_megatron.errors import RolloutError
 from gspo_megatron.tasks.dataset import Scorer
 from gspo_megatron.tasks.reward_calls import GRACE, TAKING
-from gspo_megatron.tasks.reward_worker import Lost, RewardProcess
+from gspo_megatron.tasks.reward_worker import Lost
 from gspo_megatron.tasks.task import Told, failed
+from gspo_megatron.tasks.user_code import UserCode
 
 PROGRAM = "gspo_megatron.tasks.environment_process"
 
@@ -66,16 +66,13 @@ class EnvironmentRunner:
 
     def __init__(self, name: str, config: TaskConfig, faults: FaultsConfig):
         self.name, self.config, self._seconds = name, config, faults.reward_timeout
-        memory = int(faults.reward_memory_gb * 2**30) if config.isolate == "process" else 0
-        self._process = RewardProcess(memory, PROGRAM)
-        self._loaded: Loaded | None = None
+        field, targets = f"tasks.{name}.environment", [str(config.environment)]
+        self._code = UserCode(field, targets, config, faults, PROGRAM, Loaded.of)
         self._is_clogged = False  # an episode hangs in a thread
 
     def start(self) -> None:
         """Returns at once; the process comes up in the background."""
-        if not self._process.is_running:
-            with contextlib.suppress(Lost):  # the first one who needs it will see
-                self._begin()
+        self._code.start()
 
     def check(self, columns: Collection[str]) -> list[str]:
         """Wait until the class is found, and return a sentence about it.
@@ -86,28 +83,19 @@ class EnvironmentRunner:
         """
         known = self.loaded()
         if absent := [name for name in known.required if name not in columns]:
-            self._refuse(f"reset wants {', '.join(absent)}, and the columns of the data are {', '.join(columns)}. Give "
-                         "the parameter a default, or add the column.")  # fmt: skip
+            self._code.refuse(
+                f"reset wants {', '.join(absent)}, and the columns of the data are {', '.join(columns)}. Give the "
+                "parameter a default, or add the column."
+            )
         if not known.is_game and not known.has_reward and not self.config.reward:
-            self._refuse("it has no get_reward(), and there is no reward function. Add one of them.")
+            self._code.refuse("it has no get_reward(), and there is no reward function. Add one of them.")
         what = "step(text)" if known.is_game else f"tools {', '.join(known.tools)}"
         rewarded = "get_reward()" if known.has_reward else "the turns' rewards" if known.is_game else "functions alone"
         return [f"{self.config.environment}: {what}, at most {self.config.max_turns} turns, rewarded by {rewarded}"]
 
     def loaded(self) -> Loaded:
         """Return the class; the process runs then, a new one where it had ended. Raises ConfigError."""
-        try:
-            if not self._process.is_running:
-                self._begin()
-            if self._loaded is None:
-                answer = self._process.answers(time.monotonic() + TAKING, TAKING)[0]
-                if "refused" in answer:
-                    self._refuse(answer["refused"])
-                self._loaded = Loaded.of(answer["loaded"])
-        except Lost as lost:
-            self._refuse(f"its import {f'took longer than {TAKING:g} s' if lost.is_late else lost}. Correct it.")
-        assert self._loaded is not None
-        return self._loaded
+        return self._code.loaded()
 
     def open(self, rows: Mapping[int, dict[str, Any]], keep: Callable[[], None]) -> dict[int, Observed]:
         """Begin one episode a row, by number; those before are forgotten.
@@ -133,32 +121,28 @@ class EnvironmentRunner:
 
     def rewards(self, places: Collection[int], keep: Callable[[], None]) -> dict[int, Observed]:
         """Return what get_reward() gives for these episodes, nothing where the class has none."""
-        if self._loaded is None or not self._loaded.has_reward:
+        known = self._code.known
+        if known is None or not known.has_reward:
             return {place: Observed() for place in places}
         return self._asked("reward", list(places), list(places), keep)
 
     def close(self) -> None:
         """End the process and what it started."""
-        self._process.close()
-        self._loaded, self._is_clogged = None, False
-
-    def _begin(self) -> None:
-        self._loaded = None
-        self._process.start()
-        request = ("load", self.config.environment, self._seconds, self.config.concurrency)
-        self._process.send(request, TAKING)
+        self._code.close()
+        self._is_clogged = False
 
     def _asked(
         self, request: str, places: Sequence[int], body: Sequence[Any], keep: Callable[[], None]
     ) -> dict[int, Observed]:
         """Every one of the places gets an answer, whatever happens in the process."""
         answers: dict[int, Observed] = {}
-        if not self._process.is_running:  # it ended in an earlier call
+        process = self._code.process
+        if not process.is_running:  # it ended in an earlier call
             return {place: Observed(error="ended its process") for place in places}
         try:
-            self._process.send((request, body), TAKING)
+            process.send((request, body), TAKING)
             while len(answers) < len(places):
-                for answer in self._process.answers(time.monotonic() + self._seconds + GRACE, self._seconds):
+                for answer in process.answers(time.monotonic() + self._seconds + GRACE, self._seconds):
                     self._is_clogged |= answer.pop("late", False)
                     place = answer.pop("index")
                     answers[place] = Observed.of(answer)
@@ -167,10 +151,6 @@ class EnvironmentRunner:
             for place in places:
                 answers.setdefault(place, Observed(error=str(lost)))
         return answers
-
-    def _refuse(self, why: str) -> None:
-        self.close()
-        raise ConfigError(f"tasks.{self.name}.environment = {self.config.environment!r}: {why}")
 
 
 @dataclass(frozen=True)

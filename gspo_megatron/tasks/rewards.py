@@ -6,7 +6,6 @@ no finite number, takes longer than faults.reward_timeout, or ends its process),
 `on_error` and the others go on (reward_calls.py); where all responses of a call fail, the run ends with the reason.
 """
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -18,8 +17,9 @@ from gspo_megatron.errors import ConfigError, RolloutError
 from gspo_megatron.tasks.answers import AnswerExtractor
 from gspo_megatron.tasks.reward_calls import TAKING, Asking, Loaded
 from gspo_megatron.tasks.reward_functions import COLUMNS, MATH, Row, delimited
-from gspo_megatron.tasks.reward_worker import Lost, RewardProcess
+from gspo_megatron.tasks.reward_worker import PROGRAM, RewardProcess
 from gspo_megatron.tasks.task import Told, failed
+from gspo_megatron.tasks.user_code import UserCode
 
 PAUSE = 0.1  # seconds between two words on how far it is
 LARGEST = 1e30  # a reward whose square and fp32 form are still finite
@@ -34,20 +34,12 @@ class RewardRunner:
 
     def __init__(self, name: str, config: TaskConfig, faults: FaultsConfig):
         self.name, self.config, self._seconds = name, config, faults.reward_timeout
-        self._process = RewardProcess(int(faults.reward_memory_gb * 2**30) if config.isolate == "process" else 0)
-        self._functions: list[Loaded] | None = None  # None: the process has not told them
+        targets = [reward.function for reward in config.reward]
+        self._code = UserCode(f"tasks.{name}.reward", targets, config, faults, PROGRAM, self._functions)
 
     def start(self) -> None:
         """Returns at once; the process comes up in the background."""
-        if not self._process.is_running:
-            with contextlib.suppress(Lost):  # the first one who needs it will see
-                self._begin()
-
-    def _begin(self) -> None:
-        self._functions = None
-        self._process.start()
-        targets = [reward.function for reward in self.config.reward]
-        self._process.send(("load", targets, self._seconds, self.config.concurrency), TAKING)
+        self._code.start()
 
     def check(self, columns: Collection[str] | None = None) -> list[str]:
         """Wait until the functions are found, and return a sentence on each one's form.
@@ -58,7 +50,7 @@ class RewardRunner:
         Raises:
             ConfigError: one cannot be loaded, has no form that is known, or wants a column that the data have not.
         """
-        functions = self._loaded()
+        functions = self._code.loaded()
         if columns is not None:
             self._check_columns(functions, columns)
         return [function.note(self.config.concurrency) for function in functions]
@@ -72,19 +64,20 @@ class RewardRunner:
         """
         if not responses:
             return []
-        functions = self._loaded()
+        functions = self._code.loaded()
         rows = _rows(responses, functions, self.config)
         self._check_columns(functions, list(dict.fromkeys(name for one in responses for name in one.item.entry)))
         held = 0  # number of the process that has the rows
 
         def ready() -> RewardProcess:
             nonlocal held
-            self._loaded()
-            if self._process.number != held:
-                self._process.send(("take", rows), TAKING)
-                self._process.answers(time.monotonic() + TAKING, TAKING)
-                held = self._process.number
-            return self._process
+            self._code.loaded()
+            process = self._code.process
+            if process.number != held:
+                process.send(("take", rows), TAKING)
+                process.answers(time.monotonic() + TAKING, TAKING)
+                held = process.number
+            return process
 
         call = _Call(self.name, self.config, functions, len(rows), told)
         try:
@@ -97,30 +90,12 @@ class RewardRunner:
 
     def close(self) -> None:
         """End the process and what it started."""
-        self._process.close()
-        self._functions = None
+        self._code.close()
 
-    def _loaded(self) -> list[Loaded]:
-        """The functions; the process runs then, a new one where it had ended."""
-        try:
-            if not self._process.is_running:
-                self._begin()
-            if self._functions is None:
-                answer = self._process.answers(time.monotonic() + TAKING, TAKING)[0]
-                self._functions = self._understood(answer)
-        except Lost as lost:
-            why = f"its import took longer than {TAKING:g} s" if lost.is_late else f"its import {lost}"
-            targets = ", ".join(reward.function for reward in self.config.reward)
-            raise ConfigError(f"tasks.{self.name}.reward = {targets!r}: {why}. Correct it.") from None
-        return self._functions
-
-    def _understood(self, answer: dict[str, Any]) -> list[Loaded]:
-        if "refused" in answer:
-            self.close()
-            raise ConfigError(f"tasks.{self.name}.reward = {answer['target']!r}: {answer['refused']}")
+    def _functions(self, told: list[dict[str, Any]]) -> list[Loaded]:
         return [
-            Loaded(number, reward.function, reward.name, reward.weight, **told)
-            for number, (reward, told) in enumerate(zip(self.config.reward, answer["loaded"], strict=True))
+            Loaded(number, reward.function, reward.name, reward.weight, **one)
+            for number, (reward, one) in enumerate(zip(self.config.reward, told, strict=True))
         ]
 
     def _check_columns(self, functions: Sequence[Loaded], columns: Collection[str]) -> None:

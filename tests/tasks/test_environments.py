@@ -1,5 +1,7 @@
 """Environments on real processes: what they answer, by value, and what becomes of those that misbehave."""
 
+import json
+import socket
 import textwrap
 import time
 
@@ -14,7 +16,7 @@ from gspo_megatron.tasks.tool_calls import calls_in
 from tools.validation.launching import gone
 
 MINE = '''
-import asyncio, os, time
+import asyncio, os, socket, time
 
 class Game:
     def reset(self, word, **columns):
@@ -91,6 +93,45 @@ class Tools:
 
     def get_reward(self):
         return self.used
+
+class Reaching:
+    """Tools that want out."""
+
+    def reset(self, word=""): ...
+
+    def add(self, a: int, b: int) -> int:
+        """Add two numbers.
+
+        Args:
+            a: the first
+            b: the second
+        """
+        return a + b
+
+    def write(self, path: str) -> str:
+        """Write a file.
+
+        Args:
+            path: of the file
+        """
+        with open(path, "w") as file:
+            return f"{file.write('x')} written"
+
+    def connect(self, port: int) -> str:
+        """Open a connection.
+
+        Args:
+            port: of this machine
+        """
+        socket.create_connection(("127.0.0.1", port)).close()
+        return "connected"
+
+    def secret(self) -> str:
+        """Read the environment."""
+        return os.environ.get("WANDB_API_KEY", "none")
+
+    def get_reward(self):
+        return 1.0
 
 class Undescribed:
     def reset(self): ...
@@ -197,6 +238,39 @@ def test_tools_are_called_and_their_errors_are_told_to_the_model(runner):
     assert [one.reward for one in tools.rewards([0, 1, 4], nothing).values()] == [1.0, 1.0, 0.0]
 
 
+def test_tools_play_behind_walls_and_reach_nothing_from_there(runner, tmp_path, monkeypatch):
+    """The same four calls, of a class that is trusted and of one that is not: each answers the model in its turn."""
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    made = tmp_path / "made"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        calls = [("add", {"a": 2, "b": 5}), ("write", {"path": str(made)}), ("connect", {"port": port}), ("secret", {})]
+
+        def said(isolate: str) -> list[str]:
+            tools = runner("Reaching", isolate=isolate)
+            assert "tools add, connect, secret, write" in tools.check(["word"])[0]
+            tools.open({i: {} for i in range(4)}, nothing)
+            text = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
+            turns = {i: f"<tool_call>{call}</tool_call>" for i, call in enumerate(text)}
+            answers = tools.turn(turns, nothing)
+            assert [one.reward for one in tools.rewards(range(4), nothing).values()] == [1.0] * 4
+            return [answers[i].messages[0]["content"] for i in range(4)]
+
+        assert said("none") == ["7", "1 written", "connected", "key"]
+        made.unlink()
+        walled = said("process")
+    assert walled[0] == "7" and walled[3] == "none" and not made.exists()
+    assert all(text.startswith("error: PermissionError: ") for text in walled[1:3])
+
+
+def test_tools_for_which_torch_does_not_fit_behind_the_walls_are_told_so(runner):
+    """torch and what else is there takes about 700 MB of address space."""
+    tools = runner("Tools", isolate="process")
+    tools._code.process.memory = 400 << 20
+    with pytest.raises(ConfigError, match="its tools cannot be described: .* fit into faults.reward_memory_gb"):
+        tools.check(["word"])
+
+
 def test_calls_are_found_in_a_text():
     text = 'a <tool_call> {"name": "x"} </tool_call> b <tool_call>{"name": "y", "arguments": [1]}'
     assert [call.name for call in calls_in(text)] == ["x", "y"] and calls_in("<tool>") == []
@@ -239,9 +313,9 @@ def test_one_that_hangs_costs_its_episode_and_no_other(runner):
     assert time.monotonic() - begun < 5
     assert answers[2].error == "gave no answer within 1 s (faults.reward_timeout)"
     assert [one.error for i, one in answers.items() if i != 2] == [None] * 5
-    number = bad._process.number
+    number = bad._code.process.number
     bad.open({0: {"word": "x"}}, nothing)  # in a fresh process: a thread of the old one hangs for ever
-    assert bad._process.number == number + 1 and bad.turn({0: "ok"}, nothing)[0].error is None
+    assert bad._code.process.number == number + 1 and bad.turn({0: "ok"}, nothing)[0].error is None
 
 
 def test_an_end_of_the_process_fails_all_that_are_open_and_the_next_ones_are_played(runner):
@@ -258,7 +332,7 @@ def test_an_end_of_the_process_fails_all_that_are_open_and_the_next_ones_are_pla
 def test_closing_leaves_no_process(runner):
     game = runner("Game")
     game.check(["word"])
-    pid = game._process._child.pid
+    pid = game._code.process._child.pid
     game.close()
     assert gone([pid])
 

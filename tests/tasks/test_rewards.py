@@ -285,9 +285,9 @@ def test_a_response_can_be_dropped(run):
 def test_an_async_function_that_does_not_return_costs_one_response(run, text):
     runner = run("misbehaves_later", seconds=0.5, concurrency=2)
     runner.check()
-    started, process = time.monotonic(), runner._process.number
+    started, process = time.monotonic(), runner._code.process.number
     assert rewards(runner, *["x"] * 5, text, *["x"] * 5) == [1.0] * 5 + [0.0] + [1.0] * 5
-    assert time.monotonic() - started < 2.0 and runner._process.number == process  # the same one
+    assert time.monotonic() - started < 2.0 and runner._code.process.number == process  # the same one
 
 
 def test_too_few_scores_are_a_fault_of_all(run):
@@ -349,7 +349,7 @@ def test_a_call_for_all_that_raises_is_made_for_each_no_longer_than_it_may_take(
 def test_a_process_that_ended_between_two_calls_is_started_anew(run):
     runner = run("misbehaves")
     assert rewards(runner, "x") == [1.0]
-    os.kill(runner._process._child.pid, signal.SIGKILL)
+    os.kill(runner._code.process._child.pid, signal.SIGKILL)
     time.sleep(0.2)
     assert rewards(runner, "x") == [1.0]
 
@@ -391,7 +391,7 @@ def test_an_import_that_ends_or_hangs_is_told(run, tmp_path, monkeypatch):
     (tmp_path / "ends.py").write_text("import os\nos._exit(5)\n")
     with pytest.raises(ConfigError, match=r"ends.py:f': its import ended its process \(status 5\)"):
         run(RewardConfig(f"{tmp_path}/ends.py:f")).check()
-    monkeypatch.setattr("gspo_megatron.tasks.rewards.TAKING", 1.0)
+    monkeypatch.setattr("gspo_megatron.tasks.user_code.TAKING", 1.0)
     (tmp_path / "hangs.py").write_text("import time\ntime.sleep(1000)\n")
     with pytest.raises(ConfigError, match=r"hangs.py:f': its import took longer than 1 s"):
         run(RewardConfig(f"{tmp_path}/hangs.py:f")).check()
@@ -427,7 +427,7 @@ def test_behind_walls_a_function_has_no_network_files_or_environment(run, tmp_pa
 def test_no_program_that_a_function_started_is_left(run):
     runner = run("misbehaves")
     runner.check()
-    child = psutil.Process(runner._process._child.pid)
+    child = psutil.Process(runner._code.process._child.pid)
     assert "gave no answer" in errors(runner, "child")[0]
     assert gone([child.pid], 5)
     left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "1000"]]
@@ -455,10 +455,10 @@ def test_the_process_does_not_outlive_its_rank(mine):
 def test_a_schedulers_signal_costs_no_reward(run, number):
     runner = run("misbehaves", seconds=5.0)
     runner.start()
-    os.kill(runner._process._child.pid, number)  # before it has come up
+    os.kill(runner._code.process._child.pid, number)  # before it has come up
     assert rewards(runner, "x") == [1.0]
-    os.kill(runner._process._child.pid, number)
-    assert rewards(runner, "x") == [1.0] and runner._process.number == 1
+    os.kill(runner._code.process._child.pid, number)
+    assert rewards(runner, "x") == [1.0] and runner._code.process.number == 1
 
 
 def test_the_process_imports_neither_torch_nor_megatron():
