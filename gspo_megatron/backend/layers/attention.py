@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from gspo_megatron.backend.layers.context_parallel import ContextSplit
+from gspo_megatron.backend.layers.ragged import Ragged
 from gspo_megatron.backend.layers.softmax import Softmax
 from gspo_megatron.routing.rollout_routes import RolloutRecorder
 from gspo_megatron.routing.routes import RouteTrace
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 class PackedPlan(PackedSeqParams):
     """Block-diagonal causal attention over S sequences packed into T tokens."""
 
-    num_sequences: int
     max_len: int
-    padded_index: torch.Tensor  # [T] int64, sequence * max_len + position
+    ragged: Ragged  # the sequences by length
     split: ContextSplit | None = None  # None: this rank feeds all tokens
     trace: RouteTrace | None = None  # what the routers on the way note and obey (router_hooks.py)
     angles: "Angles | None" = None  # by token, for latent attention (latent_attention.py)
@@ -51,10 +51,8 @@ class PackedPlan(PackedSeqParams):
             qkv_format: `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own.
             cp_group: ranks that share the tokens; None: no context parallelism.
         """
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-        max_len = int(lengths.max())
-        sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
-        position = torch.arange(int(cu_seqlens[-1]), device=lengths.device) - cu_seqlens[:-1].long()[sequence]
+        ragged = Ragged.of(torch.diff(cu_seqlens).long())
+        max_len = max(group.length for group in ragged.groups)
         # Transformer Engine takes the bounds with padding as those of the padded layout too: padding is attended to
         # by itself alone, being last, so it need not be told apart. (Its packed context parallelism: not run by us.)
         padded = cu_seqlens if cp_group is not None else None
@@ -66,10 +64,9 @@ class PackedPlan(PackedSeqParams):
             cu_seqlens_kv_padded=padded,
             max_seqlen_q=max_len,
             max_seqlen_kv=max_len,
-            num_sequences=lengths.numel(),
             max_len=max_len,
-            padded_index=sequence * max_len + position,
-            split=ContextSplit.zig_zag(cu_seqlens, cp_group) if cp_group is not None else None,
+            ragged=ragged,
+            split=ContextSplit.zig_zag(cu_seqlens, ragged, cp_group) if cp_group is not None else None,
         )
 
     @property
@@ -82,30 +79,19 @@ class PackedPlan(PackedSeqParams):
     ) -> torch.Tensor:
         """Attend: query [T, n, d], key and value [T, g, d] -> [T, n, d]; T/CP tokens each under context parallelism."""
         if self.split is not None:
-            keys, values = self._pad(self.split.gather(key)), self._pad(self.split.gather(value))
-            return self.split.attend(query, keys, values, softmax)
+            return self.split.attend(query, self.split.gather(key), self.split.gather(value), softmax)
         # Padding lies behind each sequence, so the causal mask alone hides it from every real query.
-        out = softmax.causal(*(self._pad(x) for x in (query, key, value)))  # each [S, heads, L, d]
-        return self.flat(out.transpose(1, 2))
-
-    def _pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, heads, d] -> [S, heads, L, d]."""
-        return self.grid(x).transpose(1, 2)
-
-    def grid(self, x: torch.Tensor) -> torch.Tensor:
-        """Make one row a sequence, filled up with zeros at its end: [T, ...] -> [S, L, ...]."""
-        padded = x.new_zeros(self.num_sequences * self.max_len, *x.shape[1:])
-        padded = padded.index_copy(0, self.padded_index, x)
-        return padded.view(self.num_sequences, self.max_len, *x.shape[1:])
-
-    def flat(self, grid: torch.Tensor) -> torch.Tensor:
-        """Undo `grid`."""
-        return grid.flatten(0, 1)[self.padded_index]
+        return self.ragged.by_group(lambda *grids: _causal(softmax, *grids), query, key, value)
 
     @property
     def lengths(self) -> torch.Tensor:
         """Return the tokens of each sequence, [S] int64."""
         return torch.diff(self.cu_seqlens_q).long()
+
+
+def _causal(softmax: Softmax, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[s, L, n, d], [s, L, g, d], [s, L, g, v] -> [s, L, n, v]."""
+    return softmax.causal(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass

@@ -15,26 +15,50 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.layers.ragged import LengthGroup, Order, Ragged, permuted
 from gspo_megatron.backend.layers.softmax import Softmax
 
 
 @dataclass(frozen=True)
+class ChunkGroup:
+    """This rank's two chunks of each of s sequences of (nearly) one length, with n tokens a chunk (each sequence its
+    own n, N the largest)."""
+
+    group: LengthGroup  # of the whole sequences
+    num_queries: int  # m, of this rank
+    places: torch.Tensor  # [m] int64: chunk (0 or 1) * s * N + sequence * N + place in the chunk
+    positions: tuple[torch.Tensor, torch.Tensor]  # a chunk each, [s, N] int64, of its queries
+    visible: tuple[int, int]  # a chunk each: keys that its queries can see
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+        """Attend: query [m, n, d] of this rank, key and value [tokens, g, d] of all -> [m, n, d]. Early and late chunks
+        go apart: an early one needs the keys of the first chunks only."""
+        keys, values = (self.group.grid(x).transpose(1, 2) for x in (key, value))  # [s, g, L, d]
+        number, biggest = self.positions[0].shape
+        slots = query.new_zeros(2 * number * biggest, *query.shape[1:]).index_copy(0, self.places, query)
+        padded = slots.view(2, number, biggest, *query.shape[1:]).transpose(2, 3)
+        outs = [
+            softmax.at(positions, queries, keys[:, :, :seen], values[:, :, :seen]).transpose(1, 2)
+            for queries, positions, seen in zip(padded, self.positions, self.visible, strict=True)  # [s, n, N, d]
+        ]
+        return torch.stack(outs).reshape(-1, query.size(1), value.size(-1))[self.places]
+
+
+@dataclass(frozen=True)
 class ContextSplit:
-    """This rank's part of T packed tokens in S sequences, n tokens a chunk (each sequence its own n, N the largest)."""
+    """This rank's part of T packed tokens."""
 
     group: dist.ProcessGroup
     rank: int
     size: int  # CP
-    num_sequences: int
-    max_chunk: int  # N
+    ragged: Ragged  # of all tokens
     rows: torch.Tensor  # [T/CP] int64, ascending: packed places of this rank's tokens
     gathered: torch.Tensor  # [T] int64: where each packed token is among the rows of all ranks, end to end
-    query_index: torch.Tensor  # [T/CP] int64: chunk (0 or 1) * S * N + sequence * N + place in the chunk
-    positions: tuple[torch.Tensor, torch.Tensor]  # a chunk each, [S, N] int64, of its queries
-    visible: tuple[int, int]  # a chunk each: keys that its queries can see
+    chunks: tuple[ChunkGroup, ...]
+    order: Order  # of this rank's tokens, in which each chunk group's are next to each other
 
     @classmethod
-    def zig_zag(cls, cu_seqlens: torch.Tensor, group: dist.ProcessGroup) -> "ContextSplit":
+    def zig_zag(cls, cu_seqlens: torch.Tensor, ragged: Ragged, group: dist.ProcessGroup) -> "ContextSplit":
         """Cut at cu_seqlens [S+1]: each sequence (and the padding segment) a multiple of 2 CP tokens (data/packing.py).
 
         Raises:
@@ -54,23 +78,32 @@ class ContextSplit:
         owner = torch.minimum(number, 2 * size - 1 - number)
         by_rank = torch.argsort(owner, stable=True)  # rows of rank 0, then of rank 1, ...
         rows = by_rank.view(size, -1)[rank]
-        biggest = int(chunk.max())
-        early, late = rank, 2 * size - 1 - rank  # numbers of this rank's chunks
         is_late = (number[rows] >= size).long()
         place = position[rows] % chunk[sequence[rows]]
-        sizes, steps = chunk.unsqueeze(1), torch.arange(biggest, device=device)
+        early, late = rank, 2 * size - 1 - rank  # numbers of this rank's chunks
+        chunks, order = [], []
+        for part in ragged.groups:
+            row_of = torch.full_like(lengths, -1)
+            row_of[part.sequences] = torch.arange(part.sequences.numel(), device=device)
+            mine = (row_of[sequence[rows]] >= 0).nonzero().squeeze(1)
+            sizes = chunk[part.sequences].unsqueeze(1)
+            biggest = int(sizes.max())
+            steps = torch.arange(biggest, device=device)
+            row = is_late[mine] * part.sequences.numel() + row_of[sequence[rows[mine]]]
+            # Padded queries have positions too, and see something: else their softmax is nan.
+            positions = (early * sizes + steps, late * sizes + steps)
+            visible = ((early + 1) * biggest, (late + 1) * biggest)
+            order.append(mine)
+            chunks.append(ChunkGroup(part, mine.numel(), row * biggest + place[mine], positions, visible))
         return cls(
             group=group,
             rank=rank,
             size=size,
-            num_sequences=lengths.numel(),
-            max_chunk=biggest,
+            ragged=ragged,
             rows=rows,
             gathered=torch.argsort(by_rank),
-            query_index=(is_late * lengths.numel() + sequence[rows]) * biggest + place,
-            # Padded queries have positions too, and see something: else their softmax is nan.
-            positions=(early * sizes + steps, late * sizes + steps),
-            visible=((early + 1) * biggest, (late + 1) * biggest),
+            chunks=tuple(chunks),
+            order=Order.of(torch.cat(order)),
         )
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,17 +111,11 @@ class ContextSplit:
         return _AllGather.apply(x, self.group)[self.gathered]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
-        """Attend: query [T/CP, n, d] against all keys and values [S, g, L, d] -> [T/CP, n, d].
-
-        Early and late chunks go apart: an early one needs the keys of the first chunks only.
-        """
-        slots = 2 * self.num_sequences * self.max_chunk
-        padded = query.new_zeros(slots, *query.shape[1:]).index_copy(0, self.query_index, query)
-        padded = padded.view(2, self.num_sequences, self.max_chunk, *query.shape[1:]).transpose(2, 3)
-        outs = []
-        for queries, positions, keys in zip(padded, self.positions, self.visible, strict=True):  # [S, n, N, d]
-            outs.append(softmax.at(positions, queries, key[:, :, :keys], value[:, :, :keys]).transpose(1, 2))
-        return torch.stack(outs).reshape(slots, query.size(1), value.size(-1))[self.query_index]
+        """Attend: query [T/CP, n, d] against all keys and values [T, g, d] -> [T/CP, n, d]."""
+        queries = permuted(query, self.order).split([part.num_queries for part in self.chunks])
+        cut = zip(self.chunks, queries, self.ragged.parts(key), self.ragged.parts(value), strict=True)
+        outs = [part.attend(mine, keys, values, softmax) for part, mine, keys, values in cut]
+        return permuted(torch.cat(outs), self.order.flip())
 
 
 class _AllGather(torch.autograd.Function):

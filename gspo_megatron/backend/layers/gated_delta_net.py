@@ -23,6 +23,7 @@ from gspo_megatron.backend import cpu_shim
 from gspo_megatron.backend.layers import delta_rule
 from gspo_megatron.backend.layers.attention import CachePlan, PackedPlan
 from gspo_megatron.backend.layers.norms import RMSNorm
+from gspo_megatron.backend.layers.ragged import LengthGroup
 from gspo_megatron.models.architecture import Architecture
 
 cpu_shim.allow_gated_delta_net()
@@ -50,15 +51,27 @@ class PackedGatedDeltaNet(GatedDeltaNet):
         self, plan: PackedPlan, tokens: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequences from their beginning: [T, heads, v], and what a cache holds behind the last token of each."""
+        found = [
+            self._of_group(group, parts)
+            for group, *parts in zip(plan.ragged.groups, *(plan.ragged.parts(x) for x in tokens), strict=True)
+        ]
+        out, last, memory = zip(*found, strict=True)
+        return plan.ragged.joined(out), plan.ragged.by_sequence(last), plan.ragged.by_sequence(memory)
+
+    def _of_group(
+        self, group: LengthGroup, tokens: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of the sequences of a group."""
         # Padding has rate and log-decay 0, so the memory is that of the last token.
-        mixed, log_decay, rate = (plan.grid(x) for x in tokens)
+        mixed, log_decay, rate = (group.grid(x) for x in tokens)
         taps = self.conv_kernel_dim
         mixed, joined = self._convolve(mixed, mixed.new_zeros(mixed.size(0), taps - 1, mixed.size(2)))
         memory = rate.new_zeros(rate.size(0), rate.size(2), self.key_head_dim, self.value_head_dim)
         query, key, value = self._heads(mixed, rate.dtype)
         out, memory = delta_rule.chunked(query, key, value, log_decay, rate, memory)
-        last = plan.lengths.unsqueeze(1) + torch.arange(taps - 1, device=mixed.device)  # of `joined`
-        return plan.flat(out), joined[torch.arange(joined.size(0), device=mixed.device).unsqueeze(1), last], memory
+        last = group.lengths.unsqueeze(1) + torch.arange(taps - 1, device=mixed.device)  # of `joined`
+        rows = torch.arange(joined.size(0), device=mixed.device).unsqueeze(1)
+        return group.flat(out), joined[rows, last], memory
 
     def _cached(self, plan: CachePlan, tokens: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """[T, heads, v]; padding rows come back as zeros."""

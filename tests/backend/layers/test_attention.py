@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gspo_megatron.backend.layers import ragged
 from gspo_megatron.backend.layers.attention import PackedPlan
 from gspo_megatron.backend.layers.context_parallel import ContextSplit
+from gspo_megatron.backend.layers.ragged import Ragged
 from gspo_megatron.backend.layers.softmax import Softmax
 from tools.validation.ranks import spawn
 
@@ -71,14 +73,15 @@ def on_ranks(rank: int, world_size: int) -> dict:
     groups = {size: [dist.new_group(list(range(i, i + size))) for i in range(0, world_size, size)] for size in (2, 4)}
     for size, of_size in groups.items():
         group = of_size[rank // size]
+        ragged.SLACK = {2: 0, 4: 4096}[size]  # every length by itself, or all of them together
         plan = PackedPlan.from_cu_seqlens(bounds(PADDED), cp_group=group)
         first, again = ({name: results(plan, plan.rows, name) for name in FORMS} for _ in range(2))
         same = all(torch.equal(a, b) for name in FORMS for a, b in zip(first[name], again[name], strict=True))
-        positions = PackedPlan.from_cu_seqlens(bounds((16,)), cp_group=group).split.positions
-        seen = sum(int((chunk + 1).sum()) for chunk in positions)
+        (chunks,) = PackedPlan.from_cu_seqlens(bounds((16,)), cp_group=group).split.chunks
+        seen = sum(int((chunk + 1).sum()) for chunk in chunks.positions)
         answers[size] = {"rows": plan.rows, "results": first, "same": same, "seen": seen}
     with pytest.raises(ValueError) as error:
-        ContextSplit.zig_zag(bounds(LENGTHS), groups[4][0])
+        ContextSplit.zig_zag(bounds(LENGTHS), Ragged.of(torch.tensor(LENGTHS)), groups[4][0])
     return answers | {"error": str(error.value)}
 
 
@@ -87,9 +90,12 @@ def ranks() -> list[dict]:
     return spawn(on_ranks, 4)
 
 
+@pytest.mark.parametrize("slack", [0, 4096])
 @pytest.mark.parametrize("name", FORMS)
-def test_packed_attention_is_the_textbook_s(name):
-    """Output and all gradients in fp64; the sinks' too."""
+def test_packed_attention_is_the_textbook_s(name, slack, monkeypatch):
+    """Output and all gradients in fp64; the sinks' too. Of the lengths 16, 8, 40, 8 each is computed by itself, or all
+    are filled up to 40."""
+    monkeypatch.setattr(ragged, "SLACK", slack)
     plan = PackedPlan.from_cu_seqlens(bounds(PADDED))
     assert plan.rows is None
     found, expected = results(plan, torch.arange(sum(PADDED)), name), textbook(name)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from gspo_megatron.backend.layers import delta_rule
-from gspo_megatron.backend.layers.attention import PackedPlan
 
 
 def tokens(length: int, seed: int = 0) -> list[torch.Tensor]:
@@ -72,10 +71,3 @@ def test_the_convolution_looks_back_and_not_ahead():
     out, joined = delta_rule.causal_convolution(x, torch.tensor([[1.0, 10.0, 100.0]]), before)
     assert out.flatten().tolist() == [150.0, 215.0, 321.0]  # SiLU leaves them as they are, to fp32's precision
     assert joined.flatten().tolist() == [0, 5, 1, 2, 3]
-
-
-def test_a_grid_has_each_sequence_in_a_row_of_its_own():
-    plan = PackedPlan.from_cu_seqlens(torch.tensor([0, 2, 3], dtype=torch.int32))
-    packed = torch.tensor([[1.0], [2.0], [3.0]])
-    assert plan.grid(packed).squeeze(-1).tolist() == [[1, 2], [3, 0]] and plan.lengths.tolist() == [2, 1]
-    assert torch.equal(plan.flat(plan.grid(packed)), packed)
