@@ -15,7 +15,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from gspo_megatron.backend.layers.attention import CachePlan, SdpaCoreAttention, softmax_of
 from gspo_megatron.backend.layers.expert_groups import rank_groups
+from gspo_megatron.backend.layers.experts import pack_experts
 from gspo_megatron.backend.layers.latent_attention import AngleTable, LatentNorm, PackedLatentAttention
 from gspo_megatron.backend.layers.norms import AllHeadsRMSNorm, RMSNorm
 from gspo_megatron.backend.layers.rotary import inverse_frequencies
@@ -236,8 +236,7 @@ def bare(
             gpt.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(runtime.device)
         elif not use_te:
             gpt.angle_table = AngleTable(arch, runtime.device)
-        if arch.linear_bias:
-            _allow_expert_bias(gpt)
+        pack_experts(gpt)
         rank_groups(gpt, arch)
         gpt.to(runtime.device)
         parameters.mark(gpt, topology)
@@ -246,15 +245,6 @@ def bare(
         # Each tensor rank has another part of such a norm; with this on, Megatron would add up their gradients.
         config.qk_layernorm = False
     return chunks
-
-
-def _allow_expert_bias(gpt: PackedModel) -> None:
-    """Megatron adds an expert's output bias in place. Without expert parallelism the output comes from a reduction over
-    one rank, as a view that autograd does not let be changed; so the experts are told to leave the reduction out."""
-    for module in gpt.modules():
-        if isinstance(module, SequentialMLP):
-            for expert in module.local_experts:
-                expert.linear_fc2.explicit_expert_comm = True
 
 
 def unwrap(chunk: torch.nn.Module) -> PackedModel:
