@@ -19,6 +19,7 @@ _PLACES = {
     "LossOutputs": _INTERFACE,
     "RolloutGroup": "gspo_megatron.batch",
     "TrainConfig": "gspo_megatron.config",
+    "Turns": "gspo_megatron.batch",
     "dapo_loss": _ALGORITHMS,
     "dpo_loss": _ALGORITHMS,
     "dr_grpo_loss": _ALGORITHMS,

@@ -1,6 +1,6 @@
 """These records cross a boundary between two rooms of the house. Nothing here computes."""
 
-from gspo_megatron.batch.groups import Completion, FinishReason, RolloutGroup
+from gspo_megatron.batch.groups import Completion, FinishReason, RolloutGroup, Turns
 from gspo_megatron.batch.items import Message, Outcome, Prompt, Response, Score, TaskItem
 from gspo_megatron.batch.training import (
     Fillable,
@@ -28,5 +28,6 @@ __all__ = [
     "SequenceTable",
     "TaskItem",
     "TrainSequence",
+    "Turns",
     "UpdateResult",
 ]

@@ -32,8 +32,7 @@ class Outcome:
 
     turns: int  # responses of the model
     messages: tuple[Message, ...]  # all behind the prompt, the model's and the environment's
-    reward: float | None = None  # get_reward(), or the sum of the turns' rewards; None: the environment gives none
-    turn_rewards: tuple[float, ...] = ()  # one a turn, where step() gives them
+    reward: float | None = None  # get_reward() and the turns' rewards, added; None: the environment gives none
     error: str | None = None  # what went wrong
 
 

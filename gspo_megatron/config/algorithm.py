@@ -34,6 +34,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SEQUENCE_RATIO = ("gspo", "gspo_token")
 GROUP_NORMALISED = ("gspo", "gspo_token", "grpo", "dr_grpo", "dapo")
+BY_TOKEN = ("gspo_token", "grpo", "dr_grpo", "dapo")  # of those, the ones whose loss takes an advantage a token
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class AlgorithmConfig:
     """Optimizer steps on one rollout batch."""
     normalize_advantage_by_std: bool | None = None
     """Divide by the group's standard deviation (off: Dr. GRPO)."""
+    advantage_level: Literal["sequence", "turn"] = "sequence"
+    """What has an advantage of its own. turn: each turn of an episode, by what came from it on, compared with the turns
+    of its number in the group; for losses that take one advantage a token."""
     entropy_coef: float | None = None
     """Of an entropy bonus in the loss."""
     old_logprobs: Literal["recomputed", "rollout", "first_minibatch"] = "recomputed"
@@ -108,6 +112,13 @@ class AlgorithmConfig:
         for name in ("resampling_rounds", "overlong_buffer", "overlong_penalty", "entropy_coef"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"algorithm.{name}", value, "must be 0 or more", "Give 0 for none.")
+        require(
+            self.advantage_level == "sequence" or self.name in BY_TOKEN,
+            "algorithm.advantage_level",
+            self.advantage_level,
+            f"gives each token an advantage of its own, and the loss of {self.name} takes none of groups",
+            "Give algorithm.name gspo_token, or leave it out.",
+        )
         require(
             not self.shuffle_advantages or self.name in GROUP_NORMALISED,
             "algorithm.shuffle_advantages",

@@ -84,6 +84,12 @@ def _ratio_warnings(config: TrainConfig) -> list[str]:
             "algorithm.kl.estimator = 'k1' in the loss has a gradient whose mean is 0, so it adds noise and no pull to "
             "the reference. Use k3 or k2 there, or put the KL into the reward (algorithm.kl.place)."
         )
+    has_turns = config.rollout.engine == "files" or any(task.environment for task in config.tasks.values())
+    if algorithm.advantage_level == "turn" and not has_turns:
+        found.append(
+            "algorithm.advantage_level = 'turn' compares turns of episodes, and no task has an environment: each "
+            "response is one turn, so it is the same as 'sequence'."
+        )
     if algorithm.mismatch.correction.startswith("sequence") and algorithm.mismatch.threshold > 1.1:
         found.append(
             f"algorithm.mismatch.threshold = {algorithm.mismatch.threshold:g} bounds the mean log-ratio of a sequence, "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.parallel.collective_errors import together
-from gspo_megatron.batch import Completion, Message, Outcome, Prompt, RolloutGroup, TaskItem
+from gspo_megatron.batch import Completion, Message, Outcome, Prompt, RolloutGroup, TaskItem, Turns
 from gspo_megatron.data.chat import question_tokens
 from gspo_megatron.data.turns import between
 from gspo_megatron.errors import RolloutError
@@ -43,8 +43,8 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)  # 0 at the environment's tokens
     mask: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)  # that step() gave
-    turns: int = 0
+    starts: list[int] = field(default_factory=list)  # the place in `tokens` of each turn of the model
+    rewards: list[float | None] = field(default_factory=list)  # that step() gave, one a turn that it has heard
     last: Completion | None = None  # of the newest turn
     is_over: bool = False
     is_cut: bool = False  # by the limit of tokens
@@ -54,17 +54,17 @@ class Episode:
     def add(self, completion: Completion, text: str) -> None:
         """Put a turn of the model behind the others."""
         count = len(completion.token_ids)
+        self.starts.append(len(self.tokens))
         self.tokens += completion.token_ids
         self.logprobs += completion.logprobs or [0.0] * count
         self.mask += [1] * count
         self.messages.append({"role": "assistant", "content": text})
-        self.turns, self.last, self.is_cut = self.turns + 1, completion, completion.truncated
+        self.last, self.is_cut = completion, completion.truncated
         self.is_over |= completion.truncated
 
     def hear(self, observed: Observed, most_turns: int) -> None:
         """Take what the environment answered to the newest turn."""
-        if observed.reward is not None:
-            self.rewards.append(observed.reward)
+        self.rewards.append(observed.reward)
         self.error = self.error or observed.error
         self.is_over |= observed.done or observed.error is not None or self.turns >= most_turns
 
@@ -79,13 +79,20 @@ class Episode:
         self.mask += [0] * len(tokens)
 
     @property
+    def turns(self) -> int:
+        """Return how many the model has had."""
+        return len(self.starts)
+
+    @property
     def completion(self) -> Completion:
         """Return the whole of it."""
-        reward = self.gained if self.gained is not None else sum(self.rewards) if self.rewards else None
-        outcome = Outcome(self.turns, tuple(self.messages), reward, tuple(self.rewards), self.error)
+        given = [reward for reward in (*self.rewards, self.gained) if reward is not None]
+        outcome = Outcome(self.turns, tuple(self.messages), sum(given) if given else None, self.error)
+        of_turns = [reward or 0.0 for reward in self.rewards] + [0.0] * (self.turns - len(self.rewards))
         mask = None if all(self.mask) else self.mask
         routes = self.last.routes if self.last else None
-        return Completion(self.tokens, self.logprobs, self.is_cut, routes, mask, outcome)
+        turns = Turns(tuple(self.starts), tuple(of_turns))
+        return Completion(self.tokens, self.logprobs, self.is_cut, routes, mask, outcome, turns)
 
 
 class Stage:

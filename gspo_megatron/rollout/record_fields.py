@@ -87,8 +87,16 @@ class Fields:
 
     def integers_or_none(self, name: str) -> list[int] | None:
         """Return integers of 0 or more, None where they are left out. Raises BadRow."""
-        if self.value(name) is None:
-            return None
+        return None if self.value(name) is None else self.integers(name)
+
+    def finite_numbers(self, name: str) -> list[float]:
+        """Return a list of finite numbers. Raises BadRow."""
+        value = self._list(name, "numbers")
+        self._each(name, value, _is_finite, "must be a finite number")
+        return [float(one) for one in value]
+
+    def integers(self, name: str) -> list[int]:
+        """Return integers of 0 or more. Raises BadRow."""
         value = self._list(name, "integers")
         self._each(name, value, _is_count, "must be an integer of 0 or more")
         return value

@@ -8,6 +8,8 @@ from gspo_megatron.models.architecture import Architecture
 from gspo_megatron.rollout.records import GroupRecord, ResponseRecord
 from gspo_megatron.tasks.data_files import BadRow, shortened
 
+NO_TURNS = "a loss_mask with 0 between tokens of the model and no turns, which algorithm.advantage_level = turn needs"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,6 +24,7 @@ class Limits:
     why_longest: str  # the fields that say so, with their values
     tokenizer: str  # data/tokenizer.py: vocabulary_hash
     wants_logprobs: tuple[str, str] | None = None  # the setting that cannot do without, and what to give it else
+    wants_turns: bool = False  # algorithm.advantage_level
 
     @classmethod
     def of(cls, config: ResolvedConfig, shape: Architecture, tokenizer: str) -> "Limits":
@@ -46,6 +49,7 @@ class Limits:
             why_longest=f"max_position_embeddings of the model is {positions}, max_tokens_per_microbatch {room}",
             tokenizer=tokenizer,
             wants_logprobs=wants_logprobs(config),
+            wants_turns=config.algorithm.advantage_level == "turn",
         )
 
     def check(self, group: GroupRecord) -> None:
@@ -89,6 +93,8 @@ class Limits:
         if self.wants_logprobs and response.logprobs is None:
             setting, remedy = self.wants_logprobs
             raise BadRow(f"{where} has no logprobs, which {setting} needs", remedy)
+        if self.wants_turns and response.turns is None and has_gap(response.loss_mask):
+            raise BadRow(f"{where} has {NO_TURNS}", "Give turns, or algorithm.advantage_level sequence.")
 
     def _check_vocabulary(self, token_ids: list[int], where: str) -> None:
         if max(token_ids) >= self.vocab_size:
@@ -97,6 +103,11 @@ class Limits:
                 f"{where}[{place}] = {token_ids[place]} must be below {self.vocab_size}, the model's vocabulary",
                 "Sample with the model that the run starts from.",
             )
+
+
+def has_gap(loss_mask: list[int] | None) -> bool:
+    """Tell whether somebody else wrote between two tokens of the model, so that it has had several turns."""
+    return loss_mask is not None and 0 in bytes(loss_mask).strip(b"\0")
 
 
 def wants_logprobs(config: ResolvedConfig) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from gspo_megatron.batch import Completion, FinishReason, Message, Prompt, RolloutGroup, Score, TaskItem
+from gspo_megatron.batch import Completion, FinishReason, Message, Prompt, RolloutGroup, Score, TaskItem, Turns
 from gspo_megatron.recipe.rollout_files import GROUP_FIELDS
 from gspo_megatron.rollout.record_fields import Fields
 from gspo_megatron.tasks.data_files import BadRow
@@ -56,6 +56,7 @@ class ResponseRecord:
     parts: dict[str, float] = field(default_factory=dict)  # of the reward, by names of functions
     error: str | None = None  # what went wrong when it was scored
     versions: list[int] | None = None  # of the weights that wrote it, in their order, where there were several
+    turns: Turns | None = None  # of an episode
 
     @property
     def is_scored(self) -> bool:
@@ -83,6 +84,7 @@ class ResponseRecord:
             parts=fields.numbers("parts"),
             error=fields.text_or_none("error"),
             versions=fields.integers_or_none("versions"),
+            turns=_turns(fields.value("turns"), where, len(token_ids)),
         )
 
 
@@ -140,7 +142,7 @@ class GroupRecord:
         """Return the record as a line of JSON."""
         plain = vars(self) | {
             "sampling": vars(self.sampling),
-            "responses": [vars(one) for one in self.responses],
+            "responses": [vars(one) | {"turns": one.turns and vars(one.turns)} for one in self.responses],
             "columns": json_value(self.columns),
         }
         text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
@@ -156,7 +158,9 @@ class GroupRecord:
         question, messages = prompt_of(self.prompt, "prompt")
         item = TaskItem(self.task, question, self.answer or "", self.columns, self.answer is not None, messages)
         answers = [
-            Completion(one.token_ids, one.logprobs, one.finish_reason == "length", loss_mask=one.loss_mask)
+            Completion(
+                one.token_ids, one.logprobs, one.finish_reason == "length", loss_mask=one.loss_mask, turns=one.turns
+            )
             for one in self.responses
         ]
         is_scored = self.responses[0].is_scored
@@ -188,6 +192,7 @@ def record_of(group: RolloutGroup, version: int, tokenizer: str, sampling: Sampl
                 reward=score.reward,
                 parts=score.parts,
                 error=score.error,
+                turns=one.turns,
             )
             for one, score in zip(group.completions, group.scores, strict=True)
         ],
@@ -221,6 +226,18 @@ def _reason(text: str, where: str) -> FinishReason:
     if text not in REASONS:
         raise BadRow(f"{where}.finish_reason = {text!r} must be stop or length", "Give length where the limit cut it.")
     return REASONS[text]
+
+
+def _turns(value: Any, where: str, length: int) -> Turns | None:
+    if value is None:
+        return None
+    fields = Fields(value, f"{where}.turns", ("starts", "rewards"))
+    turns = Turns(tuple(fields.integers("starts")), tuple(fields.finite_numbers("rewards")))
+    if fault := turns.fault(length):
+        raise BadRow(
+            f"{where}.turns: {fault}", "Give each turn of the model the place of its first token, and its reward."
+        )
+    return turns
 
 
 def _routes(value: Any) -> dict[str, str] | None:

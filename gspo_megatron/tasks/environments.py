@@ -90,7 +90,8 @@ class EnvironmentRunner:
         if not known.is_game and not known.has_reward and not self.config.reward:
             self._code.refuse("it has no get_reward(), and there is no reward function. Add one of them.")
         what = "step(text)" if known.is_game else f"tools {', '.join(known.tools)}"
-        rewarded = "get_reward()" if known.has_reward else "the turns' rewards" if known.is_game else "functions alone"
+        by = ["get_reward()"] * known.has_reward + ["the turns' rewards"] * known.is_game
+        rewarded = " and ".join(by) or "functions alone"
         return [f"{self.config.environment}: {what}, at most {self.config.max_turns} turns, rewarded by {rewarded}"]
 
     def loaded(self) -> Loaded:

@@ -17,7 +17,7 @@ from gspo_megatron.batch import RolloutGroup, Score, TrainSequence
 from gspo_megatron.config import ResolvedConfig
 from gspo_megatron.data.sequences import minibatch_indices
 from gspo_megatron.errors import RolloutError
-from gspo_megatron.rollout.record_limits import wants_logprobs
+from gspo_megatron.rollout.record_limits import NO_TURNS, has_gap, wants_logprobs
 
 FILLER = 1 << 60  # uids from here on are fillers'
 
@@ -132,6 +132,12 @@ def _check(group: RolloutGroup, place: int, config: ResolvedConfig) -> None:
             f"algorithm.mismatch.correction {config.algorithm.mismatch.correction} needs the sampling engine's. Hand "
             "them over, or give old_logprobs recomputed and correction none."
         )
+    for number, completion in enumerate(group.completions):
+        turns, has_turns = completion.turns, config.algorithm.advantage_level == "turn"
+        if turns is None and has_turns and has_gap(completion.loss_mask):
+            raise RolloutError(f"{where}: response {number} has {NO_TURNS}. Hand them over (RolloutGroup.of(turns=)).")
+        if turns is not None and (fault := turns.fault(len(completion.token_ids))):
+            raise RolloutError(f"{where}: turns of response {number}: {fault}. Check the rollout engine.")
 
 
 def _check_tokens(token_ids: list[int], policy: Policy, where: str) -> None:

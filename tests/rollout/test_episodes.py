@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from gspo_megatron.batch import Prompt, RolloutGroup, TaskItem
+from gspo_megatron.batch import Prompt, RolloutGroup, TaskItem, Turns
 from gspo_megatron.config import FaultsConfig, Layout, TaskConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sequences import train_sequences
@@ -31,7 +31,8 @@ LAYOUTS = {
     "CP2 PP2": Layout(1, 2, None, 1, 1, context_parallel_size=2),
     "PP2 VP2": Layout(1, 2, 2, 1, 1),
 }
-# It answers with the number of words that it got, ends by itself where that is 3, and fails at a word.
+# It answers with the number of words that it got, which is the turn's reward where it is odd, ends by itself where that
+# is 3, and fails at a word.
 GAME = """
 class Game:
     def reset(self, level):
@@ -42,7 +43,10 @@ class Game:
         words = text.split()
         if "w4" in words:
             raise ValueError("w4")
-        return f"w{20 + len(words)} w8", len(words) == 3, float(len(words))
+        return f"w{20 + len(words)} w8", len(words) == 3, float(len(words)) if len(words) % 2 else None
+
+    def get_reward(self):
+        return 0.125
 """
 
 
@@ -88,7 +92,9 @@ def play(layout: Layout, folder: Path, levels: tuple[str, ...] = ("told", "easy"
         errors.append(float(((batch.old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max()))
     answers = [(group.prompt.token_ids, group.completions) for group in groups]
     return {
-        "told": [[(p, c.token_ids, c.loss_mask, c.truncated, c.outcome) for c in answer] for p, answer in answers],
+        "told": [
+            [(p, c.token_ids, c.loss_mask, c.truncated, c.outcome, c.turns) for c in answer] for p, answer in answers
+        ],
         "place": cut.dp_cp_rank,
         "errors": errors,
         "texts": [group.texts for group in groups],
@@ -129,7 +135,7 @@ def test_each_token_is_of_the_model_or_of_the_environment(single):
     and w2, mask 0. It ends by itself after a turn of 3 words, at w4, after 3 turns, or where nothing more fits."""
     ends = {"done": 0, "error": 0, "turns": 0, "limit": 0, "plain": 0}
     for group in single["told"]:
-        for prompt, tokens, mask, truncated, outcome in group:
+        for prompt, tokens, mask, truncated, outcome, turns in group:
             assert prompt[1] - 30 in range(8) and prompt[2:] in ([ASSISTANT], [9, ASSISTANT])
             if (prompt[1] - 30) % 4 == 3:
                 ends["plain"] += 1
@@ -137,17 +143,20 @@ def test_each_token_is_of_the_model_or_of_the_environment(single):
                 continue
             assert len(prompt) == (4 if (prompt[1] - 30) % 2 == 0 else 3)  # " w9" of reset() in every other one
             mask = mask or [1] * len(tokens)
-            place, rewards, said, error = 0, [], [], None
+            place, starts, rewards, said, last, error = 0, [], [], [], 0, None
             for turn in range(outcome.turns):
                 end = next((i for i in range(place, len(tokens)) if tokens[i] in STOPS), len(tokens) - 1)
                 written = tokens[place : end + 1]
                 assert mask[place : end + 1] == [1] * len(written)
+                starts.append(place)
                 said.append({"role": "assistant", "content": " ".join(f"w{token}" for token in written)})
                 place = end + 1
                 if 4 in written:
                     error = "raised ValueError: w4 (game.py, line 10)"
+                    rewards.append(0.0)
                     break
-                rewards.append(float(len(written)))
+                last = len(written)
+                rewards.append(float(last) if last % 2 else 0.0)
                 if turn < outcome.turns - 1:
                     between = [USER, 20 + len(written), 8, ASSISTANT]
                     between = between if written[-1] == END else [END, *between]
@@ -156,9 +165,9 @@ def test_each_token_is_of_the_model_or_of_the_environment(single):
                     said.append({"role": "user", "content": f"w{20 + len(written)} w8"})
                     place += len(between)
             assert place == len(tokens) and tuple(said) == outcome.messages
-            assert (outcome.error, outcome.turn_rewards) == (error, tuple(rewards))
-            assert outcome.reward == (sum(rewards) if rewards else None)
-            last = int(rewards[-1]) if rewards else 0
+            assert (outcome.error, turns) == (error, Turns(tuple(starts), tuple(rewards)))
+            if not error:
+                assert outcome.reward == sum(rewards) + 0.125
             cut = tokens[-1] not in STOPS
             why = "error" if error else "limit" if cut else "done" if last == 3 else "turns" if outcome.turns == TURNS \
                 else "limit"  # fmt: skip
@@ -172,6 +181,8 @@ def test_each_token_is_of_the_model_or_of_the_environment(single):
 def test_training_agrees_with_the_log_probs_of_every_turn(single):
     """Those of the environment's tokens are 0, and stand for nothing."""
     assert max(single["errors"]) < 2e-5
+    several = [turns for group in single["told"] for *_, turns in group if turns and len(turns.starts) > 1]
+    assert any(0.0 in turns.rewards[:-1] for turns in several) and any(any(turns.rewards[1:]) for turns in several)
     for group, logprobs in zip(single["told"], single["logprobs"], strict=True):
         for (_, tokens, mask, *_), of_tokens in zip(group, logprobs, strict=True):
             assert len(of_tokens) == len(tokens)

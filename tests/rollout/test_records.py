@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gspo_megatron.batch import Completion, Prompt, RolloutGroup, Score, TaskItem
+from gspo_megatron.batch import Completion, Prompt, RolloutGroup, Score, TaskItem, Turns
 from gspo_megatron.config import AlgorithmConfig, Layout, MismatchConfig, RolloutConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.families import architecture
@@ -64,6 +64,7 @@ def written(folder, *lines) -> RecordFiles:
 
 
 SAMPLED = GROUP["sampling"]
+TURNS = {"starts": [0, 2], "rewards": [0.5, 0.0]}
 BAD = {
     "no JSON": ('{"uid": 1,', "not valid JSON"),
     "no object": ("[1]", "must be a JSON object"),
@@ -117,6 +118,19 @@ BAD = {
         "prompt_ids and responses[0] have 7 tokens, and 6 fit (max_position_embeddings of the model is 6",
     ),
     "routes": (group(routes={"file": "x"}), "routes.key is missing"),
+    "turns a list": (response(turns=[0]), "responses[1].turns = [0] must be a JSON object"),
+    "turns without rewards": (response(turns={"starts": [0]}), "responses[1].turns.rewards is missing"),
+    "turns unknown": (response(turns=TURNS | {"ends": [1]}), "responses[1].turns.ends is no field of a record"),
+    "no turn": (response(turns={"starts": [], "rewards": []}), "turns: starts = [] must begin with 0"),
+    "turns from 1": (response(turns=TURNS | {"starts": [1, 2]}), "turns: starts = [1, 2] must begin with 0"),
+    "turns twice": (response(turns=TURNS | {"starts": [0, 0]}), "turns: starts[0] = 0 must be below the next one"),
+    "turns behind": (
+        response(turns=TURNS | {"starts": [0, 3]}),
+        "turns: starts[1] = 3 must be below the next one and 3",
+    ),
+    "turns a text": (response(turns=TURNS | {"starts": [0, "2"]}), "turns.starts[1] = '2' must be an integer of 0"),
+    "turn rewards": (response(turns=TURNS | {"rewards": [1.0]}), "turns: 1 rewards for 2 starts, must be one a turn"),
+    "turn reward none": (response(turns=TURNS | {"rewards": [1.0, None]}), "turns.rewards[1] = None must be a finite"),
     "versions": (response(versions=[1, -2]), "responses[1].versions[1] = -2 must be an integer of 0 or more"),
 }
 
@@ -158,7 +172,7 @@ def test_a_group_comes_back_to_the_bit():
     item = TaskItem("sums", "Ä\n\nx", "2", entry, messages=messages)
     answers = [
         Completion(list(range(len(floats))), floats, False),
-        Completion([9] * 500, fp32, True, loss_mask=[0, 1] * 250),
+        Completion([9] * 500, fp32, True, loss_mask=[1, 0] * 250, turns=Turns((0, 2, 4), (0.1 + 0.2, 0.0, -1e-300))),
     ]
     scores = [Score(0.1 + 0.2, {"f/g": 1 / 3}), Score(None, {}, "it raised '\udc80'")]
     given = RolloutGroup(Prompt(7, item, [1, 2]), answers, scores, ["a", "b"])
@@ -229,3 +243,19 @@ def test_limits_of_a_recipe(algorithm, says, tmp_path):
     else:
         with pytest.raises(ConfigError, match=says):
             files.judge(0)
+
+
+@pytest.mark.parametrize("has_turns", [True, False])
+def test_advantages_by_turn_need_the_turns_of_a_response_that_others_wrote_into(has_turns, tmp_path):
+    """Others' tokens at its beginning or end alone are no sign of several turns."""
+    limits = dataclasses.replace(LIMITS, wants_turns=True)
+    one = RESPONSE | {"loss_mask": [0, 1, 0]}
+    several = RESPONSE | {"loss_mask": [1, 0, 1]} | ({"turns": TURNS} if has_turns else {})
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(group(responses=[one, several])) + "\n")
+    if has_turns:
+        assert RecordFiles(path, 1, limits).judge(0)
+    else:
+        with pytest.raises(ConfigError, match=r"responses\[1\] has a loss_mask with 0 between .* and no turns, which"):
+            RecordFiles(path, 1, limits).judge(0)
+    assert RecordFiles(path, 1, LIMITS).judge(0)

@@ -17,7 +17,7 @@ class Letters:
 
     def step(self, text):
         self.turns += 1
-        return f"{len(text)}", self.turns == 3 or text == self.answer
+        return f"{len(text)}", self.turns == 3 or text == self.answer, 0.25 * len(text) if self.turns != 2 else None
 
     def get_reward(self):
         return self.turns + 0.5 * len(self.answer)
@@ -31,29 +31,39 @@ def records(folder: Path, step: int) -> list[dict]:
 
 
 def test_a_resumed_run_plays_the_same_episodes(tmp_path):
-    """Two steps in one go, and one and one: the same weights and rows to the bit. The masks of the last step's records
-    have the environment's tokens, and the reward is that of get_reward(): turns, and half the length of an answer of
-    one to three digits."""
+    """Two steps in one go, and one and one, and both from the files of the first: the same weights and rows to the bit,
+    where each turn has an advantage of its own. The masks of the last step's records have the environment's tokens, and
+    the reward is that of get_reward(), turns and half the length of an answer of one to three digits, and those of the
+    first and third turn."""
     found = []
+    options = (*OPTIONS, "--algorithm.name", "gspo_token", "--algorithm.advantage-level", "turn")
     tasks = """
   sums: {data: sums.jsonl, environment: "game.py:Letters", max_turns: 3}"""
-    for name, parts in (("whole", [2]), ("parts", [1, 2])):
+    files = ("--rollout.engine", "files", "--rollout.path", str(tmp_path / "whole/runs/moe_gspo/rollouts"))
+    for name, parts, source in (
+        ("whole", [2], ("--rollout.save", "1")),
+        ("parts", [1, 2], ("--rollout.save", "1")),
+        ("again", [2], files),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         write_jsonl(folder)
         (folder / "game.py").write_text(GAME)
         for steps in parts:
-            with train(folder, tasks, steps, 1, *OPTIONS, "--rollout.save", "2") as launch:
+            with train(folder, tasks, steps, 1, *options, *source) as launch:
                 assert launch.wait(LONG) == 0, launch.stderr
         found.append(result(folder, steps=2))
-    assert found[0].digests == found[1].digests
+    assert found[0].digests == found[1].digests == found[2].digests
     rows = [dict(row) for row in found[0].rows if dict(row).get("reward/sums/turns")]
     assert len(rows) == 2 and all(1 < row["reward/sums/turns"] <= 3 for row in rows)
     assert all(row["reward/errors"] == 0 for row in rows)
-    responses = [one for group in records(folder, 2) for one in group["responses"]]
+    responses = [one for group in records(tmp_path / "parts", 2) for one in group["responses"]]
     masks = [one["loss_mask"] for one in responses if one.get("loss_mask")]
     assert masks and all(mask[0] == mask[-1] == 1 and 0 in mask for mask in masks)
-    assert {one["reward"] % 0.5 for one in responses} == {0.0}
+    turns = [one["turns"]["rewards"] for one in responses]
+    assert all(rewards[1:2] in ([], [0.0]) for rewards in turns) and any(any(rewards) for rewards in turns)
+    assert any(len(set(rewards)) > 1 for rewards in turns)
+    assert {(one["reward"] - sum(rewards)) % 0.5 for one, rewards in zip(responses, turns, strict=True)} == {0.0}
 
 
 FAULTY = """

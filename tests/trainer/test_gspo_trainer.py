@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gspo_megatron import GspoTrainer, RolloutGroup
+from gspo_megatron import GspoTrainer, RolloutGroup, Turns
 from gspo_megatron.backend.parallel import topology
 from gspo_megatron.config import AlgorithmConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gspo_megatron.data.tokenizer import train_tokenizer
@@ -55,20 +56,41 @@ def old(trainer: GspoTrainer, prompts: list, answers: list, is_first: bool) -> l
     return [[[value + chance.uniform(-1e-3, 1e-3) for value in next(found)] for _ in group] for group in answers]
 
 
+def turns(answers: list[list[list[int]]]) -> tuple[list, list]:
+    """Up to three turns of each response, with what each brought, and masks with the last token but one of each turn
+    that has three or more as somebody else's."""
+    chance, masks, found = random.Random(9), [], []
+    for group in answers:
+        cuts = [sorted({0, *chance.sample(range(1, len(ids)), min(2, len(ids) - 1))}) for ids in group]
+        found.append([Turns(tuple(cut), tuple(chance.choice((0.0, 0.25, 0.5)) for _ in cut)) for cut in cuts])
+        ends = [
+            [b - 2 for a, b in pairwise([*cut, len(ids)]) if b - a > 2] for cut, ids in zip(cuts, group, strict=True)
+        ]
+        masks.append([[int(t not in end) for t in range(len(ids))] for end, ids in zip(ends, group, strict=True)])
+    return masks, found
+
+
 def stepped(rank: int, world_size: int, layouts: dict, folder: Path, sizes: tuple[int, ...], count: int) -> dict:
-    """{layout: (metrics, change of the weights, log-probs as handed over)} of one step on groups of rank 0."""
+    """{layout: (metrics, change of the weights, log-probs as handed over)} of one step on groups of rank 0; the keys of
+    those whose turns have advantages of their own end in "by turn"."""
     results = {}
-    algorithm = dataclasses.replace(CONFIG.algorithm, num_minibatches=count)
-    for name, parallel in layouts.items():
+    by_sequence = dataclasses.replace(CONFIG.algorithm, num_minibatches=count)
+    by_turn = dataclasses.replace(by_sequence, name="gspo_token", advantage_level="turn")
+    algorithms = {"": by_sequence} | ({" by turn": by_turn} if sizes == SIZES else {})
+    for (name, parallel), (level, algorithm) in product(layouts.items(), algorithms.items()):
         trainer = GspoTrainer(dataclasses.replace(CONFIG, parallel=parallel, algorithm=algorithm), model=folder)
         before = {key: tensor.clone() for key, tensor in trainer.weights() if tensor is not None}
         prompts, answers, rewards = drawn(sizes)
         logprobs = old(trainer, prompts, answers, rank == 0)
-        groups = [RolloutGroup.of(*parts) for parts in zip(prompts, answers, rewards, logprobs, strict=True)]
+        parts = zip(prompts, answers, rewards, logprobs, *turns(answers), strict=True)
+        groups = [
+            RolloutGroup.of(*four, loss_masks=masks if level else None, turns=cuts if level else None)
+            for *four, masks, cuts in parts
+        ]
         metrics = trainer.step(groups if rank == 0 else [])
         after = {key: tensor for key, tensor in trainer.weights() if tensor is not None}
         change = torch.cat([(after[key] - before[key]).flatten() for key in before]) if before else None
-        results[name] = (metrics, change, logprobs)
+        results[name + level] = (metrics, change, logprobs)
         topology.destroy_model_parallel()
     return results
 
@@ -83,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder) -> dict:
-    return spawn(stepped, 1, {"one": ParallelConfig()}, folder, SIZES, 1, timeout=200)[0]["one"]
+    return spawn(stepped, 1, {"one": ParallelConfig()}, folder, SIZES, 1, timeout=200)[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +113,13 @@ def spread(folder) -> list[dict]:
     return spawn(stepped, 4, LAYOUTS, folder, SIZES, 1, timeout=280)
 
 
+@pytest.mark.parametrize("level", ["", " by turn"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_groups_of_rank_0_are_learned_from_as_on_one_rank(layout, alone, spread):
-    """Loss and gradient, with five groups of 2 to 6 responses over two replicas."""
+def test_groups_of_rank_0_are_learned_from_as_on_one_rank(layout, level, alone, spread):
+    """Loss and gradient, with five groups of 2 to 6 responses over two replicas; by turn too, where these are other
+    ones."""
+    assert (alone["one"][1] - alone["one by turn"][1]).abs().max() > 0.1 * alone["one"][1].abs().max()
+    alone, layout = alone["one" + level], layout + level
     metrics, change, logprobs = spread[0][layout]
     assert metrics["loss"] == pytest.approx(alone[0]["loss"], abs=1e-6)
     assert metrics["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-4)
@@ -107,7 +133,7 @@ def test_groups_of_rank_0_are_learned_from_as_on_one_rank(layout, alone, spread)
 def test_the_loss_by_hand(alone, folder):
     """-mean_i min(s_i A_i, clip(s_i, 1 - 3e-4, 1 + 4e-4) A_i), A_i = (r_i - mean) / (std + 1e-6), and s_i from the
     noise that was added: log s_i = -mean_t noise_t."""
-    _, answers, rewards = drawn()
+    alone, (_, answers, rewards) = alone["one"], drawn()
     chance, total, number = random.Random(7), 0.0, 0
     for group, values in zip(answers, rewards, strict=True):
         mean = sum(values) / len(values)
@@ -151,6 +177,10 @@ def refused(rank: int, world_size: int, folder: Path) -> list[str]:
             trainer.step(groups)
         told.append(str(caught.value))
     assert trainer.version == 0
+    wrong = RolloutGroup.of([1, 2], [[3, 4]], [0.0], [[-1.0, -2.0]], turns=[Turns((0, 2), (0.0, 1.0))])
+    with pytest.raises(RolloutError) as caught:
+        trainer.step([wrong] * (rank == 0))
+    told.append(str(caught.value))
     given = RolloutGroup.of([1, 2], [[3], [4]], [0.0, 1.0], [[-1.0], [-2.0]])
     trainer.step([given] * (rank == 3))
     assert trainer.version == 1
@@ -161,7 +191,7 @@ def test_what_cannot_be_learned_from_is_an_error_on_every_rank(folder):
     everyone = spawn(refused, 4, folder, timeout=200)
     parts = ("no rank handed over a group", "each of which would be trained on 4 times", "has no log-probs",
              "2 responses and 0 scores", "token 320 is not in the vocabulary of 320",
-             "have 65 tokens, and the model has 64 positions")  # fmt: skip
+             "have 65 tokens, and the model has 64 positions", "response 0: starts[1] = 2 must be below")  # fmt: skip
     for told in everyone:
         assert all(part in text for part, text in zip(parts, told, strict=True))
 
@@ -218,4 +248,4 @@ def test_the_example_trains(folder):
 def test_the_import_costs_nothing():
     code = "import gspo_megatron, sys; print('torch' in sys.modules, len(gspo_megatron.__all__))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["False", "20"]
+    assert told.split() == ["False", "21"]

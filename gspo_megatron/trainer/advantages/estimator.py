@@ -4,6 +4,7 @@ Both see the packed minibatches after old and reference log-probs are there, so 
 reward. GroupAdvantages is here; CriticAdvantages, which also learns, is in advantages/critic.py.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from gspo_megatron.backend.engine.critic import Critic
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.batch import Minibatch, RolloutGroup
 from gspo_megatron.config import ResolvedConfig, TrainConfig
+from gspo_megatron.trainer.advantages.units import Key, Unit, compared, fill_tokens, means, units_of
 
 
 class AdvantageEstimator(Protocol):
@@ -44,17 +46,27 @@ class GroupAdvantages:
     def fill(self, groups: list[RolloutGroup], minibatches: list[Minibatch], seed: int) -> torch.Tensor:
         """Do as AdvantageEstimator says. The reward is the task's plus the penalties of the recipe.
 
-        With dynamic sampling (algorithm.resampling_rounds), a group without signal has the advantage 0.
+        With dynamic sampling (algorithm.resampling_rounds), a group without signal has the advantage 0; signal is that
+        of whole responses. Advantages are [S], or [T] where each turn has its own (algorithm.advantage_level).
         """
         algorithm = self.config.algorithm
         rewards = shaped_rewards(groups, self.config)
         if algorithm.kl.place == "reward" and algorithm.kl.coef:
             rewards = rewards - algorithm.kl.coef * kl_by_response(self.policy, minibatches, algorithm.kl.estimator)
-        values = group_advantages(rewards, _compared(groups), algorithm.normalize_advantage_by_std)
+        by_turn = algorithm.advantage_level == "turn"
+        units = units_of(groups, by_turn)
+        before = torch.tensor([unit.before for unit in units], dtype=torch.float64)
+        returns = rewards[[unit.response for unit in units]] - before
+        values = group_advantages(returns, compared(units), algorithm.normalize_advantage_by_std)
         if algorithm.resampling_rounds:
-            values = values.masked_fill(_without_signal(groups), 0.0)
+            # Dynamic sampling trains on no group without signal (DAPO, section 3.2). Those that fill a batch would
+            # otherwise learn from their penalties alone, which normalisation blows up to the size of a reward.
+            values = values.masked_fill(torch.tensor([not unit.has_signal for unit in units]), 0.0)
         if algorithm.shuffle_advantages:
-            values = _shuffled(values, groups, seed)
+            values = _shuffled(values, units, seed)
+        if by_turn:
+            fill_tokens(minibatches, units, values)
+            return means(units, values)
         for minibatch in minibatches:
             for batch, numbers in minibatch.numbered():
                 batch.advantages = values[numbers].float().to(batch.tokens.device)
@@ -72,25 +84,6 @@ def shaped_rewards(groups: list[RolloutGroup], config: TrainConfig) -> torch.Ten
     limit = config.rollout.max_response_length
     buffer = max(limit // 5, 1) if algorithm.overlong_buffer is None else algorithm.overlong_buffer
     return rewards + overlong_penalty(lengths, limit, buffer, algorithm.overlong_penalty)
-
-
-def _compared(groups: list[RolloutGroup]) -> torch.Tensor:
-    """Return [P * G] int64: equal numbers are compared. A response without a reward is alone, so its advantage is 0."""
-    ids, alone = [], -1
-    for group in groups:
-        for is_kept in group.is_kept:
-            ids.append(group.prompt.uid if is_kept else alone)
-            alone -= not is_kept
-    return torch.tensor(ids)
-
-
-def _without_signal(groups: list[RolloutGroup]) -> torch.Tensor:
-    """Return [P * G] bool: the response is of a group without signal.
-
-    Dynamic sampling trains on none of them (DAPO, section 3.2). Those that fill a batch would otherwise learn from
-    their penalties alone, which normalisation blows up to the size of a reward.
-    """
-    return torch.tensor([not group.has_signal for group in groups for _ in group.completions])
 
 
 def kl_by_response(policy: Policy, minibatches: list[Minibatch], estimator: str) -> torch.Tensor:
@@ -112,14 +105,16 @@ def by_response(rows: torch.Tensor, minibatches: list[Minibatch]) -> torch.Tenso
     return torch.empty_like(rows, device="cpu").index_copy(0, torch.tensor(numbers), rows.cpu())
 
 
-def _shuffled(values: torch.Tensor, groups: list[RolloutGroup], seed: int) -> torch.Tensor:
-    """Put each group's advantages in another order, whatever the layout: the control run."""
-    parts = values.split([len(group.completions) for group in groups])
-    shuffled = []
-    for group, part in zip(groups, parts, strict=True):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + group.prompt.uid) % 2**63)
-        kept = torch.tensor(group.is_kept).nonzero().squeeze(1)
-        part = part.clone()
-        part[kept] = part[kept[torch.randperm(kept.numel(), generator=generator)]]
-        shuffled.append(part)
-    return torch.cat(shuffled)
+def _shuffled(values: torch.Tensor, units: Sequence[Unit], seed: int) -> torch.Tensor:
+    """Put the advantages of units that are compared in another order, whatever the layout: the control run."""
+    places: dict[Key, list[int]] = {}
+    for place, unit in enumerate(units):
+        if unit.key is not None:
+            places.setdefault(unit.key, []).append(place)
+    shuffled, generators = values.clone(), {}
+    for uid, turn in sorted(places):
+        if uid not in generators:
+            generators[uid] = torch.Generator().manual_seed((seed * 1_000_003 + uid) % 2**63)
+        kept = torch.tensor(places[uid, turn])
+        shuffled[kept] = values[kept[torch.randperm(kept.numel(), generator=generators[uid])]]
+    return shuffled
