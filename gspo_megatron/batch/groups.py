@@ -44,6 +44,7 @@ class Completion:
     routes: SequenceRoutes | None = None  # of prompt and response, this stage's layers; where the engine records them
     loss_mask: list[int] | None = None  # 0 or 1 a token: what others wrote (a tool) is 0; None: all are trained
     outcome: Outcome | None = None  # of an episode
+    versions: tuple[int, ...] = ()  # of the weights that sampled it: batches of RL learned from; (): not known
     turns: Turns | None = None  # of an episode; None: it is one
 
     @property

@@ -1,10 +1,11 @@
 """Episodes: responses to which an environment answers, turn by turn, until it or a limit ends them.
 
-The first responses come from `generate` like any others. Then, turn after turn, the first rank of a replica hands each
-new response to its environment (tasks/environments.py), what it says is put behind the tokens as the chat template
-writes it (data/turns.py), and the engine goes on from there. rollout.max_response_length holds for all tokens behind
-the prompt together. The model's tokens are trained, the environment's are not (loss_mask 0); a response with its
-uniform numbers depends on the step, the prompt, the response and the place of the token, and on nothing of the layout.
+The first responses come from `Generator.generate` like any others. Then, turn after turn, the first rank of a replica
+hands each new response to its environment (tasks/environments.py), what it says is put behind the tokens as the chat
+template writes it (data/turns.py), and the sampler goes on from there. rollout.max_response_length holds for all tokens
+behind the prompt together. The model's tokens are trained, the environment's are not (loss_mask 0). A further turn is a
+request whose seed comes from the response's and from how many tokens there are (random_numbers.py), so an episode
+depends on nothing of the layout.
 
 Left out: going on with the key/value cache of the turn before (each turn computes its prompt anew), and episodes that
 wait for nobody: all go from turn to turn together.
@@ -19,26 +20,30 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from gspo_megatron.backend.parallel.collective_errors import together
-from gspo_megatron.batch import Completion, Message, Outcome, Prompt, RolloutGroup, TaskItem, Turns
+from gspo_megatron.backend.parallel.topology import Topology
+from gspo_megatron.batch import Completion, Message, Outcome, Prompt, RolloutGroup, Turns
 from gspo_megatron.data.chat import question_tokens
 from gspo_megatron.data.turns import between
 from gspo_megatron.errors import RolloutError
 from gspo_megatron.process import progress
+from gspo_megatron.rollout import random_numbers
 from gspo_megatron.rollout.first_rank import on_first_rank
-from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.sampler import Sampler, SampleRequest
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.tasks.environments import EnvironmentRunner, Environments, Observed
 
 Body = TypeVar("Body")
-FILLER = 1  # a prompt of one token and one token of response, where other replicas have more episodes
+FILLER = SampleRequest([0], (0,), 1)  # where other replicas have more episodes
 
 
 @dataclass
 class Episode:
     """One response with all its turns."""
 
-    number: int  # of the response in this replica's share: the row of its uniform numbers
+    number: int  # of the response in this replica's share
     prompt: Prompt
+    seed: int = 0  # of the response; its first turn was sampled with it
+    max_tokens: int = 0  # behind the prompt
     tokens: list[int] = field(default_factory=list)  # behind the prompt
     logprobs: list[float] = field(default_factory=list)  # 0 at the environment's tokens
     mask: list[int] = field(default_factory=list)
@@ -46,6 +51,7 @@ class Episode:
     starts: list[int] = field(default_factory=list)  # the place in `tokens` of each turn of the model
     rewards: list[float | None] = field(default_factory=list)  # that step() gave, one a turn that it has heard
     last: Completion | None = None  # of the newest turn
+    versions: tuple[int, ...] = ()  # of the weights that sampled the turns, in their order
     is_over: bool = False
     is_cut: bool = False  # by the limit of tokens
     error: str | None = None
@@ -60,6 +66,7 @@ class Episode:
         self.mask += [1] * count
         self.messages.append({"role": "assistant", "content": text})
         self.last, self.is_cut = completion, completion.truncated
+        self.versions += tuple(version for version in completion.versions if version not in self.versions)
         self.is_over |= completion.truncated
 
     def hear(self, observed: Observed, most_turns: int) -> None:
@@ -68,9 +75,9 @@ class Episode:
         self.error = self.error or observed.error
         self.is_over |= observed.done or observed.error is not None or self.turns >= most_turns
 
-    def go_on(self, messages: Iterable[Message], tokens: list[int], limit: int) -> None:
+    def go_on(self, messages: Iterable[Message], tokens: list[int]) -> None:
         """Put the environment's words behind the tokens, if a token of a response fits behind them."""
-        if len(self.tokens) + len(tokens) >= limit:
+        if len(self.tokens) + len(tokens) >= self.max_tokens:
             self.is_over = self.is_cut = True
             return
         self.messages += messages
@@ -92,7 +99,13 @@ class Episode:
         mask = None if all(self.mask) else self.mask
         routes = self.last.routes if self.last else None
         turns = Turns(tuple(self.starts), tuple(of_turns))
-        return Completion(self.tokens, self.logprobs, self.is_cut, routes, mask, outcome, turns)
+        return Completion(self.tokens, self.logprobs, self.is_cut, routes, mask, outcome, self.versions, turns)
+
+    @property
+    def request(self) -> SampleRequest:
+        """Return the request for its next turn."""
+        seed = random_numbers.turn_seed(self.seed, len(self.tokens))
+        return SampleRequest(self.prompt.token_ids + self.tokens, (seed,), self.max_tokens - len(self.tokens))
 
 
 class Stage:
@@ -103,12 +116,14 @@ class Stage:
 
     def __init__(
         self,
-        engine: MegatronEngine,
+        sampler: Sampler,
+        topology: Topology,
+        device: torch.device,
         environments: Environments,
         tokenizer: PreTrainedTokenizerBase,
         text_of: Callable[[list[int]], str],
     ):
-        self.engine, self.topology, self.device = engine, engine.topology, engine.device
+        self.sampler, self.topology, self.device = sampler, topology, device
         self.runners, self.max_prompt = environments.runners, environments.max_prompt_length
         self.tokenizer, self.text_of = tokenizer, text_of
 
@@ -132,14 +147,18 @@ class Stage:
         return prompts, [Episode(number, prompts[number // group_size], error=said[number].error) for number in rows]
 
     def play(
-        self, groups: list[RolloutGroup], episodes: list[Episode], params: SamplingParams, uniform: torch.Tensor
+        self,
+        groups: list[RolloutGroup],
+        episodes: list[Episode],
+        requests: list[SampleRequest],
+        params: SamplingParams,
     ) -> None:
         """Go on from first responses until all episodes are over, ask for their rewards, and put them in the places of
         the first responses. A collective over all ranks.
 
         Args:
             groups: of this replica, with the first responses.
-            uniform: [responses, params.max_tokens] fp64 of this replica.
+            requests: that they answer, one a group.
 
         Raises:
             RolloutError: the chat template refuses what an environment says. On every rank.
@@ -147,6 +166,7 @@ class Stage:
         places = {one.number: divmod(one.number, len(groups[0].completions)) for one in episodes}
         for one in episodes:
             row, index = places[one.number]
+            one.seed, one.max_tokens = requests[row].seeds[index], requests[row].max_tokens
             one.add(groups[row].completions[index], groups[row].texts[index])
         heard = [one for one in episodes if one.error is None]
         while self._most(len(heard)):
@@ -158,31 +178,22 @@ class Stage:
                 for one in [one for one in heard if not one.is_over]:
                     messages, options = answers[one.number].messages, one.prompt.item.template_kwargs
                     words = between(self.tokenizer, one.tokens[-1], messages, options)
-                    one.go_on(messages, words, params.max_tokens)
+                    one.go_on(messages, words)
             heard = [one for one in heard if not one.is_over]
             if self._most(len(heard)):
-                self._sample(heard, params, uniform)
+                self._sample(heard, params)
         self._reward([one for one in episodes if one.error is None])
         for one in episodes:
             row, index = places[one.number]
             groups[row].completions[index] = one.completion
             groups[row].texts[index] = cast(str, self.tokenizer.decode(one.tokens, skip_special_tokens=True))
 
-    def _sample(self, episodes: list[Episode], params: SamplingParams, uniform: torch.Tensor) -> None:
-        """One more turn of each. Every replica samples as many rows and as many tokens."""
-        left = [params.max_tokens - len(one.tokens) for one in episodes]
-        rows, longest = self._most(len(episodes)), self._most(max(left, default=FILLER))
-        numbers = torch.full((rows, longest), 0.5, dtype=torch.float64)
-        for row, one in enumerate(episodes):
-            numbers[row, : left[row]] = uniform[one.number, len(one.tokens) :]
-        prompts = [replace(one.prompt, token_ids=one.prompt.token_ids + one.tokens) for one in episodes]
-        fillers = rows - len(prompts)
-        prompts += [Prompt(-1, TaskItem("", "", "", {}), [0])] * fillers
+    def _sample(self, episodes: list[Episode], params: SamplingParams) -> None:
+        """One more turn of each. Every replica gives as many requests."""
+        requests = [one.request for one in episodes]
+        requests += [FILLER] * (self._most(len(episodes)) - len(episodes))
         progress.detail(f"turn {1 + max((one.turns for one in episodes), default=0)}")
-        sampled = self.engine.generate(
-            prompts, 1, replace(params, max_tokens=longest), numbers, left + [FILLER] * fillers
-        )
-        for one, (completion,) in zip(episodes, sampled, strict=False):
+        for one, (completion,) in zip(episodes, self.sampler.sample(requests, params), strict=False):
             one.add(completion, self.text_of(completion.token_ids))
 
     def _reward(self, episodes: list[Episode]) -> None:

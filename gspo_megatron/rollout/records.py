@@ -55,7 +55,7 @@ class ResponseRecord:
     reward: float | None = None  # None: the task scores it, unless `error` says that it has none
     parts: dict[str, float] = field(default_factory=dict)  # of the reward, by names of functions
     error: str | None = None  # what went wrong when it was scored
-    versions: list[int] | None = None  # of the weights that wrote it, in their order, where there were several
+    versions: list[int] | None = None  # of the weights that wrote it, in their order; None: the group's
     turns: Turns | None = None  # of an episode
 
     @property
@@ -99,7 +99,7 @@ class GroupRecord:
     task: str  # key of the recipe's `tasks`
     prompt: str | list[Message]  # what was asked, for scorers and for people
     prompt_ids: list[int]  # what the model saw
-    version: int  # RL steps that the weights had taken which sampled it
+    version: int  # RL steps that the weights had taken which sampled it, the oldest ones where there were several
     tokenizer: str  # data/tokenizer.py: vocabulary_hash
     sampling: Sampling
     responses: list[ResponseRecord]
@@ -159,7 +159,12 @@ class GroupRecord:
         item = TaskItem(self.task, question, self.answer or "", self.columns, self.answer is not None, messages)
         answers = [
             Completion(
-                one.token_ids, one.logprobs, one.finish_reason == "length", loss_mask=one.loss_mask, turns=one.turns
+                one.token_ids,
+                one.logprobs,
+                one.finish_reason == "length",
+                loss_mask=one.loss_mask,
+                versions=tuple(one.versions or [self.version]),
+                turns=one.turns,
             )
             for one in self.responses
         ]
@@ -168,13 +173,14 @@ class GroupRecord:
         return RolloutGroup(Prompt(self.uid, item, self.prompt_ids), answers, scores, list(texts))
 
 
-def record_of(group: RolloutGroup, version: int, tokenizer: str, sampling: Sampling) -> GroupRecord:
-    """Return the record of a scored group.
+def record_of(group: RolloutGroup, tokenizer: str, sampling: Sampling) -> GroupRecord:
+    """Return the record of a scored group, whose completions have `versions`.
 
     Args:
-        version, tokenizer, sampling: as in GroupRecord.
+        tokenizer, sampling: as in GroupRecord.
     """
     item = group.prompt.item
+    version = min(version for one in group.completions for version in one.versions)
     return GroupRecord(
         uid=group.prompt.uid,
         task=item.task,
@@ -192,6 +198,7 @@ def record_of(group: RolloutGroup, version: int, tokenizer: str, sampling: Sampl
                 reward=score.reward,
                 parts=score.parts,
                 error=score.error,
+                versions=None if one.versions == (version,) else list(one.versions),
                 turns=one.turns,
             )
             for one, score in zip(group.completions, group.scores, strict=True)

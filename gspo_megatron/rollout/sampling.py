@@ -1,8 +1,5 @@
-"""Sampling of one token from logits, driven by uniform numbers that belong to the response and the position.
-
-A run's samples therefore depend on (seed, step, prompt, response, position) and not on how ranks, waves or finished
-sequences were arranged.
-"""
+"""Sampling of one token from logits, driven by a uniform number that belongs to the response and the position
+(random_numbers.py)."""
 
 from dataclasses import dataclass
 
@@ -16,18 +13,12 @@ from gspo_megatron.rollout.stop_strings import StopStrings
 class SamplingParams:
     """How tokens are chosen. `greedy` takes the likeliest and ignores the rest."""
 
-    max_tokens: int
     stop_token_ids: tuple[int, ...]
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     greedy: bool = False
     stop_strings: StopStrings | None = None
-
-
-def uniforms(rows: int, max_tokens: int, seed: int) -> torch.Tensor:
-    """Draw [rows, max_tokens] fp64 in [0, 1), the same on every rank."""
-    return torch.rand(rows, max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

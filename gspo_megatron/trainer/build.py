@@ -1,8 +1,5 @@
-"""A run is built from a resolved recipe: its folder and checkpoint, process groups, tokenizer, model, and the
-header."""
+"""A run is built from a resolved recipe: its folder and checkpoint, process groups, tokenizer and model."""
 
-import importlib.metadata
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from gspo_megatron.backend.parallel.collective_errors import together
 from gspo_megatron.backend.parallel.objects import gather_objects
 from gspo_megatron.backend.parallel.runtime import Runtime
 from gspo_megatron.backend.parallel.topology import Topology
-from gspo_megatron.config import ResolvedAlgorithm, ResolvedConfig, TaskConfig, TrackingConfig, TrainConfig
+from gspo_megatron.config import ResolvedConfig, TrainConfig
 from gspo_megatron.data.prompts import PromptSource
 from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer, load_tokenizer, size_of
@@ -27,19 +24,17 @@ from gspo_megatron.data.turns import check_histories
 from gspo_megatron.errors import CheckpointError
 from gspo_megatron.hf.load import load
 from gspo_megatron.metrics.recipe_event import Event
-from gspo_megatron.ops import library
 from gspo_megatron.process import lifecycle
 from gspo_megatron.process.folder_lock import Hold
 from gspo_megatron.recipe.load import save_recipe
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
-from gspo_megatron.tasks import walls
 from gspo_megatron.tasks.mixture import TaskMixture
-from gspo_megatron.tasks.reasoning_gym import EVAL_TASKS
 from gspo_megatron.trainer import folders, resume
 from gspo_megatron.trainer.changed import change_after, earlier_weights
 from gspo_megatron.trainer.data_record import note_data
 from gspo_megatron.trainer.epochs import Epochs
 from gspo_megatron.trainer.folders import Plan
+from gspo_megatron.trainer.header import described
 from gspo_megatron.trainer.mixture import build_mixture
 from gspo_megatron.trainer.offline import open_rollouts
 from gspo_megatron.trainer.reporter import Reporter
@@ -86,6 +81,7 @@ def build_run(config: ResolvedConfig) -> Run:
     check_histories(config, tokenizer, mixture)
     rollouts = open_rollouts(config, tokenizer, shape, resumed.prompts if resumed else 0, runtime)
     policy = build_policy(config, shape, topology, runtime)
+    engine = MegatronEngine(policy)
     event = None
     with together():
         if resumed and checkpoint and runtime.is_main:
@@ -103,7 +99,8 @@ def build_run(config: ResolvedConfig) -> Run:
         prompts=prompts,
         held_out=PromptSource(mixture, tokenizer, "eval", limit).fixed(config.data.num_eval_prompts),
         policy=policy,
-        engine=MegatronEngine(policy),
+        sampler=engine,
+        weight_sync=engine,
         reporter=reporter,
         hold=hold,
         checkpoint=checkpoint,
@@ -122,7 +119,7 @@ def _tell(run: Run, shape: ModelShape, notes: list[str], event: Event | None) ->
         MetricsError: the record cannot be written.
     """
     if run.runtime.is_main:
-        run.reporter.header(_describe(run, shape))
+        run.reporter.header(described(run, shape))
         notes += [note for task in run.mixture.data.values() for note in task.notes()]
     for note in notes:
         run.reporter.note(note)
@@ -247,53 +244,3 @@ def _tokenizer(config: TrainConfig, mixture: TaskMixture, resumed: Path | None) 
     if has_data and resumed is not None and config.model.load_hf is None:
         return load_tokenizer(resumed / "tokenizer")
     return build_tokenizer(config, mixture)
-
-
-def _describe(run: Run, shape: ModelShape) -> dict[str, str]:
-    """Return the header lines."""
-    runtime, arch, status = run.runtime, shape.architecture, library.status()
-    experts = f"{arch.num_experts} experts (top-{arch.num_experts_per_tok})" if arch.num_experts else "dense"
-    one = f"{shape.num_parameters() / 1e6:.1f} M parameters"
-    accelerator = "CPU" if runtime.device.type == "cpu" else "GPU"
-    return {
-        "run folder": str(run.folder),
-        "layout": f"{run.topology.describe()} = {runtime.world_size} ranks",
-        "device": f"{accelerator} ({runtime.backend}), Python {sys.version.split()[0]}",
-        "kernels": f"{runtime.kernels}; megatron-core {importlib.metadata.version('megatron-core')}",
-        "sums by sequence": status["sequence_partials"],
-        "collectives": status["publish"],
-        "model": f"{arch.family}, {arch.num_hidden_layers} layers, {experts}, vocabulary {shape.vocab_size}, {one}, "
-        f"{run.config.model.params_dtype}",
-        "tasks": ", ".join(run.mixture.names),
-        "trackers": _describe_trackers(run.config.tracking),
-        "responses end at": run.stops.described(run.tokenizer),
-        "scorers": _describe_scorers(run.config.tasks),
-        "algorithm": _describe_algorithm(run.config.algorithm),
-    } | ({"steps": run.epochs.described(run.config)} if run.epochs else {})
-
-
-def _describe_scorers(tasks: dict[str, TaskConfig]) -> str:
-    functions = [reward.function for task in tasks.values() for reward in task.reward]
-    functions += [task.environment for task in tasks.values() if task.environment]
-    if functions:
-        return f"a process of their own: {', '.join(functions)}"
-    evaluating = [name for name in tasks if name in EVAL_TASKS]
-    if not evaluating:
-        return "a process of their own; no response is evaluated"
-    return f"a process of their own; responses to {', '.join(evaluating)} are evaluated, each behind {walls.describe()}"
-
-
-def _describe_trackers(config: TrackingConfig) -> str:
-    others = [f"W&B project {config.project}"] * config.wandb + [f"MLflow experiment {config.project}"] * config.mlflow
-    return ", ".join(["TensorBoard", *others])
-
-
-def _describe_algorithm(config: ResolvedAlgorithm) -> str:
-    if config.name == "dpo":
-        means = ", means over tokens" if config.preference.length_normalised else ""
-        return f"dpo, {config.preference.loss} loss, beta {config.preference.beta:g}{means}"
-    kl = f", KL {config.kl.coef:g} ({config.kl.estimator}) in the {config.kl.place}" if config.kl.coef else ""
-    return (
-        f"{config.name}, clip {config.clip_ratio_low:g} / {config.clip_ratio_high:g}, {config.aggregation}{kl}, "
-        f"{config.num_minibatches} minibatches a rollout"
-    )

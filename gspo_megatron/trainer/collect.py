@@ -12,30 +12,38 @@ import torch.distributed as dist
 
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.clock import StepClock
-from gspo_megatron.rollout.generation import generate, join_context
+from gspo_megatron.rollout.generation import join_context
+from gspo_megatron.rollout.random_numbers import round_seed
 from gspo_megatron.rollout.scoring import score
 from gspo_megatron.trainer.offline import read_groups
 from gspo_megatron.trainer.run import Run
 
 
-def collect(run: Run, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
-    """Return this replica's share of rollout.num_prompts groups, with rewards, and sampling/* metrics. A collective."""
+def collect(run: Run, version: int, seed: int, clock: StepClock) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """Return this replica's share of rollout.num_prompts groups, with rewards, and metrics of sampling. A collective.
+
+    Args:
+        version: of the weights.
+        seed: of the step.
+    """
     limit = run.config.algorithm.resampling_rounds
     if run.rollouts is not None:
         return read_groups(run, run.rollouts, clock), {}
+    metrics = run.weight_sync.sync(version)
     groups = _round(run, seed, clock)
     if limit == 0:
-        return groups, {}
+        return groups, metrics
     share = len(groups)
     kept = [group for group in groups if group.has_signal]
     flat = [group for group in groups if not group.has_signal]
     rounds = 1
     while rounds <= limit and _most_missing(run, share - len(kept)) > 0:
-        groups = _round(run, seed + rounds * 1_000_000_007, clock)
+        groups = _round(run, round_seed(seed, rounds), clock)
         kept += [group for group in groups if group.has_signal]
         flat += [group for group in groups if not group.has_signal]
         rounds += 1
-    return (kept + flat)[:share], {"sampling/rounds": float(rounds)} | _metrics(run, kept, flat, share)
+    metrics |= {"sampling/rounds": float(rounds)} | _metrics(run, kept, flat, share)
+    return (kept + flat)[:share], metrics
 
 
 def _metrics(run: Run, kept: list[RolloutGroup], flat: list[RolloutGroup], share: int) -> dict[str, float]:
@@ -61,8 +69,8 @@ def _round(run: Run, seed: int, clock: StepClock) -> list[RolloutGroup]:
     config = run.config.rollout
     prompts = run.prompts.next(config.num_prompts)
     with clock.part("rollout"):
-        params = run.sampling_params()
-        groups = generate(run.engine, prompts, config.group_size, params, seed, run.tokenizer, run.environments)
+        limit, params = config.max_response_length, run.sampling_params()
+        groups = run.generator.generate(prompts, config.group_size, limit, params, seed)
     with clock.part("reward"):
         told = run.reporter.scored(sum(len(group.completions) for group in groups))
         score(groups, run.mixture, run.topology, run.runtime.device, told)

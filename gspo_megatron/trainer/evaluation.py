@@ -6,7 +6,6 @@ import torch
 
 from gspo_megatron.batch import RolloutGroup
 from gspo_megatron.metrics.reduce import gather_rows
-from gspo_megatron.rollout.generation import generate
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.scoring import score
 from gspo_megatron.trainer.run import Run
@@ -22,12 +21,13 @@ def evaluate(run: Run, phase: str, step: int) -> dict[str, float]:
     rollouts. eval/accuracy_greedy is the share of prompts whose likeliest response is right. eval/reward is the mean
     reward of the sampled ones, a few of which go to samples.jsonl.
     """
+    metrics: dict[str, torch.Tensor | float] = {**run.weight_sync.sync(step if phase == "rl" else 0)}
     sampled = run.sampling_params()
     groups = _responses(run, sampled, run.config.data.eval_samples)
     log_evaluation(run, phase, step, groups)
     correct, task, length, reward, is_kept = _results(run, groups)
     likeliest, *_ = _results(run, _responses(run, dataclasses.replace(sampled, greedy=True), 1))
-    metrics: dict[str, torch.Tensor | int] = {
+    metrics |= {
         "eval/accuracy": correct.mean(),
         "eval/accuracy_greedy": likeliest.mean(),
         "eval/reward": (reward * is_kept).sum() / is_kept.sum().clamp(min=1),
@@ -45,7 +45,7 @@ def _responses(run: Run, params: SamplingParams, samples: int) -> list[RolloutGr
     topology = run.topology
     # Every replica must get as many prompts; the fillers are not counted.
     filled = run.held_out + [run.held_out[-1]] * (-len(run.held_out) % topology.replicas)
-    groups = generate(run.engine, filled, samples, params, SEED, run.tokenizer, run.environments)
+    groups = run.generator.generate(filled, samples, run.config.rollout.max_response_length, params, SEED)
     score(groups, run.mixture, topology, run.runtime.device)
     return groups
 

@@ -81,7 +81,7 @@ def save_groups(run: Run, step: int, groups: list[RolloutGroup]) -> None:
         return
     error = None
     if 0 in dist.get_process_group_ranks(run.topology.dp_group):  # its ranks hold all groups, each its replica's
-        lines = _lines(run, step, groups)
+        lines = _lines(run, groups)
         everyone: list | None = [None] * run.topology.dp_size if run.runtime.is_main else None
         dist.gather_object(lines, everyone, dst=0, group=run.topology.dp_group)
         if everyone is not None:
@@ -100,7 +100,7 @@ def _written(run: Run, step: int, content: bytes) -> CheckpointError | None:
     return None
 
 
-def _lines(run: Run, step: int, groups: list[RolloutGroup]) -> bytes:
+def _lines(run: Run, groups: list[RolloutGroup]) -> bytes:
     rollout, tokenizer = run.config.rollout, vocabulary_hash(run.tokenizer)
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.max_response_length)
-    return b"".join(record_of(group, step - 1, tokenizer, sampling).line() for group in groups)
+    return b"".join(record_of(group, tokenizer, sampling).line() for group in groups)

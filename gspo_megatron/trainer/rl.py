@@ -1,6 +1,6 @@
 """Reinforcement learning stands here: all steps, and one step in the order in which it happens.
 
-What differs between ranks (their stage, their shard, their replica's prompts) is inside Policy and MegatronEngine. How
+What differs between ranks (their stage, their shard, their replica's prompts) is inside Policy and Sampler. How
 a batch is learned from, once it is sampled and scored, is gspo_trainer.py.
 """
 
@@ -26,6 +26,7 @@ def reinforce(run: Run) -> None:
     trainer = GspoTrainer(config, policy=run.policy)
     run.reference, critic = trainer.reference, trainer.estimator.critic
     first = run.restore("rl", critic)
+    trainer.version = max(first - 1, 0)
     run.reporter.phase("rl", config.steps, max(first - 1, 0))
     for step in range(first, config.steps + 1):
         progress.step("rl", step)
@@ -42,7 +43,7 @@ def run_step(run: Run, trainer: GspoTrainer, step: int) -> dict:
     clock = StepClock(run.runtime.device)
     seed = step_seed(config, step)
 
-    groups, sampling = collect(run, seed, clock)
+    groups, sampling = collect(run, trainer.version, seed, clock)
     save_groups(run, step, groups)
     run.finish_written()  # the longest part of a step is over: a kill from here on finds the last step's checkpoint
     learned = trainer.learn(groups, step, seed, clock=clock)

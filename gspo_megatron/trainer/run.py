@@ -25,8 +25,9 @@ from gspo_megatron.errors import StopRequested
 from gspo_megatron.hf import export
 from gspo_megatron.process import lifecycle, progress
 from gspo_megatron.process.folder_lock import Hold
-from gspo_megatron.rollout.megatron_engine import MegatronEngine
+from gspo_megatron.rollout.generation import Generator
 from gspo_megatron.rollout.record_files import RecordFiles
+from gspo_megatron.rollout.sampler import Sampler, WeightSync
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
 from gspo_megatron.tasks.environments import Environments
@@ -53,7 +54,8 @@ class Run:
     prompts: PromptSource  # fresh prompts for RL
     held_out: list[Prompt]
     policy: Policy
-    engine: MegatronEngine
+    sampler: Sampler
+    weight_sync: WeightSync  # for the sampler
     reporter: Reporter
     hold: Hold | None  # rank 0 has the folder by it
     checkpoint: Path | None = None  # what this start goes on from
@@ -73,6 +75,11 @@ class Run:
         """Return what answers responses turn by turn, if a task has that."""
         runners = self.mixture.environments
         return Environments(runners, self.config.data.max_prompt_length) if runners else None
+
+    @property
+    def generator(self) -> Generator:
+        """Return what makes responses to prompts."""
+        return Generator(self.sampler, self.topology, self.runtime.device, self.tokenizer, self.environments)
 
     @property
     def is_past_warm_start(self) -> bool:
@@ -179,7 +186,6 @@ class Run:
 def sampling_params(rollout: RolloutConfig, stops: Stops, tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
     """Return a recipe's sampling."""
     return SamplingParams(
-        rollout.max_response_length,
         stops.token_ids,
         rollout.temperature,
         rollout.top_k,

@@ -14,7 +14,7 @@ from gspo_megatron.config import FaultsConfig, Layout, TaskConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.data.sequences import train_sequences
 from gspo_megatron.errors import RolloutError
-from gspo_megatron.rollout.generation import generate, join_context
+from gspo_megatron.rollout.generation import Generator, join_context
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.tasks.environments import EnvironmentRunner, Environments
@@ -22,6 +22,7 @@ from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_po
 from tools.validation.ranks import spawn
 
 GROUP, LIMIT, TURNS = 2, 24, 3
+VERSION = 5  # of the weights
 END, USER, ASSISTANT = 0, 1, 2  # tokens that the template writes
 STOPS = (END, *range(5, VOCAB, 6))
 LAYOUTS = {
@@ -75,10 +76,12 @@ def play(layout: Layout, folder: Path, levels: tuple[str, ...] = ("told", "easy"
     cut = policy.topology
     config = TaskConfig(data=folder, environment=f"{folder}/game.py:Game", max_turns=TURNS)
     runner = EnvironmentRunner("game", config, FaultsConfig())
-    params = SamplingParams(LIMIT, STOPS)
-    engine, everything = MegatronEngine(policy), prompts(levels)
+    environments = Environments({"game": runner}, 8)
+    engine = MegatronEngine(policy)
+    engine.sync(VERSION)
+    generator = Generator(engine, cut, policy.device, words(), environments)
     try:
-        groups = generate(engine, everything, GROUP, params, 11, words(), Environments({"game": runner}, 8))
+        groups = generator.generate(prompts(levels), GROUP, LIMIT, SamplingParams(STOPS), seed=11)
     finally:
         runner.close()
     joined = join_context(groups, cut)
@@ -99,6 +102,7 @@ def play(layout: Layout, folder: Path, levels: tuple[str, ...] = ("told", "easy"
         "errors": errors,
         "texts": [group.texts for group in groups],
         "logprobs": [[c.logprobs for c in answer] for _, answer in answers],
+        "versions": {c.versions for _, answer in answers for c in answer},
     }
 
 
@@ -188,6 +192,10 @@ def test_training_agrees_with_the_log_probs_of_every_turn(single):
             assert len(of_tokens) == len(tokens)
             is_zero = [value == 0.0 for value in of_tokens]
             assert is_zero == [m == 0 for m in mask or [1] * len(tokens)]
+
+
+def test_an_episode_has_the_version_of_its_turns(single):
+    assert single["versions"] == {(VERSION,)}
 
 
 def test_a_text_is_the_whole_of_the_episode(single):

@@ -11,9 +11,10 @@ from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout
 from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import TrainingError
-from gspo_megatron.rollout.generation import join_context
+from gspo_megatron.rollout.generation import join_context, request_of
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
-from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.rollout.sampler import SampleRequest
+from gspo_megatron.rollout.sampling import SamplingParams
 from gspo_megatron.rollout.stop_strings import StopStrings
 from tests.backend.small import SINGLE, TP2_PP2_EP2, VOCAB, in_layouts, small_policy
 from tools.validation.ranks import spawn
@@ -39,9 +40,7 @@ def generate(layout: Layout, params: SamplingParams) -> dict:
     everything = prompts()
     share, place = len(everything) // cut.replicas, cut.dp_cp_rank
     mine = everything[place * share : (place + 1) * share]
-    uniform = uniforms(len(everything) * GROUP, params.max_tokens, seed=11)
-    uniform = uniform[place * share * GROUP : (place + 1) * share * GROUP]
-    answers = engine.generate(mine, GROUP, params, uniform)
+    answers = engine.sample([request_of(prompt, GROUP, NEW, seed=11) for prompt in mine], params)
     hook.remove()
     # Training shares each sequence among the context-parallel ranks, so all of them need all of their groups.
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
@@ -68,10 +67,10 @@ def generate(layout: Layout, params: SamplingParams) -> dict:
     }
 
 
-SAMPLED = SamplingParams(NEW, STOPS, temperature=1.0, top_k=100, top_p=0.95)
+SAMPLED = SamplingParams(STOPS, temperature=1.0, top_k=100, top_p=0.95)
 
 
-GREEDY = SamplingParams(NEW, STOPS, greedy=True)
+GREEDY = SamplingParams(STOPS, greedy=True)
 
 
 # Token i is a letter, its number and another letter, so that two of 25 pairs of neighbours have a string between them.
@@ -79,12 +78,31 @@ WORDS = {f"{'abcde'[i % 5]}{i:03d}{'vwxyz'[i % 7 % 5]}": i for i in range(256)}
 STRINGS = ("va", "xc")
 
 
-def by_string(limit: int = NEW) -> SamplingParams:
+def by_string() -> SamplingParams:
     """One stop token, and strings that only two tokens together have."""
     words = Tokenizer(WordLevel(WORDS, unk_token="a000v"))
     words.decoder = decoders.Fuse()
     strings = StopStrings(STRINGS, PreTrainedTokenizerFast(tokenizer_object=words))
-    return SamplingParams(limit, (7,), stop_strings=strings)
+    return SamplingParams((7,), stop_strings=strings)
+
+
+def uneven() -> list[SampleRequest]:
+    """One to three responses to a prompt, and limits of 1 or 2 tokens for the first replica of two, but one of NEW."""
+    requests = []
+    for number, prompt in enumerate(prompts()):
+        limit = NEW if number == 4 else 1 + number % 2
+        requests.append(request_of(prompt, 1 + number % GROUP, limit, seed=11))
+    return requests
+
+
+def generate_uneven(layout: Layout) -> dict:
+    policy = small_policy(layout)
+    share, place = len(prompts()) // policy.topology.replicas, policy.topology.dp_cp_rank
+    engine = MegatronEngine(policy)
+    engine.sync(7)
+    answers = engine.sample(uneven()[place * share : (place + 1) * share], SAMPLED)
+    told = [[(c.token_ids, c.truncated, len(c.logprobs), c.versions) for c in group] for group in answers]
+    return {"replica": place, "answers": told}
 
 
 def one_rank(rank: int, world_size: int) -> tuple[dict, dict, dict]:
@@ -154,12 +172,15 @@ LAYOUTS = {  # on four ranks
 
 
 STRING_LAYOUTS = ("TP2xPP2-EP2", "PP2xVP2xDP2")
+UNEVEN_LAYOUTS = ("PP2xVP2xDP2", "TP2xDP2-EP4")
 
 
 def four_ranks(rank: int, world_size: int) -> dict:
     found = in_layouts(rank, world_size, LAYOUTS, generate, SAMPLED)
     some = {name: LAYOUTS[name] for name in STRING_LAYOUTS}
-    return found | {"strings": in_layouts(rank, world_size, some, generate, by_string())}
+    found |= {"strings": in_layouts(rank, world_size, some, generate, by_string())}
+    some = {name: LAYOUTS[name] for name in UNEVEN_LAYOUTS}
+    return found | {"uneven": in_layouts(rank, world_size, some, generate_uneven)}
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +211,25 @@ def test_same_samples_in_every_layout(reference, layouts, name):
     assert [uid for rank in sorted(joined) for uid in joined[rank]] == list(range(len(prompts())))
 
 
-def test_greedy_ignores_the_uniforms(single):
-    """Three rows with different uniform numbers, one answer."""
+@pytest.mark.parametrize("name", UNEVEN_LAYOUTS)
+def test_a_response_depends_on_its_own_request_alone(reference, layouts, name):
+    """Of the same prompts and seeds: fewer responses to some, and limits that no two replicas have in common. What is
+    left is cut where its limit is, and truncated where it had not ended by then. The replica that ends first, after 2
+    tokens, goes on serving the experts of the other's up to NEW."""
+    by_replica = {ranks["uneven"][name]["replica"]: ranks["uneven"][name]["answers"] for ranks in layouts}
+    assert all(ranks["uneven"][name]["answers"] == by_replica[ranks["uneven"][name]["replica"]] for ranks in layouts)
+    found = [group for replica in sorted(by_replica) for group in by_replica[replica]]
+    for group, request, whole in zip(found, uneven(), reference["answers"], strict=True):
+        expected = []
+        for tokens, _ in whole[: len(request.seeds)]:
+            cut = tokens[: request.max_tokens]
+            expected.append((cut, cut[-1] not in STOPS, len(cut), (7,)))
+        assert group == expected
+    assert len(found[4][0][0]) > 2
+
+
+def test_greedy_ignores_the_seeds(single):
+    """Three rows with different seeds, one answer."""
     for group in single[1]["answers"]:
         assert group[0] == group[1] == group[2]
 
@@ -204,8 +242,9 @@ def broken(rank: int, world_size: int, layout: Layout) -> str:
         with torch.no_grad():
             policy.models[-1].head_weight()[3] = torch.nan
     share = len(prompts()) // cut.replicas
+    requests = [request_of(prompt, GROUP, NEW, seed=11) for prompt in prompts()[:share]]
     with pytest.raises(TrainingError) as error:
-        MegatronEngine(policy).generate(prompts()[:share], GROUP, SAMPLED, uniforms(share * GROUP, NEW, seed=11))
+        MegatronEngine(policy).sample(requests, SAMPLED)
     return str(error.value)
 
 

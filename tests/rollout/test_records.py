@@ -171,16 +171,24 @@ def test_a_group_comes_back_to_the_bit():
     messages = ({"role": "system", "content": "Ä"}, {"role": "user", "content": "x"})
     item = TaskItem("sums", "Ä\n\nx", "2", entry, messages=messages)
     answers = [
-        Completion(list(range(len(floats))), floats, False),
-        Completion([9] * 500, fp32, True, loss_mask=[1, 0] * 250, turns=Turns((0, 2, 4), (0.1 + 0.2, 0.0, -1e-300))),
+        Completion(list(range(len(floats))), floats, False, versions=(3,)),
+        Completion(
+            [9] * 500,
+            fp32,
+            True,
+            loss_mask=[1, 0] * 250,
+            versions=(3, 5),
+            turns=Turns((0, 2, 4), (0.1 + 0.2, 0.0, -1e-300)),
+        ),
     ]
     scores = [Score(0.1 + 0.2, {"f/g": 1 / 3}), Score(None, {}, "it raised '\udc80'")]
     given = RolloutGroup(Prompt(7, item, [1, 2]), answers, scores, ["a", "b"])
-    record = record_of(given, 3, "abc", Sampling(0.7, 0, 1.0, 4))
+    record = record_of(given, "abc", Sampling(0.7, 0, 1.0, 4))
     line = record.line()
     read = GroupRecord.read(json.loads(line))
     back = read.group(given.texts)
     assert line.count(b"\n") == 1 and read.line() == line and read.version == 3
+    assert [one.versions for one in read.responses] == [None, [3, 5]]
     assert back.completions == answers and back.scores == scores and back.is_kept == [True, False]
     assert back.prompt.token_ids == [1, 2] and back.prompt.uid == 7 and back.prompt.item.messages == messages
     assert back.prompt.item.question == item.question and back.prompt.item.answer == "2"

@@ -10,9 +10,9 @@ from gspo_megatron.batch import RolloutGroup, TrainSequence
 from gspo_megatron.config import AlgorithmConfig, Layout, ModelConfig, RoutingConfig
 from gspo_megatron.data.packing import pack
 from gspo_megatron.errors import TrainingError
-from gspo_megatron.rollout.generation import join_context
+from gspo_megatron.rollout.generation import join_context, request_of
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
-from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.rollout.sampling import SamplingParams
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts, small_policy
 from tests.rollout.test_megatron_engine import GROUP, NEW, STOPS, prompts
 from tools.validation.ranks import spawn
@@ -32,10 +32,8 @@ def replayed(layout: Layout) -> dict:
     everything = prompts()
     share, place = len(everything) // cut.replicas, cut.dp_cp_rank
     mine = everything[place * share : (place + 1) * share]
-    rows = slice(place * share * GROUP, (place + 1) * share * GROUP)
-    answers = MegatronEngine(policy).generate(
-        mine, GROUP, SamplingParams(NEW, STOPS), uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
-    )
+    requests = [request_of(prompt, GROUP, NEW, seed=11) for prompt in mine]
+    answers = MegatronEngine(policy).sample(requests, SamplingParams(STOPS))
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
 
     def batches(shift: int) -> list:

@@ -122,7 +122,7 @@ class CachePlan(PackedSeqParams):
     cache: KeyValueCache
     num_tokens: int
     positions: torch.Tensor  # [num_tokens] int64
-    rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows that share this prompt token
+    rows: torch.Tensor | None = None  # prefill: [num_tokens, G] cache rows of this prompt token, some twice
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
     angles: "Angles | None" = None

@@ -31,7 +31,7 @@ from gspo_megatron.data.stops import find_stops
 from gspo_megatron.data.tokenizer import build_tokenizer, size_of
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.ops.sequence_ratio_reference import sequence_ids
-from gspo_megatron.rollout.generation import generate
+from gspo_megatron.rollout.generation import Generator
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
 from gspo_megatron.tasks.mixture import TaskMixture
 from gspo_megatron.trainer.build import build_policy
@@ -90,8 +90,8 @@ def measure(config: TrainConfig, layout: Layout, num_prompts: int, checkpoint: P
     source.hold_to_limit(config.tasks, source.row_lengths())
     prompts = source.next(num_prompts)
     params = sampling_params(config.rollout, find_stops(config, tokenizer, shape.vocab_size), tokenizer)
-    group_size, engine = config.rollout.group_size, MegatronEngine(policy)
-    groups = generate(engine, prompts, group_size, params, SEED, tokenizer)
+    rollout, generator = config.rollout, Generator(MegatronEngine(policy), topology, policy.device, tokenizer)
+    groups = generator.generate(prompts, rollout.group_size, rollout.max_response_length, params, SEED)
     bench = replace(bench, sequences=_of_all_replicas(groups, policy))
 
     rows, base = _same_layout(bench, policy)

@@ -14,9 +14,9 @@ from gspo_megatron.backend.parallel import runtime, topology
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout, TrainConfig
 from gspo_megatron.data.packing import pack
-from gspo_megatron.rollout.generation import join_context
+from gspo_megatron.rollout.generation import join_context, request_of
 from gspo_megatron.rollout.megatron_engine import MegatronEngine
-from gspo_megatron.rollout.sampling import SamplingParams, uniforms
+from gspo_megatron.rollout.sampling import SamplingParams
 from tests.backend.small import SINGLE, TP2_PP2_EP2, in_layouts
 from tools.validation.ranks import spawn
 from tools.validation.round_trip import TINY, VOCAB
@@ -58,10 +58,8 @@ def of_family(family: str, layout: Layout, cut: topology.Topology, started: runt
     everything = prompts()
     share, place = len(everything) // cut.replicas, cut.dp_cp_rank
     mine = everything[place * share : (place + 1) * share]
-    rows = slice(place * share * GROUP, (place + 1) * share * GROUP)
-    stops = tuple(range(0, VOCAB, 12))
-    drawn = uniforms(len(everything) * GROUP, NEW, seed=11)[rows]
-    answers = MegatronEngine(policy).generate(mine, GROUP, SamplingParams(NEW, stops), drawn)
+    requests = [request_of(prompt, GROUP, NEW, seed=11) for prompt in mine]
+    answers = MegatronEngine(policy).sample(requests, SamplingParams(tuple(range(0, VOCAB, 12))))
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
     sequences = [
         TrainSequence(g.prompt.token_ids + c.token_ids, len(g.prompt.token_ids), rollout_logprobs=c.logprobs)
