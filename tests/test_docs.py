@@ -97,6 +97,7 @@ LONG = {
     "python -m tools.validation.smollm2 runs/smollm2": "minutes, and a package of weights",
     "python -m tools.validation.fault_matrix": "minutes",
     "python -m tools.validation.kill_resume": "minutes",
+    "python -m tools.validation.your_data": "an hour; tests/trainer/test_learning_check.py is its short form",
     "python -m tools.validation.ratio_accuracy": "minutes",
     "python -m tools.validation.sum_accuracy": "minutes",
     "python -m tools.benchmarks.convert --rounds 4": "minutes",
