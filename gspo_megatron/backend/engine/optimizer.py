@@ -14,7 +14,7 @@ from gspo_megatron.config import Layout, OptimizerConfig, WarmStartConfig
 def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Layout) -> MegatronOptimizer:
     """Make Adam with fp32 master weights over the DDP-wrapped chunks, sharded over data parallelism when asked for."""
     model_config = chunks[0].config
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -32,6 +32,11 @@ def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Lay
         pg_collection=topology.groups,
         use_gloo_process_groups=False,
     )
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            if "fused" in group:  # torch's Adam, where neither Transformer Engine nor apex is there
+                group["fused"] = True  # one kernel a parameter in place of eleven
+    return optimizer
 
 
 def rl_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
