@@ -31,13 +31,16 @@ from tools.validation.ranks import spawn
 ONE, PP2, DP2 = (Layout(1, pipeline, None, 1, 1) for pipeline in (1, 2, 1))
 CP2 = Layout(1, 1, None, 2, 1, context_parallel_size=2)
 LAYOUTS = {"ONE": ONE, "PP2": PP2, "DP2": DP2, "CP2": CP2}
-# One response in about three has no reward.
+# Some responses to every other question have no reward; a batch of which none has one would be an error.
 REWARDS = """
+def left_out(text, gold):
+    return int(gold) % 4 == 0 and len(text) % 2 == 0
+
 def score(completions, answer, **kwargs):
-    return [None if len(text) % 3 == 2 else len(text) + 0.1 for text in completions]
+    return [None if left_out(text, gold) else len(text) + 0.1 for text, gold in zip(completions, answer)]
 
 def letter(completions, answer, **kwargs):
-    return [None if len(text) % 3 == 2 else float(text[:1] == gold[:1]) for text, gold in zip(completions, answer)]
+    return [None if left_out(text, gold) else float(text[:1] == gold[:1]) for text, gold in zip(completions, answer)]
 """
 
 
