@@ -22,7 +22,7 @@ from gspo_megatron.metrics.learning import LearningReport, failures, summarise
 from gspo_megatron.metrics.record import load_record, series
 from gspo_megatron.metrics.tracker import MetricsError
 
-RECIPES = (Path("examples/recipes/your_data.yaml"), Path("examples/recipes/retry.yaml"))
+RECIPES = tuple(Path(f"examples/recipes/{name}.yaml") for name in ("your_data", "retry", "calculator"))
 LEAST = 0.03
 TITLES = ("recipe", "seed", "accuracy after the warm start", "at the end", "rise, s.e.", "held-out reward",
           "turns, first and last step", "verdict")  # fmt: skip
