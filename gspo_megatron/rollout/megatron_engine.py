@@ -6,8 +6,8 @@ stage, wave) in the same order, so while one wave is in the last stage the next 
 and sends the tokens back to all stages; each drops finished responses from its cache by itself, so a finished response
 costs nothing. Hidden states and tokens are all that travels: no rank ever holds another's weights.
 
-Where experts span replicas, a replica that has finished goes on with one padding row, because its experts are needed by
-the others.
+Where experts span replicas, a replica that has finished goes on without tokens, because its experts are needed by the
+others.
 
 Left out: servers (vLLM), continuous batching over steps, prefix caching beyond the responses of one request.
 """
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from gspo_megatron.backend.engine.policy import Policy
+from gspo_megatron.backend.model.generation import forward_of
 from gspo_megatron.backend.parallel.collective_errors import raise_if_any
 from gspo_megatron.batch import Completion
 from gspo_megatron.errors import TrainingError
@@ -38,6 +38,7 @@ class MegatronEngine:
         self.policy, self.topology, self.device = policy, policy.topology, policy.runtime.device
         config = policy.models[0].config
         self.hidden_size, self.dtype = config.hidden_size, config.params_dtype
+        self.forwards = [forward_of(model, self.topology) for model in policy.models]
         self.version = 0
         self._error: TrainingError | None = None  # of this call, on a last stage
         self._sends: list[tuple] = []  # (work, tensor): the tensor must live until it is sent
@@ -86,27 +87,20 @@ class MegatronEngine:
     def _forward(self, wave: Wave, chunk: int, first: bool) -> torch.Tensor | None:
         """One pass of one virtual stage. The last one returns logits [n, V] of the rows that need a token."""
         step = wave.prefill(chunk) if first else wave.decode(chunk)
-        tokens, positions, plan = step.tokens, step.positions, step.plan
-        topology, model = self.topology, self.policy.models[chunk]
-        # Sequence parallelism cuts the tokens over tensor ranks; a replica without tokens still runs its experts.
-        padding = -(-max(tokens.numel(), 1) // topology.tp_size) * topology.tp_size - tokens.numel()
+        plan, forward, model = step.plan, self.forwards[chunk], self.policy.models[chunk]
+        mine = forward.begin(plan)
         if wave.recorder:
             rows = wave.active.unsqueeze(1) if plan.rows is None else plan.rows
-            share = (tokens.numel() + padding) // topology.tp_size
-            mine = slice(topology.tp_rank * share, (topology.tp_rank + 1) * share)
-            plan.trace = wave.recorder.at(rows[mine], positions[mine])
-        tokens, positions = F.pad(tokens, (0, padding)), F.pad(positions, (0, padding))
+            plan.trace = wave.recorder.at(rows[mine], step.positions[mine])
+        hidden = None
         if not model.pre_process:
-            hidden = torch.empty(
-                tokens.numel() // topology.tp_size, 1, self.hidden_size, dtype=self.dtype, device=self.device
-            )
-            dist.recv(hidden, self._neighbour(-1), group=self._hidden_group(topology.is_first_stage))
-            model.set_input_tensor(hidden)
-        out = model(tokens.unsqueeze(0), positions.unsqueeze(0), None, packed_seq_params=plan)
+            hidden = torch.empty(forward.num_rows(plan), self.hidden_size, dtype=self.dtype, device=self.device)
+            dist.recv(hidden, self._neighbour(-1), group=self._hidden_group(self.topology.is_first_stage))
+        out = forward(step.tokens, step.positions, plan, hidden)
         if not model.post_process:
-            self._send(out.contiguous(), self._neighbour(1), self._hidden_group(topology.is_last_stage))
+            self._send(out.contiguous(), self._neighbour(1), self._hidden_group(self.topology.is_last_stage))
             return None
-        return self._gather_vocabulary(out[step.wanted])
+        return self._gather_vocabulary(forward.logits(out, step.wanted))
 
     def _choose(self, wave: Wave, logits: torch.Tensor, iteration: int, params: SamplingParams) -> None:
         """On the last stage: choose tokens, tell the other stages, and agree on whether the wave goes on."""

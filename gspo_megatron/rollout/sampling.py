@@ -4,9 +4,13 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.rollout.stop_strings import StopStrings
+
+BLOCK = 128  # tokens whose weights are added up first
+SORTED = 256  # of the likeliest tokens, at first, where top-p asks which they are
 
 
 @dataclass(frozen=True)
@@ -35,19 +39,46 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) 
     Raises:
         TrainingError: a row is no distribution, because a logit is not a number or inf, or all are -inf.
     """
-    logprobs = torch.log_softmax(logits / params.temperature, dim=-1)
+    scaled = logits if params.temperature == 1.0 else logits / params.temperature
+    peak = scaled.amax(-1, keepdim=True)
+    weights = (scaled - peak).exp()  # of the distribution, not normalised
+    blocks, sums = _blocks(weights)
+    total = sums.sum(-1, keepdim=True)
+    if bool((bad := total.isnan().squeeze(1)).any()):  # one bad logit makes the whole row's sum not a number
+        raise TrainingError(_no_distribution(logits, bad, params.temperature))
     if params.greedy:
         tokens = logits.argmax(-1)
     else:
-        probs = _truncate(logprobs.double().exp(), params)
-        cumulative = probs.cumsum(-1)
-        target = uniform.to(cumulative.device).unsqueeze(1) * cumulative[:, -1:]
-        # right=True steps over tokens of probability 0; the clamp guards the last bit of the sum.
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
-    picked = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    if bool(picked.isnan().any()):  # one bad logit makes the whole row's log-probs not a number
-        raise TrainingError(_no_distribution(logits, picked.isnan(), params.temperature))
-    return tokens, picked
+        if params.top_k or params.top_p < 1.0:
+            blocks, sums = _blocks(_truncated(weights, total, params))
+        tokens = _drawn(blocks, sums, uniform.to(logits.device))
+    logprobs = (scaled.gather(1, tokens.unsqueeze(1)) - peak).double() - total.log()
+    return tokens, logprobs.squeeze(1).to(logits.dtype)
+
+
+def _blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, V] -> [n, blocks, BLOCK], and their sums [n, blocks] fp64: a cumulative distribution of two levels makes no
+    fp64 of the whole vocabulary."""
+    if padding := -weights.size(1) % BLOCK:
+        weights = F.pad(weights, (0, padding))
+    blocks = weights.unflatten(1, (-1, BLOCK))
+    return blocks, blocks.sum(-1, dtype=torch.float64)
+
+
+def _drawn(blocks: torch.Tensor, sums: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Invert the cumulative distribution at uniform [n] fp64: [n] int64."""
+    ends = sums.cumsum(-1)
+    target = uniform.unsqueeze(1) * ends[:, -1:]
+    block = _place(ends, target)
+    begin = F.pad(ends, (1, 0)).gather(1, block)
+    inside = blocks.take_along_dim(block.unsqueeze(2), 1).squeeze(1).double().cumsum(-1)
+    return (block * BLOCK + _place(inside, target - begin)).squeeze(1)
+
+
+def _place(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Which part of [n, parts], given by where each ends, has the target [n, 1]: [n, 1], never a part of weight 0."""
+    last = torch.searchsorted(ends, ends[:, -1:].contiguous())  # rounding may put the target behind all of them
+    return torch.minimum(torch.searchsorted(ends, target, right=True), last)
 
 
 def _no_distribution(logits: torch.Tensor, bad: torch.Tensor, temperature: float) -> str:
@@ -68,16 +99,29 @@ def _no_distribution(logits: torch.Tensor, bad: torch.Tensor, temperature: float
     )
 
 
-def _truncate(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """[n, V] -> the same with 0 where top-k or top-p cut (the likeliest token always stays)."""
-    if params.top_k == 0 and params.top_p == 1.0:
-        return probs
-    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    if params.top_k:
-        # Renormalised before top-p, as transformers and vLLM do.
-        ordered[:, params.top_k :] = 0.0
-        ordered = ordered / ordered.sum(-1, keepdim=True)
-    if params.top_p < 1.0:
-        # A token stays while the ones before it hold less than top_p.
-        ordered = ordered * ((ordered.cumsum(-1) - ordered) < params.top_p)
-    return torch.zeros_like(probs).scatter(1, index, ordered)
+def _truncated(weights: torch.Tensor, total: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[n, V] -> the same with 0 where top-k or top-p cut (the likeliest token always stays). total: [n, 1] fp64."""
+    best = _likeliest(weights, total, params)
+    # Renormalised after top-k and before top-p, as transformers and vLLM do.
+    share = best.double() / (best.double().sum(-1, keepdim=True) if params.top_k else total)
+    # A token stays while the ones before it hold less than top_p.
+    number = ((share.cumsum(-1) - share) < params.top_p).sum(-1, keepdim=True)
+    least = best.gather(1, number - 1)
+    kept = weights >= least
+    if bool((kept.sum(-1, keepdim=True) > number).any()):  # of equal ones the first
+        above, equal = weights > least, weights == least
+        kept = above | (equal & (equal.cumsum(-1) <= number - above.sum(-1, keepdim=True)))
+    return weights * kept
+
+
+def _likeliest(weights: torch.Tensor, total: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Weights of the top_k likeliest tokens, or of as many as hold top_p: [n, some], falling."""
+    size = weights.size(1)
+    count = min(params.top_k or SORTED, size)
+    best = weights.topk(count, dim=-1).values
+    while not params.top_k and count < size:  # the whole vocabulary is not sorted where few tokens hold top_p
+        if bool((best[:, :-1].sum(-1, keepdim=True, dtype=torch.float64) >= params.top_p * total).all()):
+            break
+        count = min(8 * count, size)
+        best = weights.topk(count, dim=-1).values
+    return best

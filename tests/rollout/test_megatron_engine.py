@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from gspo_megatron.backend.layers.attention import CachePlan
 from gspo_megatron.batch import Prompt, RolloutGroup, TrainSequence
 from gspo_megatron.config import Layout
 from gspo_megatron.data.packing import pack
@@ -34,14 +35,17 @@ def generate(layout: Layout, params: SamplingParams) -> dict:
     cut = policy.topology
     engine = MegatronEngine(policy)
     rows = []  # tokens that each forward pass of a stage computes
-    hook = policy.models[0].decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(kwargs["packed_seq_params"].num_tokens), with_kwargs=True
-    )
+    begin = engine.forwards[0].begin
+
+    def counted(plan: CachePlan) -> slice:
+        rows.append(plan.num_tokens)
+        return begin(plan)
+
+    engine.forwards[0].begin = counted
     everything = prompts()
     share, place = len(everything) // cut.replicas, cut.dp_cp_rank
     mine = everything[place * share : (place + 1) * share]
     answers = engine.sample([request_of(prompt, GROUP, NEW, seed=11) for prompt in mine], params)
-    hook.remove()
     # Training shares each sequence among the context-parallel ranks, so all of them need all of their groups.
     groups = join_context([RolloutGroup(p, list(c)) for p, c in zip(mine, answers, strict=True)], cut)
     sequences = [

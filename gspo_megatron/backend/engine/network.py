@@ -75,10 +75,9 @@ class Network:
 
     def plan(self, batch: PackedBatch) -> PackedPlan:
         """Plan how attention and context parallelism see the batch."""
-        thd = "sbhd" if self.models[0].rotary_by_token else "thd"
-        return PackedPlan.from_cu_seqlens(
-            batch.cu_seqlens, thd, self.topology.cp_group if self.topology.cp_size > 1 else None
-        )
+        cp_group = self.topology.cp_group if self.topology.cp_size > 1 else None
+        qkv_format = "thd" if self.models[0].uses_transformer_engine else "sbhd"
+        return PackedPlan.from_cu_seqlens(batch.cu_seqlens, qkv_format, cp_group)
 
     def run(
         self,

@@ -126,6 +126,7 @@ class CachePlan(PackedSeqParams):
     prompt: PackedPlan | None = None  # prefill: attention within the prompts; None: one new token a row
     trace: RolloutRecorder | None = None  # where the routes are wanted (router_hooks.py)
     angles: "Angles | None" = None
+    share: int = 0  # tokens of a tensor rank's share where experts are gathered for (plain_experts.py)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax
@@ -152,7 +153,7 @@ class CachePlan(PackedSeqParams):
         """query [n, heads, d] against the cache [n, max_len, g, d]."""
         longest = int(self.positions.max()) + 1
         keys, values = (cached[:, :longest].transpose(1, 2) for cached in (key, value))
-        return softmax.at(self.positions.unsqueeze(1), query.unsqueeze(2), keys, values).squeeze(2)
+        return softmax.one(self.positions, query, keys, values)
 
 
 def softmax_of(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class PackedExperts(SequentialMLP):
@@ -31,20 +32,20 @@ class PackedExperts(SequentialMLP):
         """
         counts = tokens_per_expert.tolist()
         first, second = ([getattr(one, name) for one in self.local_experts] for name in ("linear_fc1", "linear_fc2"))
-        inner = self._gated(_linear(hidden, counts, first))
+        inner = gated_linear_unit(_linear(hidden, counts, first), self.config)
         inner = (inner * probs.unsqueeze(-1)).to(hidden.dtype)
         out = ExpertProducts.apply(inner, counts, *(one.weight for one in second))
         if self.config.add_bias_linear:
             out = out + _bias(counts, second) * probs.unsqueeze(-1)
         return out.to(hidden.dtype), None
 
-    def _gated(self, both: torch.Tensor) -> torch.Tensor:
-        """[n, 2 F] -> [n, F]: the gated linear unit, clamped and offset where the model has that (GPT-OSS)."""
-        config = self.config
-        gate, up = both.chunk(2, dim=-1)
-        if (most := config.activation_func_clamp_value) is not None:
-            gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
-        return config.activation_func(gate) * (up + config.glu_linear_offset if config.glu_linear_offset else up)
+
+def gated_linear_unit(both: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """Compute the gated linear unit, clamped and offset where the model has that (GPT-OSS): [n, 2 F] -> [n, F]."""
+    gate, up = both.chunk(2, dim=-1)
+    if (most := config.activation_func_clamp_value) is not None:
+        gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
+    return config.activation_func(gate) * (up + config.glu_linear_offset if config.glu_linear_offset else up)
 
 
 def pack_experts(model: torch.nn.Module) -> None:

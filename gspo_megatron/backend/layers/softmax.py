@@ -34,7 +34,7 @@ class Softmax:
         """Attend with queries anywhere among the keys.
 
         Args:
-            positions: [S or 1, N] int64, of the queries.
+            positions: [S or 1, N or 1] int64, of the queries.
             query: [S, n, N, d].
             key: [S, g, K, d], from position 0; key i is seen by the queries at positions from i on.
             value: [S, g, K, v].
@@ -52,6 +52,21 @@ class Softmax:
         query, key, value = self._with_sinks(self.sinks, query, key, value)
         return self._attend(query, key, value, attn_mask=F.pad(mask, (1, 0), value=True))[..., :-1]
 
+    def one(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend with one query a sequence. The heads that share keys stand as queries of one head, so that no key is
+        copied for each of them.
+
+        Args:
+            positions: [S] int64, of the query.
+            query: [S, n, d].
+            key: [S, g, K, d], as in `at`.
+            value: [S, g, K, v].
+
+        Returns:
+            [S, n, v].
+        """
+        return self.at(positions.unsqueeze(1), query.unflatten(1, (key.size(1), -1)), key, value).flatten(1, 2)
+
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, scale=self.scale, enable_gqa=True, **mask)
 
@@ -59,7 +74,7 @@ class Softmax:
         self, sinks: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> list[torch.Tensor]:
         """[S, n, N, d + 1], [S, g, 1 + K, d + 1], [S, g, 1 + K, v + 1]: every last dimension is the sinks' own."""
-        logits = (sinks / self.scale).to(query.dtype).view(1, -1, 1, 1)
+        logits = (sinks / self.scale).to(query.dtype).view(1, query.size(1), -1, 1)  # see `one`
         query = torch.cat([query, logits.expand(*query.shape[:-1], 1)], -1)
         key, value = (F.pad(x, (0, 1, 1, 0)) for x in (key, value))
         seen = torch.zeros_like(key[:1, :1])

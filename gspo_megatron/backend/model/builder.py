@@ -42,17 +42,21 @@ class PackedModel(GPTModel):
 
     _angles: torch.Tensor | None = None
     angle_table: AngleTable | None = None  # of latent attention, which wants its angles with the plan
-    rotary_by_token = True  # off where Transformer Engine's packed attention wants Megatron's own angles
+    uses_transformer_engine = False  # its packed attention wants Megatron's own angles
 
     def _preprocess(self, input_ids, position_ids, *args, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         if self.angle_table is not None:
             kwargs["packed_seq_params"].angles = self.angle_table.at(position_ids.view(-1))
-        elif self.rotary_by_token or isinstance(kwargs.get("packed_seq_params"), CachePlan):
-            if self._angles is None:
-                self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length)  # [max_len, 1, 1, d]
-            out = (out[0], self._angles[position_ids.view(-1)], *out[2:])
+        elif not self.uses_transformer_engine or isinstance(kwargs.get("packed_seq_params"), CachePlan):
+            out = (out[0], self.angles_at(position_ids.view(-1))[:, None, None], *out[2:])
         return out
+
+    def angles_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return rotary angles [T, d] fp32 of positions [T] int64, those of a head's two halves the same."""
+        if self._angles is None:
+            self._angles = self.rotary_pos_emb.get_emb(self.max_sequence_length).flatten(1)  # [max_len, d]
+        return self._angles[positions]
 
 
 class PolicyModel(PackedModel):
@@ -76,8 +80,12 @@ class PolicyModel(PackedModel):
             hidden_states = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states)
         if self.returns_hidden:
             return hidden_states.squeeze(1)  # [T, H]
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        return F.linear(hidden_states.squeeze(1).to(dtype), self.head_weight().to(dtype))  # [T, V / TP]
+        return self.logits_of(hidden_states.squeeze(1))
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [T, V / TP] fp32 (or wider) of normalised hidden states [T, H]."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(dtype), self.head_weight().to(dtype))
 
 
 def layer_spec(
@@ -228,7 +236,7 @@ def bare(
             rotary_percent=arch.rotary_share,
             vp_stage=vp_stage,
         )
-        gpt.rotary_by_token = not use_te
+        gpt.uses_transformer_engine = use_te
         # Megatron would cut its angles over context-parallel ranks by the length of this rank's tokens. Angles by token
         # need no cut, and Transformer Engine's packed path cuts where it applies them.
         if arch.latent is None:
