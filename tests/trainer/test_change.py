@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from gspo_megatron.config import Layout, TaskConfig, TrackingConfig, TrainConfig
+from gspo_megatron.config import Layout, RewardConfig, TaskConfig, TrackingConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.metrics.recipe_event import Event
 from gspo_megatron.metrics.tracker import MetricsError, read_record
@@ -41,9 +41,19 @@ def with_others(config: TrainConfig) -> TrainConfig:
     )
 
 
+def letters(folder: Path) -> dict[str, TaskConfig]:
+    """A task whose rewards differ whatever the model has learned: where all are equal, no response is clipped."""
+    rows = ({"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(100))
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(
+        "def score(completions, **kwargs):\n    return [sum(map(ord, text)) % 7 / 6 for text in completions]\n"
+    )
+    return {"sums": TaskConfig(data=folder / "sums.jsonl", reward=(RewardConfig(f"{folder}/rewards.py:score"),))}
+
+
 def changed(rank: int, world_size: int, folder: Path) -> dict:
     """Runs of three RL steps. All but `whole` were ended before the checkpoint of step 2."""
-    config = dataclasses.replace(CONFIG, parallel=DP2, tracking=TrackingConfig(log_samples=8))
+    config = dataclasses.replace(CONFIG, tasks=letters(folder), parallel=DP2, tracking=TrackingConfig(log_samples=8))
     results = {"whole": outcome(train_once(dataclasses.replace(config, output_dir=folder / "whole")))}
     train_once(dataclasses.replace(config, output_dir=folder / "start"), ("rl", 2))
 
@@ -142,7 +152,7 @@ def test_the_new_values_count_from_the_next_step_on(runs):
     assert run["events"] == [Event("rl", 1, CHANGES, 4)]
     assert run["rows"][:5] == whole["rows"][:5] and len(run["rows"]) == len(whole["rows"]) == 7  # up to RL step 1
     for row, before in zip(run["rows"][5:], whole["rows"][5:], strict=True):
-        assert row["lr"] == LR and before["lr"] < 1e-4
+        assert row["lr"] == LR < before["lr"]
     sides = [
         (sample["clipped"], sample["advantage"] * (sample["ratio"] - 1) > 0)
         for sample in run["samples"]
