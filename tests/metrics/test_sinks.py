@@ -59,6 +59,7 @@ def cut_back(folder: Path) -> None:
 
 def records(folder: Path) -> list[Record]:
     """Everything in the offline file of one process: after 7 bytes a log of blocks of 32 KiB, as LevelDB writes it."""
+    wandb.teardown()  # what its own process has not written by the end of a run, it has at its own end
     (path,) = folder.glob("run-*.wandb")
     data, place, whole, found = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
