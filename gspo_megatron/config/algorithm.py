@@ -63,8 +63,9 @@ class AlgorithmConfig:
     entropy_coef: float | None = None
     """Of an entropy bonus in the loss."""
     old_logprobs: Literal["recomputed", "rollout", "first_minibatch"] = "recomputed"
-    """What stands in the ratio's denominator. recomputed: a pass of the training engine over all minibatches.
-    first_minibatch: the first minibatch uses its own forward's (its ratio is 1), the pass covers only the others.
+    """What stands in the ratio's denominator. recomputed: a pass of the training engine; the first minibatch, whose
+    weights are still the old ones, uses its own forward's (its ratio is 1) and is left out of the pass, unless the KL
+    penalty is the reward's or routing is replayed or diagnosed. first_minibatch: the same, and those are refused.
     rollout: the log-probs that sampling gave; no pass, but its noise is then part of the ratio."""
     resampling_rounds: int | None = None
     """Most further rounds of fresh prompts in place of groups without signal (DAPO's dynamic sampling). 0: off."""

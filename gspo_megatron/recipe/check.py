@@ -211,6 +211,16 @@ def _check_trackers(config: TrainConfig) -> None:
             require(is_there, f"tracking.{name}", True, f"the package {name} is not installed", remedy)
 
 
+def needs_whole_pass(config: TrainConfig) -> bool:
+    """Tell whether something asks for log-probs or routes of the old policy before the first minibatch is trained.
+
+    Where nothing does, its own forward gives its old log-probs: the weights and the packing are those of the pass.
+    """
+    kl, routing = config.algorithm.resolved().kl, config.routing
+    in_reward = bool(kl.coef) and kl.place == "reward"
+    return in_reward or routing.replay != "none" or routing.diagnostics_interval > 0
+
+
 def _check_routing(config: TrainConfig, shape: Architecture) -> None:
     """Replay and its diagnostics need the routes of a pass that computes old log-probs."""
     routing, old = config.routing, config.algorithm.old_logprobs

@@ -36,7 +36,7 @@ from gspo_megatron.hf import export
 from gspo_megatron.metrics.clock import StepClock
 from gspo_megatron.metrics.reduce import update_metrics
 from gspo_megatron.metrics.rollout import group_metrics
-from gspo_megatron.recipe.check import uses_transformer_engine
+from gspo_megatron.recipe.check import needs_whole_pass, uses_transformer_engine
 from gspo_megatron.recipe.layout import check_latent, check_layout, resolve_layout
 from gspo_megatron.recipe.load import load_recipe
 from gspo_megatron.trainer import spread
@@ -198,7 +198,7 @@ class GspoTrainer:
             for batch in batches:
                 batch.old_logprobs = batch.rollout_logprobs
         else:
-            skipped = len(minibatches[0].batches) if choice == "first_minibatch" else 0
+            skipped = 0 if needs_whole_pass(self.config) else len(minibatches[0].batches)
             if batches[skipped:]:
                 self.policy.fill_old_log_probs(batches[skipped:])
         if self.reference:

@@ -54,7 +54,7 @@ def diagnosis(old_logprobs: str = "recomputed", minibatches: int = 4, **rms: flo
     ("old_logprobs", "minibatches", "expected"),
     [
         ("recomputed", 4, ("a",)),
-        ("recomputed", 1, ("a",)),
+        ("recomputed", 1, ()),
         ("rollout", 4, ("e",)),
         ("first_minibatch", 4, ("a",)),
         ("first_minibatch", 1, ()),

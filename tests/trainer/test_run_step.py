@@ -18,9 +18,11 @@ from gspo_megatron.config import (
     MismatchConfig,
     OptimizerConfig,
     RolloutConfig,
+    RoutingConfig,
     TrainConfig,
     WarmStartConfig,
 )
+from gspo_megatron.recipe.check import needs_whole_pass
 from gspo_megatron.trainer import build
 from gspo_megatron.trainer.gspo_trainer import GspoTrainer
 from gspo_megatron.trainer.rl import run_step
@@ -39,7 +41,7 @@ CONFIG = TrainConfig(
 GRPO = AlgorithmConfig(name="grpo", num_minibatches=2)
 CHOICES = {
     "gspo": AlgorithmConfig(),
-    "first_minibatch": AlgorithmConfig(old_logprobs="first_minibatch"),
+    "whole pass": AlgorithmConfig(),  # with WHOLE_PASS
     "rollout": AlgorithmConfig(old_logprobs="rollout"),
     "shuffled": AlgorithmConfig(shuffle_advantages=True),
     "masked": AlgorithmConfig(mismatch=MismatchConfig("sequence_masked", 1.5)),
@@ -48,6 +50,7 @@ CHOICES = {
     "overlong": dataclasses.replace(GRPO, overlong_buffer=3, overlong_penalty=0.7),
     "resampled": dataclasses.replace(GRPO, resampling_rounds=2),
 }
+WHOLE_PASS = RoutingConfig(diagnostics_interval=99)
 
 
 def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], folder: str) -> dict:
@@ -59,7 +62,10 @@ def two_steps(rank: int, world_size: int, layout: Layout, names: list[str], fold
     start = [w.detach().clone() for w in weights]
     rows: dict = {"samples": {}}
     for name in names:
-        run.config = run.policy.config = dataclasses.replace(run.config, algorithm=CHOICES[name].resolved())
+        routing = WHOLE_PASS if name == "whole pass" else CONFIG.routing
+        run.config = run.policy.config = dataclasses.replace(
+            run.config, algorithm=CHOICES[name].resolved(), routing=routing
+        )
         run.prompts.position = 0
         with torch.no_grad():
             for weight, value in zip(weights, start, strict=True):
@@ -83,10 +89,25 @@ def learning(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith(clock)}
 
 
-def test_the_first_minibatch_may_use_its_own_log_probs(alone):
-    """At the same weights and packing they are those that the pass would give, to the bit; only the pass is shorter."""
-    recomputed, own = alone["gspo"], alone["first_minibatch"]
-    assert [learning(row) for row in own] == [learning(row) for row in recomputed]
+def test_the_first_minibatch_uses_its_own_log_probs(alone):
+    """At the same weights and packing they are those that the pass gives, to the bit."""
+    assert [learning(row) for row in alone["gspo"]] == [learning(row) for row in alone["whole pass"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"algorithm": AlgorithmConfig(old_logprobs="first_minibatch")}, False),
+        ({"algorithm": dataclasses.replace(GRPO, kl=KlConfig(coef=0.5))}, False),
+        ({"algorithm": CHOICES["kl in the reward"]}, True),
+        ({"routing": RoutingConfig(replay="R2")}, True),
+        ({"routing": RoutingConfig(replay="R3")}, True),
+        ({"routing": WHOLE_PASS}, True),
+    ],
+)
+def test_what_needs_a_pass_over_all_minibatches(changes, expected):
+    assert needs_whole_pass(dataclasses.replace(CONFIG, **changes).resolved(ONE)) == expected
 
 
 def test_rollout_log_probs_may_stand_in_the_denominator(alone):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gspo_megatron.config import Layout, ResolvedConfig, TrainConfig
 from gspo_megatron.errors import ConfigError
+from gspo_megatron.recipe.check import needs_whole_pass
 from gspo_megatron.recipe.layout import check_layout
 
 
@@ -142,7 +143,7 @@ def relied_on(config: TrainConfig) -> tuple[str, ...]:
     algorithm = config.algorithm
     if algorithm.old_logprobs == "rollout":
         return ("e",)
-    if algorithm.old_logprobs == "first_minibatch" and algorithm.num_minibatches == 1:
+    if algorithm.num_minibatches == 1 and not needs_whole_pass(config):
         return ()
     return ("a",)
 
