@@ -152,7 +152,7 @@ class Network:
         grad_norm = float(optimizer.get_grad_norm())
         if grad_norm == 0.0 or not math.isfinite(grad_norm):
             return StepResult(grad_norm, rate, False)
-        optimizer.step()
+        optimizers.step(optimizer, grad_norm)
         schedule.step(increment=1)
         return StepResult(grad_norm, rate, True)
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -82,6 +83,19 @@ def _schedule(
     # The first step would otherwise run with learning rate 0.
     schedule.step(increment=1 if warmup_steps else 0)
     return schedule
+
+
+def step(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip gradients that are prepared, by their norm, and change the weights: Megatron's step(), which would compute
+    the norm once more.
+
+    Source: ChainedOptimizer.step of megatron.core.optimizer.optimizer.
+    """
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -1,12 +1,18 @@
-"""Learning rates by hand."""
+"""Learning rates by hand, and Megatron's step with a norm that is known."""
 
 from types import SimpleNamespace
 
 import pytest
 
+from gspo_megatron.algorithms import policy_loss
+from gspo_megatron.backend.engine import optimizer as optimizers
+from gspo_megatron.backend.engine.microbatches import global_counts
 from gspo_megatron.backend.engine.optimizer import learning_rate, rl_schedule
-from gspo_megatron.config import OptimizerConfig
+from gspo_megatron.backend.parallel import topology
+from gspo_megatron.config import AlgorithmConfig, Layout, OptimizerConfig
 from gspo_megatron.errors import ConfigError
+from tests.backend.small import SINGLE, TP2_PP2_EP2, fixed_batches, small_policy
+from tools.validation.ranks import spawn
 
 
 @pytest.mark.parametrize(
@@ -32,3 +38,27 @@ def test_rates_of_six_steps(style, expected):
 def test_a_rate_cannot_fall_to_a_higher_one():
     with pytest.raises(ConfigError, match=r"optimizer.min_lr = 0.1: must be between 0 and optimizer.lr = 0.01"):
         OptimizerConfig(lr=0.01, min_lr=0.1)
+
+
+def updated(rank: int, world_size: int, layout: Layout) -> tuple[float, bool]:
+    """The norm of two updates' gradients, and whether our step leaves the weights that Megatron's leaves."""
+    ours, weights = optimizers.step, []
+    for step in (ours, lambda optimizer, grad_norm: optimizer.step()):
+        optimizers.step = step
+        policy = small_policy(layout, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, clip_grad=0.01))
+        batches = fixed_batches()
+        for _ in range(2):
+            norm = policy.update(
+                batches, policy_loss(AlgorithmConfig()), global_counts(batches, policy.topology)
+            ).grad_norm
+        weights.append([p.detach().clone() for model in policy.models for p in model.parameters()])
+        topology.destroy_model_parallel()
+    optimizers.step = ours
+    return norm, all(one.equal(other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(SINGLE, 1), (TP2_PP2_EP2, 4)])
+def test_a_step_is_megatrons_to_the_bit(layout, ranks):
+    """The norm is above the limit, so that gradients are clipped."""
+    for norm, is_same in spawn(updated, ranks, layout):
+        assert norm > 0.01 and is_same
