@@ -10,6 +10,8 @@ from pathlib import Path
 
 import tyro
 
+ALL = 90 * 90 * 8  # two numbers of two digits, one of 2 to 9
+
 
 def main(output: Path = Path("calculations.jsonl"), rows: int = 4000, seed: int = 1) -> None:
     """Write calculations.
@@ -19,6 +21,8 @@ def main(output: Path = Path("calculations.jsonl"), rows: int = 4000, seed: int 
         rows: Calculations, no two of them equal.
         seed: Another one gives other calculations.
     """
+    if not 1 <= rows <= ALL:
+        raise SystemExit(f"error: --rows {rows}: must be between 1 and {ALL}, as many different calculations there are")
     numbers = random.Random(seed)
     found: dict[tuple[int, int, int], dict] = {}
     while len(found) < rows:

@@ -84,10 +84,10 @@ class PromptSource:
         where = f"tasks.{item.task}, answer {item.answer[:60]!r}"
         tokenizer, asked, options = self.tokenizer, item.conversation, item.template_kwargs
         mask: list[int] | None = None
+        gold = self.mixture.gold_response(item)
         if item.episode:
             prompt, response, mask = episode_tokens(tokenizer, stop_token_ids, asked, item.episode, where, options)
         else:
-            gold = self.mixture.gold_response(item)
             prompt, response = example_tokens(tokenizer, stop_token_ids, asked, gold, where, options)
         self._check_length(item, prompt)
         return TrainSequence(prompt + response, len(prompt), loss_mask=mask)

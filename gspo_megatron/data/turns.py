@@ -57,7 +57,8 @@ def episode_tokens(
     options: dict[str, Any],
 ) -> tuple[list[int], list[int], list[int]]:
     """Return token ids of a question up to where the response begins, of a whole gold episode behind it, and its mask:
-    1 at what the model is to write, 0 at what stands between. They are the tokens that a rollout of it would have.
+    1 at what the model is to write, 0 at what stands between. They are the tokens that a rollout of it would have,
+    where reset() of its environment says nothing.
 
     Args:
         stop_token_ids, where, options: as in data/chat.example_tokens, which says what each turn is.

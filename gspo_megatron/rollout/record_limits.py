@@ -1,6 +1,6 @@
 """What a record of rollouts must fit: the recipe that reads it, its model and its tokenizer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gspo_megatron.config import ResolvedConfig
@@ -105,9 +105,10 @@ class Limits:
             )
 
 
-def has_gap(loss_mask: list[int] | None) -> bool:
+def has_gap(loss_mask: Sequence[float] | None) -> bool:
     """Tell whether somebody else wrote between two tokens of the model, so that it has had several turns."""
-    return loss_mask is not None and 0 in bytes(loss_mask).strip(b"\0")
+    trained = [place for place, mask in enumerate(() if loss_mask is None else loss_mask) if mask]
+    return bool(trained) and trained[-1] - trained[0] >= len(trained)
 
 
 def wants_logprobs(config: ResolvedConfig) -> tuple[str, str] | None:

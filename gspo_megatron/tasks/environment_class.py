@@ -16,7 +16,7 @@ from typing import Any
 
 from gspo_megatron.tasks.reward_functions import LoadError, asked_for, is_async, named
 from gspo_megatron.tasks.reward_values import WrongValue, one_line, score
-from gspo_megatron.tasks.tool_calls import BadCall, ToolCall, calls_in
+from gspo_megatron.tasks.tool_calls import BadCall, ToolCall, calls_in, check_types
 
 OWN = ("reset", "step", "get_reward")  # methods that are no tools
 LONGEST = 1 << 20  # characters of an observation
@@ -162,6 +162,7 @@ async def _used(known: EnvironmentClass, made: Any, text: str) -> Turn:
 async def _result(known: EnvironmentClass, made: Any, call: ToolCall, longest: int) -> dict[str, str]:
     try:
         name, arguments = call.checked(known.tools)
+        check_types(name, getattr(made, name), arguments)
         returned = await _called(getattr(made, name), **arguments)
         content = returned if isinstance(returned, str) else json.dumps(returned, ensure_ascii=False, default=str)
     except BadCall as error:

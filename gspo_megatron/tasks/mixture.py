@@ -140,10 +140,10 @@ class TaskMixture:
         return reward is not None and reward >= self._configs[item.task].correct_at
 
     def gold_response(self, item: TaskItem) -> str:
-        """Return a response with the gold answer as the task's extractor finds it.
+        """Return a response with the gold answer as the task's extractor finds it; of a gold episode the last message.
 
         Raises:
-            ConfigError: as AnswerExtractor.write.
+            ConfigError: as AnswerExtractor.write, or the extractor finds no answer in an episode's last message.
             RolloutError: the task has no gold answer.
         """
         if not item.has_answer:
@@ -151,7 +151,18 @@ class TaskMixture:
                 f"tasks.{item.task}: this task has no gold answer to learn from. Set warm_start.steps = 0 "
                 "or take the task out of the recipe."
             )
-        return self._extractors[item.task].write(item.answer, f"tasks.{item.task}")
+        extractor, where = self._extractors[item.task], f"tasks.{item.task}"
+        if not item.episode:
+            return extractor.write(item.answer, where)
+        last = item.episode[-1]["content"]
+        require(
+            bool(extractor.find(last)),
+            f"{where}.answer_extractor",
+            extractor.name,
+            f"finds no answer in {last[-200:]!r}, the last message of a gold episode",
+            "Write the answer there as the extractor reads it, or choose another one.",
+        )
+        return last
 
     def close(self) -> None:
         """End what runs for the tasks."""

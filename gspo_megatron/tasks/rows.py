@@ -1,6 +1,7 @@
 """What a row of data asks, and its gold answer where it has one; columns are those of TRL's and verl's data sets.
 
-A gold answer may be an episode of several turns: messages of the assistant, and what others say between them. Left out:
+A gold answer may be an episode of several turns: messages of the assistant, and what others say between them. The warm
+start learns from it; scorers get one of the usual columns as the answer then, or the last message. Left out:
 messages with anything but text (calls of tools are written in the content), and answers of other types.
 """
 
@@ -27,7 +28,8 @@ def item_of(columns: dict[str, Any], name: str, config: TaskConfig) -> TaskItem:
     """
     question, messages = prompt_of(_column(columns, config.prompt_key, f"tasks.{name}.prompt_key"), config.prompt_key)
     if episode := _episode(columns, config.answer, name):
-        return TaskItem(name, question, episode[-1]["content"], columns, messages=messages, episode=episode)
+        usual = _answer(columns, AnswerConfig(), name) or episode[-1]["content"]
+        return TaskItem(name, question, usual, columns, messages=messages, episode=episode)
     answer = _answer(columns, config.answer, name)
     return TaskItem(name, question, answer or "", columns, has_answer=answer is not None, messages=messages)
 

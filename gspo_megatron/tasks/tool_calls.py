@@ -6,12 +6,16 @@ teaches them (data/turns.py).
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from gspo_megatron.utils.plain_json import parse
 
+# What JSON has, by the annotation of an argument.
+TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,), float: (int, float), str: (str,), bool: (bool,), list: (list,), dict: (dict,),
+}  # fmt: skip
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
@@ -51,6 +55,24 @@ class ToolCall:
         if not isinstance(value, dict):
             raise BadCall("the call is no JSON object")
         return value
+
+
+def check_types(name: str, method: Callable, arguments: dict[str, Any]) -> None:
+    """Raise BadCall for an argument of another type than the tool says; what JSON has no one type for is not looked at.
+
+    A model writes these, and Python's operators take nearly everything: "x" * 10**9 is a gigabyte.
+    """
+    try:
+        hints = get_type_hints(method)
+    except Exception:  # annotations that name nothing: there is no type to hold an argument to
+        return
+    for argument, value in arguments.items():
+        wanted = get_origin(hints.get(argument)) or hints.get(argument)
+        if wanted is None or wanted not in TYPES:
+            continue
+        is_fit = isinstance(value, TYPES[wanted]) and (wanted is bool or not isinstance(value, bool))
+        if not is_fit:
+            raise BadCall(f"{name}: {argument} = {value!r:.60} must be of type {wanted.__name__}")
 
 
 def calls_in(text: str) -> list[ToolCall]:

@@ -16,7 +16,7 @@ from gspo_megatron.config import AlgorithmConfig, Layout, MismatchConfig, Rollou
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.models.families import architecture
 from gspo_megatron.rollout.record_files import RecordFiles, check_together
-from gspo_megatron.rollout.record_limits import Limits
+from gspo_megatron.rollout.record_limits import Limits, has_gap
 from gspo_megatron.rollout.records import GroupRecord, Sampling, record_of
 from tools.validation.launching import ROOT
 
@@ -267,3 +267,14 @@ def test_advantages_by_turn_need_the_turns_of_a_response_that_others_wrote_into(
         with pytest.raises(ConfigError, match=r"responses\[1\] has a loss_mask with 0 between .* and no turns, which"):
             RecordFiles(path, 1, limits).judge(0)
     assert RecordFiles(path, 1, LIMITS).judge(0)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [(None, False), ([], False), ([1, 1, 1], False), ([0, 1, 1, 0], False), ([1, 0, 1], True), ([0, 1, 0, 0, 1], True)],
+)
+def test_a_gap_between_two_turns(mask, expected):
+    """Whatever holds the numbers: other systems hand over lists of floats, and arrays."""
+    assert has_gap(mask) == expected
+    if mask is not None:
+        assert has_gap([float(value) for value in mask]) == has_gap(np.array(mask)) == expected

@@ -150,6 +150,13 @@ def test_a_gold_answer_may_be_an_episode(tmp_path):
     assert item.episode == ({"role": "assistant", "content": "add(1, 2)"}, *said[1:])
 
 
+def test_scorers_get_the_usual_answer_beside_an_episode(tmp_path):
+    said = [{"role": "assistant", "content": "It is 3."}]
+    for column in ({"answer": "3"}, {"solution": "3"}, {"reward_model": {"ground_truth": "3"}}):
+        row = {"prompt": "1 + 2?", "gold": said, **column}
+        assert of_rows(tmp_path, [row], answer=AnswerConfig("gold")).item("warm_start", 0).answer == "3"
+
+
 @pytest.mark.parametrize(
     ("row", "answer", "text"),
     [(row, {}, text) for row, text in BAD_ROWS.values()] + list(BAD_ANSWERS.values()),

@@ -209,12 +209,13 @@ def test_async_methods_and_get_reward(runner):
 
 
 def test_tools_are_called_and_their_errors_are_told_to_the_model(runner):
-    """Five responses: one call, two calls, no call (the answer), a wrong name, and arguments that do not fit."""
+    """One call, two calls, no call (the answer), a wrong name, arguments that do not fit, no JSON, a name that is none,
+    and arguments of other types, of which Python would make "xxxx", 3 and 2.5."""
     tools = runner("Tools")
     assert "tools add, shout" in tools.check(["word"])[0]
     assert [schema["function"]["name"] for schema in tools.loaded().schemas] == ["add", "shout"]
     assert tools.loaded().schemas[0]["function"]["parameters"]["required"] == ["a", "b"]
-    tools.open({i: {} for i in range(7)}, nothing)
+    tools.open({i: {} for i in range(10)}, nothing)
     add = '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 5}}</tool_call>'
     found = tools.turn(
         {
@@ -225,6 +226,9 @@ def test_tools_are_called_and_their_errors_are_told_to_the_model(runner):
             4: '<tool_call>{"name": "add", "arguments": {"a": 2}}</tool_call>',
             5: '<tool_call>{"name": "add", </tool_call>',
             6: '<tool_call>{"name": "reset"}',
+            7: '<tool_call>{"name": "add", "arguments": {"a": "xx", "b": "xx"}}',
+            8: '<tool_call>{"name": "add", "arguments": {"a": 2, "b": true}}',
+            9: '<tool_call>{"name": "add", "arguments": {"a": 2, "b": 0.5}}',
         },
         nothing,
     )
@@ -234,6 +238,11 @@ def test_tools_are_called_and_their_errors_are_told_to_the_model(runner):
     assert said[3] == ["error: there is no tool '_secret'; there are add, shout"]
     assert said[4][0].startswith("error: TypeError: ") and "'b'" in said[4][0]
     assert said[5][0].startswith("error: the call is no JSON") and said[6][0].startswith("error: there is no tool")
+    assert [said[i] for i in (7, 8, 9)] == [
+        ["error: add: a = 'xx' must be of type int"],
+        ["error: add: b = True must be of type int"],
+        ["error: add: b = 0.5 must be of type int"],
+    ]
     assert not any(one.done for i, one in found.items() if i != 2)
     assert [one.reward for one in tools.rewards([0, 1, 4], nothing).values()] == [1.0, 1.0, 0.0]
 

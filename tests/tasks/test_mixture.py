@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from gspo_megatron.batch import Response, Score
-from gspo_megatron.config import RewardConfig, TaskConfig
+from gspo_megatron.config import AnswerConfig, RewardConfig, TaskConfig
 from gspo_megatron.errors import ConfigError
 from gspo_megatron.tasks.mixture import TaskMixture
 
@@ -59,6 +59,38 @@ def test_the_system_prompt_and_template_arguments_come_to_every_question(rows, t
     assert all(item.template_kwargs == {"enable_thinking": False} for item in items)
     generated = TaskMixture({"gcd": TaskConfig(**options)}, seed=1).item("train", 0)
     assert [message["role"] for message in generated.conversation] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("extractor", "last", "is_found"),
+    [
+        ("none", "It is 3.", True),
+        ("boxed", "So it is \\boxed{3}.", True),
+        ("boxed", "3", False),
+        ("answer_tag", "<answer>3</answer>", True),
+        ("answer_tag", "3", False),
+        ("last_line", "thus\n3", True),
+    ],
+)
+def test_the_last_message_of_a_gold_episode_has_what_the_extractor_reads(tmp_path, extractor, last, is_found):
+    """It is trained as it stands: one in which nothing is found would teach an answer that scores nothing."""
+    said = [{"role": "assistant", "content": last}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"q{i}", "gold": said}) + "\n" for i in range(20)))
+    config = TaskConfig(
+        data=tmp_path / "a.jsonl",
+        answer=AnswerConfig("gold"),
+        answer_extractor=extractor,
+        reward=(RewardConfig("m:f"),),
+    )
+    mixture = TaskMixture({"t": config}, seed=1)
+    item = mixture.item("warm_start", 0)
+    if is_found:
+        assert mixture.gold_response(item) == last
+        return
+    with pytest.raises(
+        ConfigError, match=f"tasks.t.answer_extractor = '{extractor}': finds no answer in '3', the last"
+    ):
+        mixture.gold_response(item)
 
 
 class Lengths:

@@ -70,7 +70,9 @@ class ParameterState:
         for name in MOMENTS:
             state[name] = self._cut(values[name]).to(self.main.dtype, copy=True)
         if _counts_by_parameter(self.adam):
-            state["step"] = torch.tensor(float(steps))
+            # A fused Adam's kernel reads the count where the parameter is; others want it on the CPU.
+            is_fused = any(group.get("fused") for group in self.adam.param_groups)
+            state["step"] = torch.tensor(float(steps), device=self.main.device if is_fused else "cpu")
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gspo_megatron.backend.checkpoint import saver, sharded
+from gspo_megatron.backend.checkpoint.optimizer_state import MOMENTS, ParameterState
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model import parameters
 from gspo_megatron.backend.parallel import topology
@@ -55,6 +56,17 @@ def moved(rank: int, world_size: int, folder: Path) -> tuple[torch.Tensor | None
     topology.destroy_model_parallel()
     layouts = {"TP1 x PP4 x EP1": Layout(1, 4, None, 1, 1), "EP4": Layout(1, 1, None, 4, 1)}
     return saved, in_layouts(rank, world_size, layouts, log_probs_of, folder)
+
+
+@pytest.mark.parametrize(("is_fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_adams_count_is_where_its_kernel_reads_it(is_fused, device):
+    """torch places it so itself in a fresh state alone; `meta` stands for a GPU."""
+    weight = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    adam = torch.optim.AdamW([weight])
+    adam.param_groups[0]["fused"] = is_fused
+    state = ParameterState(weight, weight, adam, None, None)
+    state.write({name: torch.zeros(3, device="meta") for name in MOMENTS}, steps=7)
+    assert adam.state[weight]["step"].device.type == device
 
 
 def test_the_same_log_probs_under_another_layout(tmp_path):
