@@ -93,6 +93,11 @@ class Limits:
         if self.wants_logprobs and response.logprobs is None:
             setting, remedy = self.wants_logprobs
             raise BadRow(f"{where} has no logprobs, which {setting} needs", remedy)
+        if response.turns is not None and any(response.turns.rewards) and not response.is_scored:
+            raise BadRow(
+                f"{where} has rewards of its turns and no reward, which would contain them",
+                "Give the response's reward, or turns whose rewards are 0, and the task scores it.",
+            )
         if self.wants_turns and response.turns is None and has_gap(response.loss_mask):
             raise BadRow(f"{where} has {NO_TURNS}", "Give turns, or algorithm.advantage_level sequence.")
 

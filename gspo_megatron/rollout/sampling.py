@@ -53,7 +53,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, params: SamplingParams) 
             blocks, sums = _blocks(_truncated(weights, total, params))
         tokens = _drawn(blocks, sums, uniform.to(logits.device))
     logprobs = (scaled.gather(1, tokens.unsqueeze(1)) - peak).double() - total.log()
-    return tokens, logprobs.squeeze(1).to(logits.dtype)
+    return tokens, logprobs.squeeze(1).float()
 
 
 def _blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

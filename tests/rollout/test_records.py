@@ -131,6 +131,10 @@ BAD = {
     "turns a text": (response(turns=TURNS | {"starts": [0, "2"]}), "turns.starts[1] = '2' must be an integer of 0"),
     "turn rewards": (response(turns=TURNS | {"rewards": [1.0]}), "turns: 1 rewards for 2 starts, must be one a turn"),
     "turn reward none": (response(turns=TURNS | {"rewards": [1.0, None]}), "turns.rewards[1] = None must be a finite"),
+    "turns rewarded alone": (
+        group(responses=[{**RESPONSE, "reward": None, "turns": {"starts": [0, 2], "rewards": [1.0, 0.0]}}] * 2),
+        "responses[0] has rewards of its turns and no reward, which would contain them",
+    ),
     "versions": (response(versions=[1, -2]), "responses[1].versions[1] = -2 must be an integer of 0 or more"),
 }
 

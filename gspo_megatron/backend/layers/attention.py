@@ -5,7 +5,7 @@ Megatron hands core attention the query, key and value (already rotated) and wha
 and values into a cache, attend to it); each says itself what to do, so no module keeps state between calls. Training
 under context parallelism adds a `ContextSplit` (context_parallel.py) to its plan; generation never does.
 
-On CUDA with Transformer Engine, training uses its kernels and only generation comes here (model.py).
+On CUDA with Transformer Engine, training uses its kernels and only generation comes here (model/builder.py).
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class PackedPlan(PackedSeqParams):
 
         Args:
             cu_seqlens: bounds of the sequences with their padding; multiples of 2 CP under context parallelism.
-            qkv_format: `sbhd`: rotary angles come one a token (model.py); `thd`: Megatron's own.
+            qkv_format: `sbhd`: rotary angles come one a token (model/builder.py); `thd`: Megatron's own.
             cp_group: ranks that share the tokens; None: no context parallelism.
         """
         ragged = Ragged.of(torch.diff(cu_seqlens).long())

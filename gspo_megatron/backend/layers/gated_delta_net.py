@@ -120,7 +120,7 @@ def place(
     for number, layer in enumerate(block.layer_specs):
         if arch.is_linear(first + number):  # a new spec, because layers share theirs
             names = dict(layer.submodules.sharded_state_dict_keys_map)
-            if not use_te:  # as model.py's _te_names
+            if not use_te:  # as builder.py's _te_names
                 names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
             parts = replace(layer.submodules, self_attention=spec(use_te), sharded_state_dict_keys_map=names)
             block.layer_specs[number] = replace(layer, submodules=parts)

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) over packed and cached sequences.
 
 Megatron's MLASelfAttention makes its rotary angles by place in the buffer; packed and cached sequences start anywhere,
-so here they come one a token with the plan (model.py). The local spec cuts the down projections over tensor ranks;
+so here they come one a token with the plan (builder.py). The local spec cuts the down projections over tensor ranks;
 their output is gathered, and cut by tokens again where sequence parallelism is on, so that the gradient of the rotary
 key, which all heads share, is added up over tensor ranks. (Megatron's own path for this spec leaves each rank with its
 own heads' part of it.)

@@ -5,6 +5,9 @@ each computes its own experts, and one sum over tensor ranks does for experts, t
 experts alike. In other layouts the tokens of all ranks that hold the experts together are gathered, each rank computes
 what its experts give, and the sums are scattered back.
 
+Left out: prefilling in parts. Each rank has room for all token-expert pairs of a pass at once, those of other ranks'
+experts among them.
+
 Routers are asked as Megatron's forward asks them, so what notes their choices (router_hooks.py) sees these too.
 """
 
@@ -79,8 +82,8 @@ class PlainExperts:
         pairs = order[begin : begin + int(counts.sum())]
         out, _ = self.module.experts(x[pairs // experts.size(1)], counts, weights.flatten()[pairs])
         # Not index_add: in which order that adds is not fixed on a GPU.
-        placed = x.new_zeros(experts.numel(), x.size(1)).index_copy(0, pairs, out)
-        return placed.view(*experts.shape, -1).sum(1)
+        placed = x.new_zeros(experts.numel(), x.size(1)).index_copy_(0, pairs, out)
+        return placed.view(*experts.shape, x.size(1)).sum(1)
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
         """This tensor rank's part of what the shared experts give."""
@@ -95,15 +98,15 @@ def holds_all_tokens(topology: Topology) -> bool:
 
 
 def share_over_experts(count: int, topology: Topology, device: torch.device) -> int:
-    """Return how many tokens each tensor rank's share of a pass has, filled up to the most of all ranks that hold
-    experts together. A collective over these, where they are of several replicas.
+    """Return how many tokens each tensor rank's share of a pass has: the most of all replicas where experts span them,
+    a collective then. (Of all: tensor ranks of one replica may hold experts with different other replicas.)
 
     Args:
         count: tokens of this replica in the pass.
     """
     share = torch.tensor(tokens_of_share(count, topology), device=device)
     if topology.experts_span_replicas:
-        dist.all_reduce(share, op=dist.ReduceOp.MAX, group=topology.groups.tp_ep)
+        dist.all_reduce(share, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
     return int(share)
 
 

@@ -1,9 +1,9 @@
 """Sequences of a packed batch in groups of (nearly) one length, so that what goes sequence by sequence pads nothing.
 
 A call for every length that occurs would cost more than it computes where sequences are short. So sequences of
-neighbouring lengths share a call as long as the query-key pairs that each is filled up with stay below SLACK: what a
-call costs by itself, on a CPU some 0.1 ms, is about as much. Of 64 x 64 tokens all may be padding, of 4096 x 4096 a
-row of one.
+neighbouring lengths share a call as long as the query-key pairs that each is filled up with are SLACK at most: what a
+call costs by itself, on a CPU some 0.1 ms, is about as much. Of 64 x 64 tokens all may be padding, of 1024 x 1024 two
+rows of each; sequences of more than 2048 share a call where they are equal.
 
 Left out: nested tensors (torch's have no grouped queries with a scale on a CPU) and flex attention (compiled anew for
 each batch).

@@ -52,6 +52,16 @@ def prompts() -> list[Prompt]:
     return [Prompt(i, None, torch.randint(0, VOCAB, (n,), generator=generator).tolist()) for i, n in enumerate(lengths)]
 
 
+# Two tensor ranks of one replica then hold experts together with different other replicas.
+STRADDLING = Layout(2, 1, None, 3, 1)
+SHAPES = TINY | {"six experts": TINY["qwen3_moe"] | {"num_experts": 6}}
+
+
+def generate_six(layout: Layout) -> dict:
+    started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
+    return of_family("six experts", layout, cut, started)
+
+
 def generate(layout: Layout) -> dict:
     """By family: samples of a tiny model, and how far the rollout's log-probs are from the packed forward's."""
     started, cut = runtime.init_process_group("cpu"), topology.initialize_model_parallel(layout, seed=1)
@@ -67,7 +77,7 @@ def is_possible(family: str, layout: Layout) -> bool:
 
 
 def of_family(family: str, layout: Layout, cut: topology.Topology, started: runtime.Runtime) -> dict:
-    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(TINY[family], VOCAB), cut, started)
+    policy = Policy(replace(TrainConfig(), parallel=layout), ModelShape(SHAPES[family], VOCAB), cut, started)
     with torch.no_grad():
         for model in policy.models:
             for name, parameter in model.named_parameters():
@@ -149,3 +159,11 @@ def test_same_samples_in_every_layout(single, layouts, name, family):
         assert rank["samples"] == {uid: alone[uid] for uid in rank["samples"]}
     assert max(error for rank in ranks for error in rank["errors"]) < 2e-5
     assert max(rank["by modules"] for rank in ranks) < 2e-5
+
+
+def test_same_samples_where_tensor_ranks_straddle_groups_of_experts():
+    """Three replicas, whose prompts differ in length, so that each would cut its tokens into other shares."""
+    (alone,) = spawn(in_layouts, 1, {"x": SINGLE}, generate_six)
+    for rank in spawn(in_layouts, 6, {"x": STRADDLING}, generate_six):
+        found = rank["x"]["samples"]
+        assert found == {uid: alone["x"]["samples"][uid] for uid in found} and max(rank["x"]["errors"]) < 2e-5
