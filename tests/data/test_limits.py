@@ -4,6 +4,8 @@ import functools
 import json
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from gspo_megatron.data.chat import question_tokens
 from gspo_megatron.data.limits import limited
 from gspo_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from gspo_megatron.errors import ConfigError, RolloutError
+from tools.validation.launching import ROOT
 
 LOOPS = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}"
 ENDS = "{% endfor %}" * 3
@@ -35,11 +38,19 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_without_an_end(tokenizer, monkeypatch, name):
+def test_a_template_without_an_end(name):
+    """In a process of its own: the limit on memory holds for all threads of a process, those of a test runner too."""
+    call = f"from tests.data.test_limits import render; render({name!r})"
+    done = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def render(name: str) -> None:
     """Within its seconds (3 outside of tests) and a gigabyte; the limits are gone afterwards."""
     template, said = TEMPLATES[name]
-    monkeypatch.setattr(tokenizer, "chat_template", template)
-    monkeypatch.setattr(chat, "limited", functools.partial(limited, seconds=1.5))
+    tokenizer = train_tokenizer(["a question", "an answer"], 300)
+    tokenizer.chat_template = template
+    chat.limited = functools.partial(limited, seconds=1.5)
     before, hearer = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     kept, began = signal.setitimer(signal.ITIMER_REAL, 100.0), time.monotonic()
     with pytest.raises(RolloutError, match=f"chat_template: a conversation of user .*{said}") as caught:
