@@ -39,3 +39,8 @@ class ResolvedKl(KlConfig):
     coef: float = 0.0
     estimator: Estimator = "k3"
     place: Place = "loss"
+
+    @property
+    def is_in_reward(self) -> bool:
+        """Return whether there is a penalty on the reward, which needs old log-probs of all responses."""
+        return self.coef > 0 and self.place == "reward"

@@ -183,9 +183,8 @@ def _check_stops(config: TrainConfig, shape: Architecture) -> None:
 
 def _check_penalty(config: TrainConfig) -> None:
     algorithm = config.algorithm.resolved()
-    in_reward = bool(algorithm.kl.coef) and algorithm.kl.place == "reward"
     require(
-        not in_reward or algorithm.old_logprobs != "first_minibatch",
+        not algorithm.kl.is_in_reward or algorithm.old_logprobs != "first_minibatch",
         "algorithm.old_logprobs",
         algorithm.old_logprobs,
         "leaves the first minibatch without old log-probs, which the KL penalty in the reward needs",
@@ -217,8 +216,7 @@ def needs_whole_pass(config: TrainConfig) -> bool:
     Where nothing does, its own forward gives its old log-probs: the weights and the packing are those of the pass.
     """
     kl, routing = config.algorithm.resolved().kl, config.routing
-    in_reward = bool(kl.coef) and kl.place == "reward"
-    return in_reward or routing.replay != "none" or routing.diagnostics_interval > 0
+    return kl.is_in_reward or routing.replay != "none" or routing.diagnostics_interval > 0
 
 
 def _check_routing(config: TrainConfig, shape: Architecture) -> None:

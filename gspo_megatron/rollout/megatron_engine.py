@@ -21,6 +21,7 @@ import torch.distributed as dist
 from gspo_megatron.backend.engine.policy import Policy
 from gspo_megatron.backend.model.generation import forward_of
 from gspo_megatron.backend.parallel.collective_errors import raise_if_any
+from gspo_megatron.backend.parallel.shares import gathered
 from gspo_megatron.batch import Completion
 from gspo_megatron.errors import TrainingError
 from gspo_megatron.process import progress
@@ -132,12 +133,8 @@ class MegatronEngine:
 
     def _gather_vocabulary(self, shard: torch.Tensor) -> torch.Tensor:
         """[n, V/TP] -> [n, V], the same bits on every tensor rank, so that all of them draw the same token."""
-        size = self.topology.tp_size
-        if size == 1:
-            return shard
-        gathered = shard.new_empty(size * shard.size(0), shard.size(1))
-        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=self.topology.tp_group)
-        return gathered.view(size, *shard.shape).transpose(0, 1).flatten(1)
+        by_rank = gathered(shard, self.topology).view(self.topology.tp_size, *shard.shape)
+        return by_rank.transpose(0, 1).flatten(1)
 
     def _neighbour(self, step: int) -> int:
         return self.topology.stage_ranks[(self.topology.pp_rank + step) % self.topology.pp_size]

@@ -118,10 +118,10 @@ def _likeliest(weights: torch.Tensor, total: torch.Tensor, params: SamplingParam
     """Weights of the top_k likeliest tokens, or of as many as hold top_p: [n, some], falling."""
     size = weights.size(1)
     count = min(params.top_k or SORTED, size)
-    best = weights.topk(count, dim=-1).values
-    while not params.top_k and count < size:  # the whole vocabulary is not sorted where few tokens hold top_p
-        if bool((best[:, :-1].sum(-1, keepdim=True, dtype=torch.float64) >= params.top_p * total).all()):
-            break
-        count = min(8 * count, size)
+    while True:  # the whole vocabulary is not sorted where few tokens hold top_p
         best = weights.topk(count, dim=-1).values
-    return best
+        if params.top_k or count == size:
+            return best
+        if bool((best[:, :-1].sum(-1, keepdim=True, dtype=torch.float64) >= params.top_p * total).all()):
+            return best
+        count = min(8 * count, size)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from gspo_megatron.data import chat
 from gspo_megatron.data.chat import question_tokens
@@ -32,9 +33,13 @@ TEMPLATES = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def small() -> PreTrainedTokenizerFast:
     return train_tokenizer(["a question", "an answer"], 300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return small()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -48,7 +53,7 @@ def test_a_template_without_an_end(name):
 def render(name: str) -> None:
     """Within its seconds (3 outside of tests) and a gigabyte; the limits are gone afterwards."""
     template, said = TEMPLATES[name]
-    tokenizer = train_tokenizer(["a question", "an answer"], 300)
+    tokenizer = small()
     tokenizer.chat_template = template
     chat.limited = functools.partial(limited, seconds=1.5)
     before, hearer = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)

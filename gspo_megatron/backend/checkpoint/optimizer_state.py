@@ -17,6 +17,8 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from gspo_megatron.backend.engine.optimizer import parts
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -97,13 +99,13 @@ def _counts_by_parameter(adam: torch.optim.Optimizer) -> bool:
 
 def each(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
     """Every model parameter that this rank's optimizers train, in the same order on all ranks of a stage."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         yield from _distributed(part) if isinstance(part, DistributedOptimizer) else _whole(part)
 
 
 def steps_made(optimizer: MegatronOptimizer) -> int:
     """Count Adam's steps so far: the same for every parameter, because none is ever stepped alone."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
         counts += [group["step"] for group in part.optimizer.param_groups if "step" in group]
         if counts:
@@ -113,16 +115,10 @@ def steps_made(optimizer: MegatronOptimizer) -> int:
 
 def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """Tell the Adams that count in the group; the others are told by ParameterState.write."""
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if not _counts_by_parameter(part.optimizer):
             for group in part.optimizer.param_groups:
                 group["step"] = steps
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """One for experts and one for the rest, or fewer; those without parameters on this rank have nothing to say."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in chained if not part.is_stub_optimizer]
 
 
 def _whole(part: MegatronOptimizer) -> Iterator[ParameterState]:

@@ -1,6 +1,6 @@
 """Megatron's Adam and learning-rate schedules."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -33,7 +33,7 @@ def build(config: OptimizerConfig, chunks: list, topology: Topology, layout: Lay
         pg_collection=topology.groups,
         use_gloo_process_groups=False,
     )
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         for group in part.optimizer.param_groups:
             if "fused" in group:  # torch's Adam, where neither Transformer Engine nor apex is there
                 group["fused"] = True  # one kernel a parameter in place of eleven
@@ -91,15 +91,17 @@ def step(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
     Source: ChainedOptimizer.step of megatron.core.optimizer.optimizer.
     """
-    for part in _parts(optimizer):
+    for part in parts(optimizer):
         if (parameters := part.get_parameters()) and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
 
 
-def _parts(optimizer: MegatronOptimizer) -> list:
-    """Megatron's optimizers of this rank; one without parameters is a stub."""
-    return [part for part in optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
+def parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return Megatron's optimizers: one for experts and one for the rest, or fewer; those without parameters on this
+    rank have nothing to say."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in chained if not part.is_stub_optimizer]
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

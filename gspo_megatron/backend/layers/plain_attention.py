@@ -10,11 +10,11 @@ Left out: plain functions of latent and of linear attention, whose modules are c
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 
 from gspo_megatron.backend.layers.attention import CachePlan, softmax_of
+from gspo_megatron.backend.parallel.shares import gathered, share_of, summed, tokens_of_share
 from gspo_megatron.backend.parallel.topology import Topology
 
 
@@ -50,19 +50,20 @@ class PlainAttention:
         self.module, self.config, self.topology = module, module.config, topology
         self.groups = module.num_query_groups_per_partition
         self.heads = module.num_attention_heads_per_partition // self.groups  # queries of a group
+        core = module.core_attention
+        self.softmax = softmax_of(self.config, core.layer_number, core.softmax_offset, core.softmax_scale)
 
     def __call__(self, x: torch.Tensor, rotary: Rotary | None, plan: CachePlan) -> torch.Tensor:
         """Attend: [T, H] -> [T, H], whole on every tensor rank."""
         assert rotary is not None  # latent attention alone has none
-        module, core = self.module, self.module.core_attention
+        module = self.module
         query, gate, key, value = self._projected(x)
         if module.q_layernorm is not None:
             query, key = (
                 module.q_layernorm(query.unsqueeze(1)).squeeze(1),
                 module.k_layernorm(key.unsqueeze(1)).squeeze(1),
             )
-        form = softmax_of(self.config, core.layer_number, core.softmax_offset, core.softmax_scale)
-        out = plan.attend(core.layer_number, rotary.turn(query), rotary.turn(key), value, form)
+        out = plan.attend(module.layer_number, rotary.turn(query), rotary.turn(key), value, self.softmax)
         if gate is not None:
             out = (out * gate.float().sigmoid()).to(out.dtype)
         out = summed(F.linear(out.flatten(1), module.linear_proj.weight), self.topology)
@@ -88,32 +89,3 @@ class ModuleAttention:
         share = share_of(x, self.topology, tokens_of_share(x.size(0), self.topology))
         out, _ = self.module(share.unsqueeze(1), None, packed_seq_params=plan)
         return gathered(out.squeeze(1), self.topology)[: x.size(0)]
-
-
-def share_of(x: torch.Tensor, topology: Topology, size: int) -> torch.Tensor:
-    """Return this tensor rank's share of [T, H], where each has `size` tokens; the last are filled up with zeros."""
-    return F.pad(x, (0, 0, 0, size * topology.tp_size - x.size(0))).split(size)[topology.tp_rank]
-
-
-def tokens_of_share(count: int, topology: Topology) -> int:
-    """Return how many of `count` tokens a tensor rank's share has, with those that fill it up."""
-    return -(-max(count, 1) // topology.tp_size)
-
-
-def summed(x: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Sum over tensor ranks, in place. The same bits on all of them."""
-    if topology.tp_size > 1 and x.numel():
-        dist.all_reduce(x, group=topology.tp_group)
-    return x
-
-
-def gathered(share: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Join the shares of all tensor ranks: [T / TP, H] -> [T, H]."""
-    return share if topology.tp_size == 1 else gathered_over(share, topology.tp_group)
-
-
-def gathered_over(share: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Join what the ranks of a group have: [n, ...] of each -> [ranks * n, ...]."""
-    whole = share.new_empty(group.size() * share.size(0), *share.shape[1:])
-    dist.all_gather_into_tensor(whole, share.contiguous(), group=group)
-    return whole

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from gspo_megatron.backend.layers.attention import CachePlan
 from gspo_megatron.backend.layers.experts import gated_linear_unit
-from gspo_megatron.backend.layers.plain_attention import gathered, gathered_over, share_of, summed, tokens_of_share
+from gspo_megatron.backend.parallel.shares import gathered, gathered_over, share_of, summed, tokens_of_share
 from gspo_megatron.backend.parallel.topology import Topology
 
 
@@ -104,9 +104,11 @@ def share_over_experts(count: int, topology: Topology, device: torch.device) -> 
     Args:
         count: tokens of this replica in the pass.
     """
-    share = torch.tensor(tokens_of_share(count, topology), device=device)
-    if topology.experts_span_replicas:
-        dist.all_reduce(share, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
+    own = tokens_of_share(count, topology)
+    if not topology.experts_span_replicas:
+        return own
+    share = torch.tensor(own, device=device)
+    dist.all_reduce(share, op=dist.ReduceOp.MAX, group=topology.dp_cp_group)
     return int(share)
 
 

@@ -17,15 +17,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from gspo_megatron.backend.layers.attention import CachePlan
-from gspo_megatron.backend.layers.plain_attention import (
-    ModuleAttention,
-    PlainAttention,
-    Rotary,
-    summed,
-    tokens_of_share,
-)
+from gspo_megatron.backend.layers.plain_attention import ModuleAttention, PlainAttention, Rotary
 from gspo_megatron.backend.layers.plain_experts import PlainExperts, PlainMLP, holds_all_tokens, share_over_experts
 from gspo_megatron.backend.model.builder import PolicyModel
+from gspo_megatron.backend.parallel.shares import place_of_share, summed, tokens_of_share
 from gspo_megatron.backend.parallel.topology import Topology
 
 
@@ -75,7 +70,7 @@ class PlainForward:
         if not self.gathers:
             return slice(None)
         plan.share = share_over_experts(plan.num_tokens, self.topology, plan.positions.device)
-        return slice(self.topology.tp_rank * plan.share, (self.topology.tp_rank + 1) * plan.share)
+        return place_of_share(plan.share, self.topology)
 
     def num_rows(self, plan: CachePlan) -> int:
         """Return the tokens of the pass. See Forward."""
@@ -138,8 +133,7 @@ class ModuleForward:
 
     def begin(self, plan: CachePlan) -> slice:
         """Return this tensor rank's share. See Forward."""
-        share = self.num_rows(plan)
-        return slice(self.topology.tp_rank * share, (self.topology.tp_rank + 1) * share)
+        return place_of_share(self.num_rows(plan), self.topology)
 
     def num_rows(self, plan: CachePlan) -> int:
         """Return the size of a share; a replica without tokens still runs its experts. See Forward."""

@@ -83,7 +83,7 @@ class CriticAdvantages:
         """
         kl = self.config.algorithm.kl
         batch.values = self._whole(batch.filled("values"))
-        if kl.place != "reward" or not kl.coef:
+        if not kl.is_in_reward:
             return torch.zeros_like(batch.values, dtype=torch.float64)
         sampled = self.config.algorithm.old_logprobs == "rollout"  # every rank has all of these
         old = batch.filled("old_logprobs")

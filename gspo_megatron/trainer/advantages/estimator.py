@@ -51,7 +51,7 @@ class GroupAdvantages:
         """
         algorithm = self.config.algorithm
         rewards = shaped_rewards(groups, self.config)
-        if algorithm.kl.place == "reward" and algorithm.kl.coef:
+        if algorithm.kl.is_in_reward:
             rewards = rewards - algorithm.kl.coef * kl_by_response(self.policy, minibatches, algorithm.kl.estimator)
         by_turn = algorithm.advantage_level == "turn"
         units = units_of(groups, by_turn)

@@ -33,6 +33,8 @@ RECIPE = [
     "--checkpoint.no-keep-best", "--output-dir", "runs", "--device", "cpu",
 ]  # fmt: skip
 WORKER = str(ROOT / "tools/validation/faults/injected.py")
+# Then all minibatches have old log-probs that a fault can spoil: the first one's own forward gives them else.
+WHOLE_PASS = ("--routing.diagnostics-interval", "99")
 LONG = 250.0  # seconds that a whole training may take on a busy machine
 
 
@@ -173,7 +175,7 @@ def absent(folder: Path, whole: Whole) -> str:
 
 def skipped(folder: Path, fault: str, rank: int, reason: str) -> str:
     """Both updates of one step are skipped on both ranks alike and counted; the run goes on to its end."""
-    with running(folder, (fault, rank, "rl", 2, 0)) as launch:
+    with running(folder, (fault, rank, "rl", 2, 0), extra=WHOLE_PASS) as launch:
         assert launch.wait(LONG) == 0, launch.stderr
         text = " ".join(launch.stdout.split())
     rows = {row["step"]: row for row in read_metrics(folder / "runs/moe_gspo") if row["phase"] == "rl"}
@@ -196,7 +198,7 @@ def too_many_skipped(folder: Path) -> str:
 
 def exploding(folder: Path) -> str:
     """A finite but absurd ratio: warned about with the number, and training goes on."""
-    with running(folder, ("exploding ratio", 1, "rl", 2, 0)) as launch:
+    with running(folder, ("exploding ratio", 1, "rl", 2, 0), extra=WHOLE_PASS) as launch:
         assert launch.wait(LONG) == 0, launch.stderr
         text = " ".join(launch.stdout.split())
     found = re.search(r"ratio/max is (\S+), above faults.max_ratio = 100: .{60}", text)
